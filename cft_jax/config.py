@@ -1,0 +1,331 @@
+"""The configuration of a run: frozen records, their defaults, and the one place that checks them.
+
+The defaults are the settings of the paper (arXiv 2605.11845, soft targets). `configs/*.py` start from
+`default_config_dict()`, change what they must, and return the locked ConfigDict; commands turn it into a `Config`
+with `from_config_dict` and call `validate` before any other work.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from cft_jax.common.errors import UserError
+
+_T = TypeVar("_T")
+
+SUITES = ("structured", "open_random", "mcq", "noveltybench", "perplexity", "retention")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters; with `enabled=False` every weight is trained."""
+
+    enabled: bool = True
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """A small Llama-architecture model with a tokenizer of its own, made on the spot instead of a checkpoint."""
+
+    enabled: bool = False
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    hidden_dim: int = 384
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which weights and tokenizer to start from, and how to hold them."""
+
+    checkpoint: str = ""
+    tokenizer: str = ""
+    revision: str = "main"
+    dtype: str = "bfloat16"
+    local_files_only: bool = False
+    remat: str = "none"
+    adapter: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Options of the chat templates; a template that has no such option ignores it."""
+
+    enable_thinking: bool = False
+    reasoning_effort: str = "low"
+    generation_prefix: str = "auto"
+    date: str = "2024-07-26"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts, output spaces and their tokens; empty lists of families stand for the paper's 24 and 6."""
+
+    target: str = "soft"
+    space: str = "grid"
+    terminator: str = "auto"
+    num_decimals: int = 5
+    max_bins: int = 1001
+    quantile_low: float = 0.001
+    quantile_high: float = 0.999
+    tail_policy: str = "clip_to_edge_bin"
+    full_quantile: float = 1e-6
+    eval_prompt_selection: str = "full_grid"
+    train_families: tuple[str, ...] = ()
+    heldout_families: tuple[str, ...] = ()
+    unseen: str = "outside"
+    custom: str = ""
+    duplicate_bos: bool = False
+    readable_parameters: bool = False
+    max_length: int = 256
+    cache_dir: str = ""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Objective, optimizer and schedule."""
+
+    objective: str = "path"
+    weighting: str = "mean_over_steps"
+    batch_size: int = 32
+    epochs: int = 3
+    max_steps: int = 0
+    samples_per_prompt_per_epoch: int = 1
+    paths_per_prompt: int = 1
+    grad_accum_steps: int = 1
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 0.0
+    tau: float = 1.0
+    epsilon_smoothing: float = 1e-8
+    on_nonfinite: str = "stop"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; at most one may be -1, which takes all devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of a run; `every_steps=0` saves at the end of every epoch."""
+
+    every_steps: int = 0
+    keep: int = 2
+    on_preemption: bool = True
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation before and after training; zero prompts per split means all of them."""
+
+    enabled: bool = True
+    suites: tuple[str, ...] = ("structured",)
+    max_prompts_per_split: int = 0
+    num_samples: int = 1000
+    seeds: tuple[int, ...] = (11,)
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written for the Hugging Face world at the end."""
+
+    enabled: bool = True
+    format: str = "adapter"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Logs; `profile` is a window of steps `first:last`, empty for none."""
+
+    every_steps: int = 10
+    tensorboard: bool = False
+    wandb: bool = False
+    profile: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes a run of the main job."""
+
+    seed: int = 11
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def default_config_dict() -> ConfigDict:
+    """The defaults as a ConfigDict, which refuses unknown fields and other types."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Turns a ConfigDict (or the mapping of a saved config.json) into a `Config`.
+
+    Raises:
+      UserError: a field is unknown (the message names the nearest known one) or of a wrong type.
+    """
+    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    return _record(Config, plain, "config")
+
+
+def _record(cls: type[_T], values: Mapping[str, Any], path: str) -> _T:
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {path}.{near[0]}?" if near else f"known fields: {', '.join(known)}"
+            raise UserError(f"unknown field {path}.{name}; {hint}")
+    default = cls()
+    return cls(**{name: _value(getattr(default, name), value, f"{path}.{name}") for name, value in values.items()})
+
+
+def _value(default: Any, value: Any, path: str) -> Any:
+    """`value` in the type of `default`; the one conversion allowed is from int to float and from list to tuple."""
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={value!r} must be a record with fields")
+        return _record(type(default), value, path)
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path}={value!r} must be a tuple such as {default!r}")
+        items = tuple(value)
+        kind = type(default[0]) if default else str
+        if not all(type(item) is kind for item in items):
+            raise UserError(f"{path}={value!r} must hold only {kind.__name__} values")
+        return items
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(f"{path}={value!r} is of type {type(value).__name__}; it takes {type(default).__name__}")
+    return value
+
+
+def validate(config: Config) -> None:
+    """Checks values and combinations, before any device work.
+
+    Raises:
+      UserError: with every problem found, separated by semicolons.
+    """
+    problems = [*_choices(config), *_ranges(config), *_combinations(config)]
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _choices(config: Config) -> list[str]:
+    data, train, model = config.data, config.train, config.model
+    allowed: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("model.dtype", model.dtype, ("bfloat16", "float32", "float16")),
+        ("model.remat", model.remat, ("none", "full", "dots")),
+        ("data.target", data.target, ("soft", "hard")),
+        ("data.space", data.space, ("grid", "full")),
+        ("data.eval_prompt_selection", data.eval_prompt_selection, ("full_grid", "paper_selected")),
+        ("data.unseen", data.unseen, ("outside", "inside")),
+        ("data.chat.reasoning_effort", data.chat.reasoning_effort, ("low", "medium", "high")),
+        ("train.objective", train.objective, ("path", "paths", "exact")),
+        ("train.weighting", train.weighting, ("mean_over_steps", "sequence")),
+        ("train.on_nonfinite", train.on_nonfinite, ("stop", "skip")),
+        ("export.format", config.export.format, ("adapter", "merged")),
+    ]
+    found = [f"config.{name}={got!r} must be one of {', '.join(ok)}" for name, got, ok in allowed if got not in ok]
+    for name in config.eval.suites:
+        if name not in SUITES:
+            found.append(f"config.eval.suites has {name!r}; suites are {', '.join(SUITES)}")
+    return found
+
+
+def _ranges(config: Config) -> list[str]:
+    train, data, lora = config.train, config.data, config.model.lora
+    at_least: list[tuple[str, float, float]] = [
+        ("seed", config.seed, 0),
+        ("model.lora.rank", lora.rank, 1),
+        ("data.num_decimals", data.num_decimals, 0),
+        ("data.max_bins", data.max_bins, 2),
+        ("data.max_length", data.max_length, 8),
+        ("train.batch_size", train.batch_size, 1),
+        ("train.epochs", train.epochs, 1),
+        ("train.max_steps", train.max_steps, 0),
+        ("train.samples_per_prompt_per_epoch", train.samples_per_prompt_per_epoch, 1),
+        ("train.paths_per_prompt", train.paths_per_prompt, 1),
+        ("train.grad_accum_steps", train.grad_accum_steps, 1),
+        ("train.weight_decay", train.weight_decay, 0),
+        ("train.max_grad_norm", train.max_grad_norm, 0),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("eval.max_prompts_per_split", config.eval.max_prompts_per_split, 0),
+        ("eval.num_samples", config.eval.num_samples, 0),
+        ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
+        ("eval.temperature", config.eval.temperature, 0),
+        ("log.every_steps", config.log.every_steps, 1),
+    ]
+    found = [f"config.{name}={got} must be at least {low}" for name, got, low in at_least if not got >= low]
+    positive = [
+        ("train.learning_rate", train.learning_rate),
+        ("train.tau", train.tau),
+        ("model.lora.alpha", lora.alpha),
+    ]
+    found += [f"config.{name}={got} must be greater than 0" for name, got in positive if not got > 0]
+    fractions = [
+        ("model.lora.dropout", lora.dropout),
+        ("train.warmup_ratio", train.warmup_ratio),
+        ("train.epsilon_smoothing", train.epsilon_smoothing),
+    ]
+    found += [f"config.{name}={got} must be in [0, 1)" for name, got in fractions if not 0 <= got < 1]
+    if not 0 < config.eval.top_p <= 1:
+        found.append(f"config.eval.top_p={config.eval.top_p} must be in (0, 1]")
+    if not 0 < data.quantile_low < data.quantile_high < 1:
+        found.append(
+            f"config.data.quantile_low={data.quantile_low} and quantile_high={data.quantile_high} "
+            "must satisfy 0 < low < high < 1"
+        )
+    return found
+
+
+def _combinations(config: Config) -> list[str]:
+    found = []
+    model, train, data = config.model, config.train, config.data
+    if model.scratch.enabled and model.checkpoint:
+        found.append("config.model.scratch.enabled makes a model of its own; leave config.model.checkpoint empty")
+    if not model.scratch.enabled and not model.checkpoint:
+        found.append("config.model.checkpoint is empty; set it to a hub id or a directory in HF format")
+    if model.scratch.enabled and model.lora.enabled:
+        found.append("a model made from scratch needs all its weights trained; set config.model.lora.enabled=False")
+    if not model.lora.enabled and config.export.format == "adapter" and config.export.enabled:
+        found.append("without LoRA there is no adapter to export; set config.export.format=merged")
+    if train.batch_size % train.grad_accum_steps:
+        found.append(
+            f"config.train.batch_size={train.batch_size} is not divisible by "
+            f"config.train.grad_accum_steps={train.grad_accum_steps}"
+        )
+    if data.target == "hard" and train.objective == "exact":
+        found.append("config.train.objective=exact is an objective for soft targets; set config.data.target=soft")
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if sum(size == -1 for size in sizes) > 1 or any(size < 1 and size != -1 for size in sizes):
+        found.append(f"config.mesh={sizes} (data, fsdp, tensor) takes positive sizes and at most one -1")
+    return found
