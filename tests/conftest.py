@@ -27,3 +27,27 @@ def tokenizers_dir() -> Path:
     if not path or not Path(path).is_dir():
         pytest.skip("CFT_TOKENIZERS does not name a directory with the real tokenizers")
     return Path(path)
+
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role[0] }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>a\n{% endif %}"
+)
+
+
+@pytest.fixture
+def small_tokenizer():
+    """A byte-level BPE tokenizer with a few merges, among them of digits in ways that real ones do not join."""
+    # Imported here: most tests need no transformers, which takes seconds to import.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("1", "2"), ("0", "0"), ("a", "b"), ("ab", "c"), (".", "5"), ("t", "e"), ("te", "n")]
+    vocabulary = [*alphabet, *("".join(pair) for pair in merges)]
+    rust = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=merges))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer

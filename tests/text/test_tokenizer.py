@@ -1,0 +1,45 @@
+"""Loading tokenizers: what is wrong with a directory is said in one line."""
+
+import pytest
+
+from cft_jax.common.errors import UserError
+from cft_jax.text.tokenizer import encode_strings, fingerprint, load_tokenizer
+
+
+def load(path):
+    return load_tokenizer(str(path), revision="main", local_files_only=True)
+
+
+def test_a_saved_tokenizer_loads_and_has_the_same_fingerprint(small_tokenizer, tmp_path):
+    small_tokenizer.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert encode_strings(loaded, ["0.12", ""]) == encode_strings(small_tokenizer, ["0.12", ""])
+    assert fingerprint(loaded) == fingerprint(load(tmp_path))
+
+
+def test_the_fingerprint_sees_the_template_and_the_special_tokens(small_tokenizer):
+    before = fingerprint(small_tokenizer)
+    small_tokenizer.chat_template += " "
+    template = fingerprint(small_tokenizer)
+    small_tokenizer.eos_token = "<s>"
+    assert len({before, template, fingerprint(small_tokenizer)}) == 3
+
+
+def test_bad_directories_are_named(small_tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load(tmp_path / "missing")
+    with pytest.raises(UserError, match="holds none of"):
+        load(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="is a file"):
+        load(file)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"tokenizer\.json.*half-written"):
+        load(tmp_path)
+
+
+def test_a_hub_id_without_network_is_one_line():
+    with pytest.raises(UserError, match="some/tokenizer") as caught:
+        load("some/tokenizer")
+    assert "\n" not in str(caught.value)
