@@ -1,0 +1,188 @@
+"""Grouped-query attention over any number of key/value segments, visible by position.
+
+Every mask is one array: query i of a row sees key j of the same row iff `j <= i < until[j]`. Causal text, padding
+(`until = 0`), packed sequences and trees in depth-first order (`until` = end of the node's subtree) are all of this
+form. Keys computed earlier (a prompt shared by many rows, a decode cache) come as further segments.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from cft_jax.models.config import LayerSpec, LoraSpec, ModelConfig
+from cft_jax.models.layers import Linear, RmsNorm, matmul_precision
+from cft_jax.models.rope import rotate
+from cft_jax.sharding.rules import constrain
+
+# Added nowhere, put in place of masked logits: finite, so that a row that sees nothing stays finite too.
+MASKED = -1e30
+
+
+class Segment(NamedTuple):
+    """Keys and values of one layer, with who may see them.
+
+    A segment may have fewer rows than the queries, R of B with R | B: row r then serves the queries' rows
+    r*B/R ... (r+1)*B/R - 1 without being copied for each.
+    """
+
+    keys: Float[Array, "R S K H"]
+    values: Float[Array, "R S K H"]
+    visible: Bool[Array, "R #Q S"]
+
+
+def tree_visible(until: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """visible[b, i, j] = j <= i < until[b, j]."""
+    index = jnp.arange(until.shape[1])
+    return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < until[:, None, :])
+
+
+def within_window(
+    window: int | None, query_positions: Int[Array, "B T"], key_positions: Int[Array, "R S"]
+) -> Bool[Array, "R #Q S"]:
+    """Whether a key lies within the window of each query, by position (never by array index); [R, B/R*T, S]."""
+    if window is None:
+        return jnp.ones((1, 1, 1), bool)
+    queries = query_positions.reshape(key_positions.shape[0], -1)
+    return queries[:, :, None] - key_positions[:, None, :] < window
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    segments: tuple[Segment, ...],
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Float[Array, "N"] | None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention over the union of the segments; logits, softmax and sums are float32.
+
+    Args:
+      q: queries, rotated.
+      segments: keys and values; see `Segment`.
+      scale: of the logits.
+      softcap: c in c*tanh(logit/c), or None.
+      sinks: one more logit per query head, which takes mass and gives no value (gpt-oss), or None.
+    """
+    B, T, N, H = q.shape
+    parts = [_partial(q, segment, scale, softcap) for segment in segments]
+    if sinks is not None:
+        K, G = parts[0][0].shape[2:]
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(K, G), (B, T, K, G))
+        parts.append((sink, jnp.ones_like(sink), jnp.zeros((B, T, K, G, H), jnp.float32)))
+    top = jnp.max(jnp.stack([part[0] for part in parts]), axis=0)
+    weights = [jnp.exp(part[0] - top) for part in parts]
+    total = sum((w * part[1] for w, part in zip(weights, parts, strict=True)), jnp.zeros_like(top))
+    out = sum((w[..., None] * part[2] for w, part in zip(weights, parts, strict=True)), jnp.zeros((), jnp.float32))
+    return (out / total[..., None]).reshape(B, T, N, H).astype(q.dtype)
+
+
+def _partial(
+    q: Float[Array, "B T N H"], segment: Segment, scale: float, softcap: float | None
+) -> tuple[Float[Array, "B T K G"], Float[Array, "B T K G"], Float[Array, "B T K G H"]]:
+    """Largest logit, sum of exp(logit - largest) and weighted sum of values of one segment, float32."""
+    B, T, N, H = q.shape
+    R, _, K, _ = segment.keys.shape
+    grouped = q.reshape(R, B // R * T, K, N // K, H)
+    precision = matmul_precision(q.dtype)
+    logits = jnp.einsum(
+        "RQKGH,RSKH->RKGQS", grouped, segment.keys, precision=precision, preferred_element_type=jnp.float32
+    )
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(segment.visible[:, None, None], logits, MASKED)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    probs = jnp.exp(logits - top[..., None])
+    out = jnp.einsum(
+        "RKGQS,RSKH->RQKGH",
+        probs.astype(segment.values.dtype),
+        segment.values,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    shape = (B, T, K, N // K)
+    moved = [jnp.transpose(x, (0, 3, 1, 2)).reshape(shape) for x in (top, jnp.sum(probs, axis=-1))]
+    return moved[0], moved[1], out.reshape(*shape, H)
+
+
+class Attention(nnx.Module):
+    """Projections, per-head norms and rotary embeddings around `attend`; weights carry a leading layer axis."""
+
+    def __init__(
+        self, config: ModelConfig, layers: int, *, lora: LoraSpec | None, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+
+        def linear(name: str, equation: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Linear:
+            return Linear(
+                name,
+                equation,
+                shape,
+                axes,
+                layers,
+                bias=config.attn_bias,
+                lora=lora,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.q_proj = linear("q_proj", "BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"))
+        self.k_proj = linear("k_proj", "BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.v_proj = linear("v_proj", "BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.o_proj = linear("o_proj", "BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"))
+
+        def head_norm() -> RmsNorm | None:
+            if not config.qk_norm:
+                return None
+            return RmsNorm(H, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
+
+        self.q_norm, self.k_norm = head_norm(), head_norm()
+        self.sinks = (
+            nnx.Param(jnp.zeros((layers, N), param_dtype), axes=("layers", "heads")) if config.attn_sinks else None
+        )
+        self.scale, self.softcap = config.attn_scale, config.attn_softcap
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        spec: LayerSpec,
+        cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
+        positions: Int[Array, "B T"],
+        visible: Bool[Array, "B T T"],
+        context: tuple[tuple[Segment, Int[Array, "R S"]], ...],
+        *,
+        key: Key[Array, ""] | None,
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        """Attention of one layer's slice; also returns the new keys (rotated) and values.
+
+        Args:
+          x: normed activations.
+          spec: window and rope of this layer.
+          cos_sin: of the rope at `positions`.
+          positions: of the tokens of x.
+          visible: which of the row's own tokens each token sees, the window aside.
+          context: earlier segments with the positions of their keys.
+          key: for the adapters' dropout; None switches it off.
+          mesh: for sharding constraints.
+        """
+        q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q = constrain(q, ("batch", "length", "heads", "head_dim"), mesh)
+        k = constrain(k, ("batch", "length", "kv_heads", "head_dim"), mesh)
+        v = constrain(v, ("batch", "length", "kv_heads", "head_dim"), mesh)
+        own = Segment(k, v, visible & within_window(spec.window, positions, positions))
+        earlier = tuple(
+            segment._replace(visible=segment.visible & within_window(spec.window, positions, at))
+            for segment, at in context
+        )
+        sinks = None if self.sinks is None else self.sinks[...]
+        out = attend(q, (*earlier, own), scale=self.scale, softcap=self.softcap, sinks=sinks)
+        return self.o_proj(out, key), (k, v)

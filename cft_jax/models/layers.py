@@ -1,0 +1,144 @@
+"""Weights: parameters with logical axes, linear layers with optional low-rank adapters, the norm."""
+
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from cft_jax.models.config import LoraSpec
+
+
+class LoraParam(nnx.Param):
+    """A weight of an adapter: float32, trained while the base is frozen."""
+
+
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """HIGHEST for float32 operands, which TPUs (bf16) and GPUs (TF32) would otherwise round; DEFAULT below."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def einsum(equation: str, x: Array, w: Array, *, out_dtype: DTypeLike | None = None) -> Array:
+    """Einsum at the precision that the operands' dtype asks for."""
+    dtype = jnp.result_type(x, w)
+    return jnp.einsum(equation, x, w, precision=matmul_precision(dtype), preferred_element_type=out_dtype)
+
+
+def normal_param(
+    key: Key[Array, ""], shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, dtype: DTypeLike
+) -> nnx.Param:
+    """A parameter drawn from N(0, 1/fan_in); `axes` names its dimensions for sharding."""
+    return nnx.Param(jax.random.normal(key, shape, dtype) / math.sqrt(fan_in), axes=axes)
+
+
+class Lora(nnx.Module):
+    """x -> scale * (dropout(x) A) B, float32 throughout; A starts as PEFT's does, B at zero.
+
+    For experts the kernels carry a leading axis E, and `A` and `B` one each (`cft_jax.models.moe`).
+    """
+
+    def __init__(
+        self,
+        spec: LoraSpec,
+        shape_in: tuple[int, ...],
+        shape_out: tuple[int, ...],
+        axes_in: tuple[str, ...],
+        axes_out: tuple[str, ...],
+        lead: tuple[int, ...],
+        lead_axes: tuple[str, ...],
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        bound = 1 / math.sqrt(math.prod(shape_in))
+        a = jax.random.uniform(rngs.lora(), (*lead, *shape_in, spec.rank), jnp.float32, -bound, bound)
+        self.a = LoraParam(a, axes=(*lead_axes, *axes_in, "rank"))
+        self.b = LoraParam(jnp.zeros((*lead, spec.rank, *shape_out), jnp.float32), axes=(*lead_axes, "rank", *axes_out))
+        self.spec = spec
+
+    def dropped(self, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
+        """`x` in float32 with dropout (inverted scaling) where a key is given."""
+        x = x.astype(jnp.float32)
+        if key is None or self.spec.dropout == 0:
+            return x
+        keep = jax.random.bernoulli(key, 1 - self.spec.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.spec.dropout), 0)
+
+
+class Linear(nnx.Module):
+    """An einsum with a kernel [L, *in, *out], an optional bias and an optional adapter; applied to one layer's slice.
+
+    Args:
+      name: HF's name of the layer, which `LoraSpec.targets` refers to.
+      equation: such as "BTD,DNH->BTNH": activations, one layer's kernel, result.
+      shape: of the kernel without the layer axis.
+      axes: logical axes of those dimensions.
+      layers: length of the leading layer axis.
+      bias: whether a bias of the output's shape is added.
+      lora: adapters; None, or a spec that does not name this layer, adds none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        equation: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        layers: int,
+        *,
+        bias: bool = False,
+        lora: LoraSpec | None = None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        operands, self.out_letters = equation.split("->")
+        self.x_letters, kernel_letters = operands.split(",")
+        num_in = sum(letter in self.x_letters for letter in kernel_letters)
+        self.equation = equation
+        self.in_letters, self.new_letters = kernel_letters[:num_in], kernel_letters[num_in:]
+        fan_in = math.prod(shape[:num_in])
+        self.name = name
+        self.kernel = normal_param(rngs.params(), (layers, *shape), ("layers", *axes), fan_in, param_dtype)
+        self.bias = (
+            nnx.Param(jnp.zeros((layers, *shape[num_in:]), param_dtype), axes=("layers", *axes[num_in:]))
+            if bias
+            else None
+        )
+        self.lora = (
+            Lora(lora, shape[:num_in], shape[num_in:], axes[:num_in], axes[num_in:], (layers,), ("layers",), rngs=rngs)
+            if lora is not None and name in lora.targets
+            else None
+        )
+
+    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
+        """Applies one layer's slice (the layer axis already removed by the scan); returns the dtype of `x`."""
+        y = einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora is None:
+            return y
+        lora_in = self.lora.dropped(x, fold_name(key, self.name))
+        low = einsum(f"{self.x_letters},{self.in_letters}R->BTR", lora_in, self.lora.a[...])
+        update = einsum(f"BTR,R{self.new_letters}->{self.out_letters}", low, self.lora.b[...])
+        return (y.astype(jnp.float32) + self.lora.spec.scale * update).astype(x.dtype)
+
+
+def fold_name(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
+    """A key of its own for every named layer."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, float32 statistics and weight (HF *RMSNorm)."""
+
+    def __init__(self, dim: int, layers: int | None, *, eps: float, offset: float, param_dtype: DTypeLike) -> None:
+        lead, axes = ((), ()) if layers is None else ((layers,), ("layers",))
+        self.scale = nnx.Param(jnp.full((*lead, dim), 1 - offset, param_dtype), axes=(*axes, "act_embed"))
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)

@@ -1,0 +1,72 @@
+"""Rotary position embeddings, with the frequency scalings of HF (modeling_rope_utils.py)."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cft_jax.models.config import LinearScaling, Llama3Scaling, Rope, YarnScaling
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, "half"], float]:
+    """Angle per position of each pair of dimensions, and the factor on cos and sin.
+
+    float32 arithmetic in HF's order of operations, so that angles at long positions agree to the last bit.
+
+    Returns:
+      float32 [H/2] in radians per position, and the amplitude (1 except for YaRN).
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = (np.float32(1.0) / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
+    match rope.scaling:
+        case None:
+            return inverse, 1.0
+        case LinearScaling(factor=factor):
+            return inverse / np.float32(factor), 1.0
+        case Llama3Scaling() as scaling:
+            return _llama3(inverse, scaling), 1.0
+        case YarnScaling() as scaling:
+            return _yarn(inverse, scaling, rope.theta, head_dim), scaling.attention_factor
+
+
+def _llama3(inverse: np.ndarray, s: Llama3Scaling) -> np.ndarray:
+    wavelength = 2 * math.pi / inverse
+    low, high = s.original_length / s.low_freq_factor, s.original_length / s.high_freq_factor
+    smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    ramp = (1 - smooth) * inverse / s.factor + smooth * inverse
+    scaled = np.where(wavelength > low, inverse / s.factor, np.where(wavelength < high, inverse, ramp))
+    return scaled.astype(np.float32)
+
+
+def _yarn(inverse: np.ndarray, s: YarnScaling, theta: float, head_dim: int) -> np.ndarray:
+    def dimension_of(rotations: float) -> float:
+        """Dimension whose angle makes this many turns over the original length."""
+        return head_dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(s.beta_fast), dimension_of(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    keep = np.float32(1) - ramp
+    return (inverse / np.float32(s.factor) * (np.float32(1) - keep) + inverse * keep).astype(np.float32)
+
+
+def cos_sin(
+    rope: Rope, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
+    """float32 cosines and sines, h = H/2, the scaling's amplitude included."""
+    inverse, amplitude = inverse_frequencies(rope, head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * inverse
+    return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]
+) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (i, i + H/2), in float32; returns the dtype of `x`."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

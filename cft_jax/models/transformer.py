@@ -1,0 +1,215 @@
+"""One decoder-only transformer for all families: embeddings, scanned layers, final norm, head."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from cft_jax.models.attention import Attention, Segment, tree_visible
+from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig
+from cft_jax.models.layers import RmsNorm, einsum, normal_param
+from cft_jax.models.mlp import Mlp
+from cft_jax.models.moe import MoeMlp
+from cft_jax.models.rope import cos_sin
+from cft_jax.sharding.rules import constrain
+
+REMAT = ("none", "full", "dots")
+
+
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens in every layer.
+
+    `keys[s][p]` and `values[s][p]` belong to position p of the pattern in stack s. R may be smaller than the number
+    of rows that attend (see `Segment`): one prompt's cache serves all its samples.
+
+    Attributes:
+      keys: arrays [L, R, S, K, H], rotated.
+      values: arrays [L, R, S, K, H].
+      positions: of the cached tokens.
+      visible: which of them may be seen, by every query ([R, 1, S]) or by each ([R, B/R*T, S]).
+    """
+
+    keys: tuple[tuple[Float[Array, "L R S K H"], ...], ...]
+    values: tuple[tuple[Float[Array, "L R S K H"], ...], ...]
+    positions: Int[Array, "R S"]
+    visible: Bool[Array, "R #Q S"]
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward with their norms and residuals; weights carry a leading layer axis."""
+
+    def __init__(
+        self, config: ModelConfig, layers: int, *, lora: LoraSpec | None, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        def norm() -> RmsNorm:
+            return RmsNorm(
+                config.embed_dim, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype
+            )
+
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.post_attn_norm = norm() if config.post_norms else None
+        self.post_mlp_norm = norm() if config.post_norms else None
+        self.attn = Attention(config, layers, lora=lora, param_dtype=param_dtype, rngs=rngs)
+        make_mlp = Mlp if isinstance(config.mlp, GatedMlp) else MoeMlp
+        self.mlp = make_mlp(config.mlp, config.embed_dim, layers, lora=lora, param_dtype=param_dtype, rngs=rngs)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        spec: LayerSpec,
+        rope: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
+        positions: Int[Array, "B T"],
+        visible: Bool[Array, "B T T"],
+        context: tuple[tuple[Segment, Int[Array, "R S"]], ...],
+        *,
+        key: Key[Array, ""] | None,
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        """One layer; arguments as `Attention.__call__`, activations before the norm."""
+        attended, new = self.attn(self.attn_norm(x), spec, rope, positions, visible, context, key=key, mesh=mesh)
+        x = x + (attended if self.post_attn_norm is None else self.post_attn_norm(attended))
+        fed = self.mlp(self.mlp_norm(x), key=key, mesh=mesh)
+        x = x + (fed if self.post_mlp_norm is None else self.post_mlp_norm(fed))
+        return constrain(x, ("batch", "length", "act_embed"), mesh), new
+
+
+class Transformer(nnx.Module):
+    """The language model.
+
+    Args:
+      config: sizes and switches.
+      lora: adapters on the layers it names, or None.
+      dtype: of activations and matrix products; norms, softmax, router, head and adapters are float32.
+      param_dtype: of the stored base weights; adapters are float32.
+      remat: what the backward pass computes again: "none", "full" (whole layers) or "dots" (all but matrix products).
+      mesh: for sharding constraints; None on one device.
+      rngs: streams `params` and `lora`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        lora: LoraSpec | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.bfloat16,
+        remat: str = "none",
+        mesh: Mesh | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r} must be one of {', '.join(REMAT)}")
+        V, D = config.vocab_size, config.embed_dim
+        self.embed = normal_param(rngs.params(), (V, D), ("vocab", "embed"), D, param_dtype)
+        self.stacks = nnx.List(
+            nnx.List(Block(config, repeats, lora=lora, param_dtype=param_dtype, rngs=rngs) for _ in pattern)
+            for repeats, pattern in config.stacks
+        )
+        self.final_norm = RmsNorm(D, None, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
+        self.head = None if config.tie_head else normal_param(rngs.params(), (V, D), ("vocab", "embed"), D, param_dtype)
+        self.config, self.lora_spec = config, lora
+        self.dtype, self.param_dtype, self.remat, self.mesh = jnp.dtype(dtype), jnp.dtype(param_dtype), remat, mesh
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"] | None = None,
+        mask: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Logits of every position, float32; jitted.
+
+        Args:
+          tokens: ids.
+          positions: by default each row counts its real tokens from 0.
+          mask: true at real tokens; padding may stand on either side and its logits mean nothing.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        return _all_logits(self, tokens, jnp.asarray(positions, jnp.int32), mask)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        until: Int[Array, "B T"],
+        *,
+        context: tuple[KVCache, ...] = (),
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Activations after the final norm, and the new keys and values.
+
+        Args:
+          tokens: ids.
+          positions: for the rotary embedding and the windows.
+          until: key j of a row is seen by its queries i with j <= i < until[j]; 0 at padding.
+          context: caches of earlier tokens that the rows also attend to.
+          key: dropout of the adapters; None switches it off.
+
+        Returns:
+          hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with until > 0).
+        """
+        x = self.embed[...][tokens].astype(self.dtype)
+        if self.config.embed_scale != 1.0:
+            # HF rounds the scale to the parameters' dtype before it multiplies (sqrt(1152) is 34 in bfloat16).
+            x = x * jnp.asarray(self.config.embed_scale, self.param_dtype).astype(self.dtype)
+        x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
+        visible = tree_visible(until)
+        specs = {spec.rope for spec in self.config.layer_pattern}
+        ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in specs}
+        keys, values = [], []
+        for s, (blocks, (repeats, pattern)) in enumerate(zip(self.stacks, self.config.stacks, strict=True)):
+            graphdef, state = nnx.split(blocks)
+            earlier = tuple((cache.keys[s], cache.values[s]) for cache in context)
+            seeds = None if key is None else jax.random.split(jax.random.fold_in(key, s), repeats)
+
+            def period(x, xs, graphdef=graphdef, pattern=pattern):
+                state, earlier, seed = xs
+                new = []
+                for p, (block, spec) in enumerate(zip(nnx.merge(graphdef, state), pattern, strict=True)):
+                    segments = tuple(
+                        (Segment(k[p], v[p], cache.visible), cache.positions)
+                        for (k, v), cache in zip(earlier, context, strict=True)
+                    )
+                    layer_key = None if seed is None else jax.random.fold_in(seed, p)
+                    x, kv = block(
+                        x, spec, ropes[spec.rope], positions, visible, segments, key=layer_key, mesh=self.mesh
+                    )
+                    new.append(kv)
+                return x, new
+
+            x, new = jax.lax.scan(self._rematerialised(period), x, (state, earlier, seeds))
+            keys.append(tuple(k for k, _ in new))
+            values.append(tuple(v for _, v in new))
+        cache = KVCache(tuple(keys), tuple(values), positions, (until > 0)[:, None, :])
+        return self.final_norm(x), cache
+
+    def _rematerialised(self, period):
+        if self.remat == "none":
+            return period
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        return jax.checkpoint(period, policy=policy, prevent_cse=False)
+
+    def head_kernel(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits: the embedding where they are tied."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 logits of hidden states, soft-capped where the model says so."""
+        z = einsum("...D,VD->...V", hidden, self.head_kernel().astype(hidden.dtype), out_dtype=jnp.float32)
+        cap = self.config.final_softcap
+        return z if cap is None else cap * jnp.tanh(z / cap)
+
+
+@nnx.jit
+def _all_logits(
+    model: Transformer, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L V"]:
+    until = jnp.where(mask, tokens.shape[1], 0)
+    hidden, _ = model.hidden(tokens, positions, until)
+    return model.logits(hidden)
