@@ -1,0 +1,25 @@
+"""Distributions as prompts name them: families, splits of prompts, output spaces, parsing of answers."""
+
+from cft_jax.distributions.families import FAMILIES, HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
+from cft_jax.distributions.output_space import NumberSpace, OutputSpace, number_space, output_space
+from cft_jax.distributions.splits import SPLITS, PromptSpec, build_splits, spread
+from cft_jax.distributions.tasks import SpaceSettings, Task, task_from_spec
+
+__all__ = [
+    "FAMILIES",
+    "HELDOUT_FAMILIES",
+    "SPLITS",
+    "TRAIN_FAMILIES",
+    "Family",
+    "NumberSpace",
+    "OutputSpace",
+    "PromptSpec",
+    "SpaceSettings",
+    "Task",
+    "build_splits",
+    "find_family",
+    "number_space",
+    "output_space",
+    "spread",
+    "task_from_spec",
+]

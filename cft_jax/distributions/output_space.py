@@ -1,0 +1,267 @@
+"""Output spaces: the strings that answer a prompt and their probabilities.
+
+The paper's discretisation (arXiv 2605.11845): a continuous family is cut at two quantiles and covered by at most
+`max_bins` decimal numbers, each standing for its bin; an integer family lists its integers from below. Nothing larger
+than the kept numbers is ever made, however wide the range.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Real
+
+from cft_jax.common.errors import UserError
+from cft_jax.distributions.families import Family, find_family
+from cft_jax.distributions.splits import PromptSpec
+
+SUM_TOLERANCE = 1e-6
+# Above 2**50 the double k * 10**-d no longer prints as the integer k with its decimal point moved d places.
+_LARGEST_INTEGER = 2.0**50
+
+
+@dataclass(frozen=True, eq=False)
+class OutputSpace:
+    """Listed strings and their probabilities, in a fixed order; strings of zero probability stay in.
+
+    Attributes:
+      values: the strings, all different; any text.
+      probabilities: float64[N]; on construction checked and divided by its sum, then read-only.
+      lower_bound, upper_bound: the range of a number's space before rounding to decimals; NaN for other strings.
+
+    Raises:
+      UserError: on construction, no values, repeated values, another number of probabilities than of values,
+        a probability that is negative or not finite, or a sum further than 1e-6 from 1.
+    """
+
+    values: tuple[str, ...]
+    probabilities: Float[np.ndarray, "N"]
+    lower_bound: float = math.nan
+    upper_bound: float = math.nan
+
+    def __post_init__(self):
+        values = tuple(self.values)
+        probabilities = np.array(self.probabilities, dtype=np.float64)
+        _check_listed(values, probabilities)
+        probabilities /= probabilities.sum()
+        probabilities.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "probabilities", probabilities)
+
+
+@dataclass(frozen=True, eq=False)
+class NumberSpace:
+    """The output space of a family, its strings not yet written: item i is the integer k_i times 10**-num_decimals.
+
+    The k_i are `probabilities.size` of the `range_size` consecutive integers from `first`, evenly thinned. A stream
+    that draws few of many values keeps this record and writes only the strings it draws.
+
+    Attributes:
+      first: the smallest k, an integer; -0.0 for the string "-0.00" that the paper's rounding makes.
+      range_size: how many integers the range holds.
+      num_decimals: decimals of the strings; 0 for integer families.
+      probabilities: float64[N], read-only, sums to 1.
+      lower_bound, upper_bound: the range before rounding to decimals.
+    """
+
+    first: float
+    range_size: float
+    num_decimals: int
+    probabilities: Float[np.ndarray, "N"]
+    lower_bound: float
+    upper_bound: float
+
+    def integers(self, indices: Int[np.ndarray, "M"] | None = None) -> Float[np.ndarray, "M"]:
+        """The integers k of these items (all when None), as exact doubles."""
+        return _thinned(self.first, self.range_size, self.probabilities.size, indices)
+
+    def strings(self, indices: Int[np.ndarray, "M"] | None = None) -> list[str]:
+        """The strings of these items (all when None)."""
+        return decimal_strings(self.integers(indices), self.num_decimals)
+
+    def listed(self) -> OutputSpace:
+        """The space with all its strings written."""
+        return OutputSpace(tuple(self.strings()), self.probabilities, self.lower_bound, self.upper_bound)
+
+
+def output_space(
+    spec: PromptSpec,
+    *,
+    num_decimals: int,
+    max_bins: int,
+    quantile_low: float = 0.001,
+    quantile_high: float = 0.999,
+    tail_policy: str = "clip_to_edge_bin",
+) -> OutputSpace:
+    """The paper's output space of a prompt; see `number_space` for the arguments and errors."""
+    return number_space(
+        spec,
+        num_decimals=num_decimals,
+        max_bins=max_bins,
+        quantile_low=quantile_low,
+        quantile_high=quantile_high,
+        tail_policy=tail_policy,
+    ).listed()
+
+
+def number_space(
+    spec: PromptSpec,
+    *,
+    num_decimals: int,
+    max_bins: int,
+    quantile_low: float = 0.001,
+    quantile_high: float = 0.999,
+    tail_policy: str = "clip_to_edge_bin",
+) -> NumberSpace:
+    """The paper's output space of a prompt, without writing its strings.
+
+    Args:
+      spec: only `family_id` and `parameters` matter.
+      num_decimals: decimals of continuous values.
+      max_bins: largest number of values.
+      quantile_low: where a continuous family, or an integer family unbounded below, is cut.
+      quantile_high: where a continuous family, or an integer family unbounded above, is cut.
+      tail_policy: `clip_to_edge_bin` gives what lies beyond the cuts to the first and last value (integers: beyond
+        the last to the last); any other drops it.
+
+    Raises:
+      UserError: bad parameters or settings, a range too wide for doubles, or kept integers without any probability.
+    """
+    family = find_family(spec.family_id)
+    distribution = family.frozen(spec.parameters)
+    if not 0 < quantile_low < quantile_high < 1:
+        raise UserError(
+            f"quantile_low={quantile_low} and quantile_high={quantile_high} must satisfy 0 < low < high < 1"
+        )
+    if max_bins < 2 or num_decimals < 0:
+        raise UserError(f"max_bins={max_bins} must be at least 2 and num_decimals={num_decimals} at least 0")
+    support = family.support(spec.parameters)
+    cuts = _cuts(family, spec, distribution, quantile_low, quantile_high)
+    clip = tail_policy == "clip_to_edge_bin"
+    if family.integer_only:
+        return _integer_space(spec, distribution, support, cuts, max_bins, clip)
+    bounds = max(cuts[0], support[0]), min(cuts[1], support[1])
+    return _continuous_space(spec, distribution, bounds, num_decimals, max_bins, clip)
+
+
+def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[str]:
+    """Writes k·10**-num_decimals for every k with exactly `num_decimals` decimals; -0.0 keeps its sign.
+
+    Equals `f"{k * 10.0**-d:.{d}f}"` for |k| < 2**50, at a third of its time: all digits of all numbers are computed
+    at once in a byte matrix, whose unused leading places are then left out.
+    """
+    if integers.size == 0:
+        return []
+    rest = np.abs(integers).astype(np.int64)
+    num_digits = max(len(str(int(rest.max()))), num_decimals + 1)
+    point = int(num_decimals > 0)
+    # Columns: sign, digits of the whole part, point, decimals, newline.
+    text = np.empty((integers.size, num_digits + point + 2), dtype=np.uint8)
+    for place in range(num_digits):
+        rest, digit = np.divmod(rest, 10)
+        text[:, -2 - place - (point if place >= num_decimals else 0)] = digit + ord("0")
+    if point:
+        text[:, -2 - num_decimals] = ord(".")
+    text[:, -1] = ord("\n")
+    text[:, 0] = ord("-")
+    keep = np.ones(text.shape, dtype=bool)
+    keep[:, 0] = np.signbit(integers)
+    num_whole = num_digits - num_decimals
+    keep[:, 1:num_whole] = np.cumsum(text[:, 1:num_whole] != ord("0"), axis=1) > 0
+    return text[keep].tobytes().decode("ascii").split("\n")[:-1]
+
+
+def _check_listed(values: tuple[str, ...], probabilities: np.ndarray) -> None:
+    if not values:
+        raise UserError("an output space needs at least one value")
+    if probabilities.shape != (len(values),):
+        raise UserError(f"{len(values)} values need as many probabilities, not an array of shape {probabilities.shape}")
+    if len(set(values)) < len(values):
+        seen: set[str] = set()
+        repeated = next(value for value in values if value in seen or seen.add(value))
+        raise UserError(f"value {repeated!r} occurs more than once; add its probabilities up")
+    bad = ~(np.isfinite(probabilities) & (probabilities >= 0))
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise UserError(f"probability {probabilities[first]} of {values[first]!r} must be finite and not negative")
+    total = float(probabilities.sum())
+    if abs(total - 1) > SUM_TOLERANCE:
+        raise UserError(f"probabilities sum to {total:.9g}; they must sum to 1 within {SUM_TOLERANCE:g}")
+
+
+def _cuts(family: Family, spec: PromptSpec, distribution: Any, low: float, high: float) -> tuple[float, float]:
+    lower, upper = (float(value) for value in distribution.ppf([low, high]))
+    if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
+        raise UserError(
+            f"{family.family_id} with {dict(spec.parameters)}: the quantiles at {low} and {high} are {lower} and "
+            f"{upper}, outside the range of doubles; take milder parameters or quantiles"
+        )
+    return lower, upper
+
+
+def _continuous_space(
+    spec: PromptSpec, distribution: Any, bounds: tuple[float, float], num_decimals: int, max_bins: int, clip: bool
+) -> NumberSpace:
+    lower, upper = bounds
+    step = 10.0**-num_decimals
+    first, last = float(np.ceil(lower / step)), float(np.floor(upper / step))
+    if max(abs(first), abs(last)) >= _LARGEST_INTEGER:
+        raise UserError(
+            f"{spec.family_id} with {dict(spec.parameters)} reaches from {lower:.6g} to {upper:.6g}, too far for "
+            f"doubles with num_decimals={num_decimals}; take fewer decimals or narrower quantiles"
+        )
+    if last < first:
+        # No number of these decimals lies between the bounds: the one nearest their middle stands for everything.
+        only = round((lower + upper) / 2, num_decimals)
+        return _frozen_space(float(np.round(only / step)), 1.0, num_decimals, np.ones(1), bounds)
+    size = last - first + 1
+    numbers = _thinned(first, size, int(min(size, max_bins)), None) * step
+    cdf = distribution.cdf(np.concatenate([[lower], (numbers[:-1] + numbers[1:]) / 2, [upper]]))
+    masses = np.diff(cdf)
+    if clip:
+        masses[0] += cdf[0]
+        masses[-1] += 1 - cdf[-1]
+    return _frozen_space(first, size, num_decimals, np.clip(masses, 0, None), bounds)
+
+
+def _integer_space(
+    spec: PromptSpec,
+    distribution: Any,
+    support: tuple[float, float],
+    cuts: tuple[float, float],
+    max_bins: int,
+    clip: bool,
+) -> NumberSpace:
+    first = math.floor(support[0] if math.isfinite(support[0]) else cuts[0])
+    last = math.ceil(support[1] if math.isfinite(support[1]) else cuts[1])
+    # The paper keeps the first max_bins integers and drops the rest of a bounded support.
+    last = min(last, first + max_bins - 1)
+    numbers = np.arange(first, last + 1, dtype=np.float64)
+    masses = np.clip(distribution.pmf(numbers), 0, None)
+    if clip and math.isinf(support[1]):
+        masses[-1] += 1 - distribution.cdf(last)
+    if not masses.sum() > 0:
+        raise UserError(
+            f"{spec.family_id} with {dict(spec.parameters)}: the integers {first} to {last} have no probability; "
+            f"max_bins={max_bins} must be larger"
+        )
+    return _frozen_space(float(first), float(numbers.size), 0, masses, (float(first), float(last)))
+
+
+def _frozen_space(
+    first: float, range_size: float, num_decimals: int, masses: np.ndarray, bounds: tuple[float, float]
+) -> NumberSpace:
+    probabilities = masses / masses.sum()
+    probabilities.flags.writeable = False
+    return NumberSpace(first, range_size, num_decimals, probabilities, *bounds)
+
+
+def _thinned(first: float, size: float, count: int, indices: np.ndarray | None) -> Float[np.ndarray, "M"]:
+    """Items `indices` of first + trunc(linspace(0, size - 1, count)), computed as numpy.linspace does, bit by bit."""
+    if indices is None:
+        indices = np.arange(count)
+    if count == 1:
+        return np.full(indices.shape, first)
+    offsets = np.floor(indices * ((size - 1) / (count - 1)))
+    return first + np.where(indices == count - 1, size - 1, offsets)

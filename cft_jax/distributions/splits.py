@@ -1,0 +1,181 @@
+"""Prompts and splits: families and grids of parameters → the prompts to train on and the prompts to test."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cft_jax.common.errors import UserError
+from cft_jax.distributions.families import HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
+from cft_jax.distributions.grids import GRIDS, Axis, between, resampled
+
+_T = TypeVar("_T")
+
+TRAIN, UNSEEN, OOD = "train", "test_unseen_params", "test_ood_family"
+SPLITS = (TRAIN, UNSEEN, OOD)
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """One prompt and the distribution it names; a plain record, nothing is derived or checked.
+
+    `parameters` are in the order in which the prompt prints them.
+    """
+
+    split: str
+    family_id: str
+    distribution_id: str
+    parameters: Mapping[str, float | int]
+    prompt: str
+
+
+def build_splits(
+    *,
+    selection: str = "full_grid",
+    train_families: Sequence[str] = (),
+    heldout_families: Sequence[str] = (),
+    unseen: str = "outside",
+    grid_points: int = 0,
+    readable_parameters: bool = False,
+    max_prompts_per_split: int = 0,
+) -> dict[str, list[PromptSpec]]:
+    """The prompts of the three splits `train`, `test_unseen_params` and `test_ood_family`.
+
+    Order: families as listed; in a family the Cartesian product of its axes, the last axis fastest.
+
+    Args:
+      selection: `full_grid`, or `paper_selected` for the paper's few test prompts per family.
+      train_families: families to train on, in this order; empty for the paper's 24 (less those held out here).
+      heldout_families: families only tested, in this order; empty for the paper's 6 (less those trained on here).
+      unseen: where the unseen parameters of the trained families lie: `outside` the trained ranges (the paper's), or
+        `inside` them, half-way between neighbouring values of the training grid in every parameter.
+      grid_points: values per axis of the training grid, over the paper's ranges; 0 for the paper's own.
+      readable_parameters: round parameters to 6 significant digits and print them in the shortest form; the
+        distribution is that of the printed values. Otherwise they print as Python's repr (the paper's prompts).
+      max_prompts_per_split: cap on each of the two test splits, shared out over its families; 0 for none.
+
+    Raises:
+      UserError: unknown families or options, a family in both roles, or options that contradict each other.
+    """
+    _check_choice("selection", selection, ("full_grid", "paper_selected"))
+    _check_choice("unseen", unseen, ("outside", "inside"))
+    if selection == "paper_selected" and unseen == "inside":
+        raise UserError("selection=paper_selected lists parameters outside the trained ranges; set unseen=outside")
+    trained, held_out = _roles(train_families, heldout_families)
+    selected = selection == "paper_selected"
+    splits: dict[str, list[PromptSpec]] = {TRAIN: [], UNSEEN: [], OOD: []}
+    for family in trained:
+        grids = GRIDS[family.family_id]
+        main = resampled(family, grids.main, grid_points) if grid_points else grids.main
+        splits[TRAIN] += _specs(TRAIN, family, _points(main), readable_parameters)
+        if selected:
+            points = list(grids.selected)
+        else:
+            points = _points(between(family, main) if unseen == "inside" else _beyond(family))
+        splits[UNSEEN] += _specs(UNSEEN, family, points, readable_parameters)
+    for family in held_out:
+        grids = GRIDS[family.family_id]
+        points = list(grids.selected) if selected else _points(grids.main)
+        splits[OOD] += _specs(OOD, family, points, readable_parameters)
+    _check_distinct(splits)
+    for name in (UNSEEN, OOD):
+        if max_prompts_per_split:
+            splits[name] = spread(splits[name], max_prompts_per_split, lambda spec: spec.family_id)
+    return splits
+
+
+def prompt_text(family: Family, parameters: Mapping[str, float | int], *, readable: bool = False) -> str:
+    """The paper's user message asking for one number."""
+    show = readable_number if readable else repr
+    shown = ", ".join(f"{name}={show(float(parameters[name]))}" for name in family.parameter_names)
+    return (
+        f"Generate exactly ONE random number from a {family.display_name} distribution with parameters {shown}. "
+        "Output ONLY the number."
+    )
+
+
+def distribution_id(family: Family, parameters: Mapping[str, float | int]) -> str:
+    """A name fit for files: the family's id and every parameter, `-` as `m`, `.` as `p`, at most 6 decimals."""
+    parts = [family.family_id]
+    for name in family.parameter_names:
+        value = float(parameters[name])
+        shown = str(int(value)) if value.is_integer() else f"{value:.6f}".rstrip("0").rstrip(".")
+        parts.append(f"_{name}_{shown.replace('-', 'm').replace('.', 'p')}")
+    return "".join(parts)
+
+
+def readable_number(value: float) -> str:
+    """The shortest form of a number: whole ones without a point, others with at most 6 significant digits."""
+    return str(int(value)) if value.is_integer() else f"{value:.6g}"
+
+
+def spread(items: Sequence[_T], limit: int, group: Callable[[_T], str]) -> list[_T]:
+    """At most `limit` items, shared out evenly over their groups and evenly spaced in each; the order is kept."""
+    if limit >= len(items):
+        return list(items)
+    sizes = Counter(group(item) for item in items)
+    quota = dict.fromkeys(sizes, 0)
+    left = limit
+    while left:
+        for name in [name for name in sizes if quota[name] < sizes[name]][:left]:
+            quota[name] += 1
+            left -= 1
+    taken, seen = [], dict.fromkeys(sizes, 0)
+    for item in items:
+        name = group(item)
+        index = seen[name]
+        seen[name] += 1
+        # The items at which floor(index * quota / size) steps up: `quota` of them, evenly spaced.
+        if (index + 1) * quota[name] // sizes[name] > index * quota[name] // sizes[name]:
+            taken.append(item)
+    return taken
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def _roles(train_families: Sequence[str], heldout_families: Sequence[str]) -> tuple[list[Family], list[Family]]:
+    both = [name for name in train_families if name in heldout_families]
+    if both:
+        raise UserError(f"{', '.join(both)} cannot be trained on and held out; take it from one of the two lists")
+    for name, given in (("train_families", train_families), ("heldout_families", heldout_families)):
+        if len(set(given)) < len(given):
+            raise UserError(f"{name}={tuple(given)} names a family twice")
+    trained = train_families or [name for name in TRAIN_FAMILIES if name not in heldout_families]
+    held_out = heldout_families or [name for name in HELDOUT_FAMILIES if name not in train_families]
+    return [find_family(name) for name in trained], [find_family(name) for name in held_out]
+
+
+def _beyond(family: Family) -> tuple[Axis, ...]:
+    axes = GRIDS[family.family_id].beyond
+    if not axes:
+        raise UserError(f"{family.family_id} has no parameters outside its training grid; set unseen=inside")
+    return axes
+
+
+def _points(axes: tuple[Axis, ...]) -> list[tuple[float, ...]]:
+    return list(itertools.product(*(axis.values for axis in axes)))
+
+
+def _specs(split: str, family: Family, points: list[tuple[float, ...]], readable: bool) -> list[PromptSpec]:
+    specs = []
+    for point in points:
+        parameters = family.prompt_parameters(dict(zip(family.grid_parameter_names, point, strict=True)))
+        if readable:
+            parameters = {name: float(readable_number(value)) for name, value in parameters.items()}
+        name = distribution_id(family, parameters)
+        specs.append(
+            PromptSpec(split, family.family_id, name, parameters, prompt_text(family, parameters, readable=readable))
+        )
+    return specs
+
+
+def _check_distinct(splits: Mapping[str, Sequence[PromptSpec]]) -> None:
+    """A grid so dense that two of its points have one name would test on prompts that were trained on."""
+    counts = Counter(spec.distribution_id for specs in splits.values() for spec in specs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(f"{len(repeated)} distributions occur twice, such as {repeated[0]}; take fewer grid points")
