@@ -191,7 +191,8 @@ def _check_listed(values: tuple[str, ...], probabilities: np.ndarray) -> None:
 
 
 def _cuts(family: Family, spec: PromptSpec, distribution: Any, low: float, high: float) -> tuple[float, float]:
-    lower, upper = (float(value) for value in distribution.ppf([low, high]))
+    with np.errstate(over="ignore"):
+        lower, upper = (float(value) for value in distribution.ppf([low, high]))
     if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
         raise UserError(
             f"{family.family_id} with {dict(spec.parameters)}: the quantiles at {low} and {high} are {lower} and "
