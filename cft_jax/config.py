@@ -181,8 +181,8 @@ class Config:
 
 
 def default_config_dict() -> ConfigDict:
-    """The defaults as a ConfigDict, which refuses unknown fields and other types."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    """The defaults as a locked ConfigDict, which refuses unknown fields and other types."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
@@ -216,6 +216,8 @@ def _value(default: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path}={value!r} must be a tuple such as {default!r}")
         items = tuple(value)
+        if len(items) == 1 and isinstance(items[0], str):  # --config.x=a,b arrives as one string
+            items = tuple(item.strip() for item in items[0].split(",") if item.strip())
         kind = type(default[0]) if default else str
         if not all(type(item) is kind for item in items):
             raise UserError(f"{path}={value!r} must hold only {kind.__name__} values")

@@ -1,0 +1,133 @@
+"""The manners shared by every command: flags, configs, one-line errors, exit codes.
+
+A user's mistake (`UserError`, an unknown flag or config field, a wrong type) prints one line and exits with 2. Every
+other exception is our own mistake: it keeps its stack trace and exits with 1.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from cft_jax.common.errors import UserError
+
+Main = Callable[[flags.FlagValues], None]
+
+
+def new_flags(*, config: bool) -> flags.FlagValues:
+    """Flag values of one command, apart from absl's global ones: help, verbosity and, where wanted, `--config`."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("quiet", False, "Print warnings and the final summary only.", flag_values=values)
+    flags.DEFINE_bool("verbose", False, "Print debugging messages too.", flag_values=values)
+    if config:
+        config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "Config file, with an argument after a colon where it takes one (configs/llama.py:3b); "
+            "override fields by --config.a.b=value.",
+            lock_config=True,
+            flag_values=values,
+        )
+    return values
+
+
+def run(main: Main, values: flags.FlagValues, description: str, argv: Sequence[str] | None = None) -> None:
+    """Parses the command line into `values`, sets up logging, calls `main`, and exits with the code that fits.
+
+    Args:
+      main: the command's work; receives the parsed flags.
+      values: made by `new_flags`, with the command's own flags defined on it.
+      description: what the command does, for `--help`.
+      argv: program name and arguments; `sys.argv` by default.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        if any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv[1:]):
+            sys.stdout.write(_help(values, description))
+            sys.exit(0)
+        _parse(values, argv)
+        _set_up_logging(quiet=bool(values["quiet"].value), verbose=bool(values["verbose"].value))
+        main(values)
+    except UserError as error:
+        sys.stderr.write(f"{_red('error:')} {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
+        sys.exit(130)
+
+
+def config_of(values: flags.FlagValues) -> ConfigDict:
+    """The ConfigDict of `--config`, with its overrides.
+
+    Raises:
+      UserError: no `--config` was given.
+    """
+    config = values["config"].value
+    if config is None:
+        raise UserError("--config is missing; try --config=configs/demo.py, which needs no network and no accelerator")
+    return config
+
+
+def config_name(values: flags.FlagValues) -> str:
+    """Name of the config file with its argument, fit for a directory: `configs/llama.py:3b` is `llama-3b`."""
+    file, _, argument = config_flags.get_config_filename(values["config"]).partition(":")
+    return Path(file).stem + (f"-{re.sub('[^A-Za-z0-9._-]+', '-', argument)}" if argument else "")
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    for arg in argv[1:]:
+        if arg.startswith("--config=") and not Path(arg.removeprefix("--config=").partition(":")[0]).is_file():
+            raise UserError(f"{arg}: there is no such file; configs lie in configs/, for example configs/demo.py")
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_mended(error)) from error
+    if len(rest) > 1 and "args" not in values:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, see --help")
+
+
+def _mended(error: Exception) -> str:
+    """The message of an absl or ml_collections error, without their Python-level wording."""
+    text = str(error.args[0] if error.args else error).replace("FATAL Flags parsing error: ", "")
+    near = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
+    if isinstance(error, AttributeError | KeyError):
+        name = near.group(2) if near else text.strip("'\" ").split()[0]
+        return f"unknown config field {name!r}; " + (f"did you mean {near.group(1)!r}?" if near else "see --help")
+    return text
+
+
+def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logging.set_stderrthreshold("debug" if verbose else "warning" if quiet else "info")
+    handler = logging.get_absl_handler()
+    handler.setFormatter(None if verbose else _Plain())
+    # XLA's and transformers' own chatter is of no use to a reader of the run's log.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if verbose else "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Plain(logging.PythonFormatter):
+    """The message alone; warnings and errors say that they are."""
+
+    def format(self, record):
+        text = record.getMessage()
+        return text if record.levelno < 30 else f"{record.levelname.lower()}: {text}"
+
+
+def _red(text: str) -> str:
+    return f"\033[31m{text}\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text
+
+
+def _help(values: flags.FlagValues, description: str) -> str:
+    lines = [description.strip(), "", "Flags:"]
+    for name in sorted(name for name in values if len(name) > 1):
+        flag = values[name]
+        default = "" if flag.default in (None, False, "") else f" (default: {flag.default})"
+        lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join(lines) + "\n"
