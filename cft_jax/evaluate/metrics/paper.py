@@ -1,0 +1,171 @@
+"""The paper's figures of sampled numbers: moments, Wasserstein-1 and goodness of fit, under the paper's names.
+
+Several are unsound as statistics: the chi-square test pools no cells, the Anderson-Darling test fits the parameters
+to the sample, Kolmogorov-Smirnov ignores that values are rounded. Sound ones stand beside them in `sound.py`.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from cft_jax.distributions.families import Family, find_family
+from cft_jax.distributions.splits import PromptSpec
+
+MAX_CHI_SQUARE_CELLS = 10**7
+_MIN_EXPECTED = 1e-12
+
+# Values at 5 % of Stephens (1974, 1979) and their corrections for n observations, as in scipy.stats.anderson, which
+# knows none at 5 % for the Weibull distribution.
+_ANDERSON_NAMES = {"gaussian": "norm", "exponential": "expon", "logistic": "logistic", "weibull": "weibull_min"}
+_MIN_ANDERSON_OBSERVATIONS = 5
+
+
+def moment_errors(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
+    """Mean and variance of a sample, their errors, and Wasserstein-1.
+
+    Args:
+      values: the sample, in any order.
+      spec: the target; of it only `family_id` and `parameters` matter.
+
+    Returns:
+      `sample_mean`; `sample_variance` (divisor n); `mean_error` and `variance_error`, absolute differences from the
+      target's, NaN where that one is not finite; `wasserstein_1`. Without values NaN, and infinity for Wasserstein-1.
+    """
+    sample = np.asarray(values, np.float64)
+    target_mean, target_variance = (float(moment) for moment in _frozen(spec).stats(moments="mv"))
+    with np.errstate(all="ignore"):
+        mean = float(np.mean(sample)) if sample.size else math.nan
+        variance = float(np.var(sample)) if sample.size else math.nan
+    return {
+        "sample_mean": mean,
+        "sample_variance": variance,
+        "mean_error": _error(mean, target_mean),
+        "variance_error": _error(variance, target_variance),
+        "wasserstein_1": wasserstein_1(sample, spec),
+    }
+
+
+def wasserstein_1(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> float:
+    """Mean distance between the sorted sample and the target's quantiles at (i - 0.5)/n.
+
+    Args:
+      values: the sample, in any order; pairs that are not finite are left out.
+      spec: the target; of it only `family_id` and `parameters` matter.
+
+    Returns:
+      The distance in the units of the values; infinity without any.
+    """
+    sample = np.sort(np.asarray(values, np.float64))
+    if not sample.size:
+        return math.inf
+    return float(quantile_distance(sample, target_quantiles(spec, sample.size)))
+
+
+def target_quantiles(spec: PromptSpec, count: int) -> Float[np.ndarray, "N"]:
+    """The target's quantiles at (i - 0.5)/count, i from 1."""
+    return np.asarray(_frozen(spec).ppf((np.arange(1, count + 1) - 0.5) / count), np.float64)
+
+
+def quantile_distance(
+    sorted_sample: Float[np.ndarray, "*R N"], quantiles: Float[np.ndarray, "N"]
+) -> Float[np.ndarray, "*R"]:
+    """Mean |x_(i) - quantile_i| over finite pairs, of every sample; infinity where there is none."""
+    with np.errstate(all="ignore"):
+        distance = np.abs(sorted_sample - quantiles)
+    finite = np.isfinite(distance)
+    count = finite.sum(axis=-1)
+    total = np.where(finite, distance, 0.0).sum(axis=-1)
+    return np.where(count > 0, total / np.maximum(count, 1), math.inf)
+
+
+def goodness_of_fit(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float | str]:
+    """The paper's test of a sample against its target.
+
+    Continuous families: the two-sided Kolmogorov-Smirnov test with exact p-value, and for Gaussian, exponential,
+    logistic and Weibull with at least 5 values `anderson_statistic` and `anderson_critical_5pct` of the test that fits
+    the parameters to the sample. Integer families: chi-square over single integers without pooling.
+
+    Args:
+      values: the sample, in any order.
+      spec: the target; of it only `family_id` and `parameters` matter.
+
+    Returns:
+      `gof_test` (`ks` or `chi_square`), `gof_statistic`, `gof_pvalue`; NaN where there are too few values or more than
+      10 million cells.
+    """
+    sample = np.asarray(values, np.float64)
+    family = find_family(spec.family_id)
+    if family.integer_only:
+        statistic, pvalue = _chi_square(sample, spec, family)
+        return {"gof_test": "chi_square", "gof_statistic": statistic, "gof_pvalue": pvalue}
+    return {"gof_test": "ks", **_kolmogorov_smirnov(sample, spec), **_composite_anderson(sample, spec)}
+
+
+def _frozen(spec: PromptSpec) -> Any:
+    return find_family(spec.family_id).frozen(spec.parameters)
+
+
+def _error(value: float, target: float) -> float:
+    return abs(value - target) if math.isfinite(target) else math.nan
+
+
+def _kolmogorov_smirnov(sample: Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
+    if sample.size < 2:
+        return {"gof_statistic": math.nan, "gof_pvalue": math.nan}
+    result = stats.ks_1samp(sample, _frozen(spec).cdf, method="exact")
+    return {"gof_statistic": float(result.statistic), "gof_pvalue": float(result.pvalue)}
+
+
+def _composite_anderson(sample: Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
+    name = _ANDERSON_NAMES.get(spec.family_id)
+    if name is None or sample.size < _MIN_ANDERSON_OBSERVATIONS:
+        return {}
+    try:
+        # Warnings: of the fit, of constant samples (NaN, as in the paper) and of scipy's own changes of interface.
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            statistic = float(stats.anderson(sample, name).statistic)
+    except (ValueError, stats.FitError):
+        return {}
+    return {"anderson_statistic": statistic, "anderson_critical_5pct": _anderson_critical(name, sample.size)}
+
+
+def _anderson_critical(name: str, count: int) -> float:
+    if name == "norm":
+        return round(0.752 / (1.0 + 0.75 / count + 2.25 / count**2), 3)
+    if name == "expon":
+        return round(1.321 / (1.0 + 0.6 / count), 3)
+    if name == "logistic":
+        return round(0.660 / (1.0 + 0.25 / count), 3)
+    return math.nan
+
+
+def _chi_square(sample: Float[np.ndarray, "N"], spec: PromptSpec, family: Family) -> tuple[float, float]:
+    if not sample.size:
+        return math.nan, math.nan
+    frozen = family.frozen(spec.parameters)
+    lower, upper = family.support(spec.parameters)
+    integers = np.round(sample)
+    lo = lower if math.isfinite(lower) else min(float(integers.min()), math.floor(frozen.ppf(0.001)))
+    hi = upper if math.isfinite(upper) else max(float(integers.max()), math.ceil(frozen.ppf(0.999)))
+    if not hi - lo + 1 <= MAX_CHI_SQUARE_CELLS:
+        return math.nan, math.nan
+    inside = integers[(integers >= lo) & (integers <= hi)]
+    cells = np.arange(lo, hi + 1)
+    observed = np.bincount((inside - lo).astype(np.int64), minlength=cells.size).astype(np.float64)
+    probabilities = np.asarray(frozen.pmf(cells), np.float64)
+    # What lies beyond an unbounded side is a cell of its own; by construction nothing was observed there.
+    if not math.isfinite(lower):
+        observed, probabilities = np.append(observed, 0.0), np.append(probabilities, frozen.cdf(lo - 1))
+    if not math.isfinite(upper):
+        observed, probabilities = np.append(observed, 0.0), np.append(probabilities, frozen.sf(hi))
+    expected = np.maximum(probabilities * inside.size, _MIN_EXPECTED)
+    with np.errstate(all="ignore"):
+        expected *= observed.sum() / expected.sum()
+        statistic = float(np.sum((observed - expected) ** 2 / expected))
+    return statistic, float(stats.chi2.sf(statistic, len(observed) - 1))
