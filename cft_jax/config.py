@@ -89,6 +89,7 @@ class DataConfig:
     custom: str = ""
     duplicate_bos: bool = False
     readable_parameters: bool = False
+    grid_points: int = 0
     max_length: int = 256
     cache_dir: str = ""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -185,6 +186,15 @@ def default_config_dict() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
+def with_hard_targets(config: ConfigDict) -> ConfigDict:
+    """The paper's settings for hard targets: 16384 bins, 2 epochs of 16 samples per prompt."""
+    config.data.target = "hard"
+    config.data.max_bins = 16384
+    config.train.epochs = 2
+    config.train.samples_per_prompt_per_epoch = 16
+    return config
+
+
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
     """Turns a ConfigDict (or the mapping of a saved config.json) into a `Config`.
 
@@ -269,6 +279,7 @@ def _ranges(config: Config) -> list[str]:
         ("model.lora.rank", lora.rank, 1),
         ("data.num_decimals", data.num_decimals, 0),
         ("data.max_bins", data.max_bins, 2),
+        ("data.grid_points", data.grid_points, 0),
         ("data.max_length", data.max_length, 8),
         ("train.batch_size", train.batch_size, 1),
         ("train.epochs", train.epochs, 1),
