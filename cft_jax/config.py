@@ -186,12 +186,28 @@ def default_config_dict() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
-def with_hard_targets(config: ConfigDict) -> ConfigDict:
-    """The paper's settings for hard targets: 16384 bins, 2 epochs of 16 samples per prompt."""
-    config.data.target = "hard"
-    config.data.max_bins = 16384
-    config.train.epochs = 2
-    config.train.samples_per_prompt_per_epoch = 16
+def paper_config_dict(checkpoints: Mapping[str, str], argument: str) -> ConfigDict:
+    """The paper's settings for one of a family's models.
+
+    Args:
+      checkpoints: hub ids by size, the default size first.
+      argument: a size, `-hard` behind it for hard targets (16384 bins, 2 epochs of 16 samples per prompt); empty for
+        the first size with soft targets.
+
+    Raises:
+      ValueError: the argument names no such model.
+    """
+    size, _, target = argument.partition("-")
+    size = size or next(iter(checkpoints))
+    if size not in checkpoints or target not in ("", "soft", "hard"):
+        raise ValueError(f"{argument!r} names none of {', '.join(checkpoints)}, each with or without -hard behind it")
+    config = default_config_dict()
+    config.model.checkpoint = checkpoints[size]
+    if target == "hard":
+        config.data.target = "hard"
+        config.data.max_bins = 16384
+        config.train.epochs = 2
+        config.train.samples_per_prompt_per_epoch = 16
     return config
 
 
