@@ -1,0 +1,70 @@
+"""The loss of a batch of rows as a sum and its weight, so that batches of any make-up add up to one mean."""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cft_jax.objectives.head import HeadOptions, step_losses
+
+
+@runtime_checkable
+class ScoredBatch(Protocol):
+    """What the loss reads of a batch of B rows with P steps and K target entries each.
+
+    Attributes:
+      step_index: position in the row whose hidden state predicts the step.
+      step_weight: the step's share in the sum; 0 at padding.
+      target_step: the step an entry belongs to.
+      target_ids: the entry's token.
+      target_probs: the entry's probability, 0 at padding; they sum to 1 per step.
+      row_weight: what the row counts in the mean.
+    """
+
+    @property
+    def step_index(self) -> Int[Array, "B P"]: ...
+    @property
+    def step_weight(self) -> Float[Array, "B P"]: ...
+    @property
+    def target_step(self) -> Int[Array, "B K"]: ...
+    @property
+    def target_ids(self) -> Int[Array, "B K"]: ...
+    @property
+    def target_probs(self) -> Float[Array, "B K"]: ...
+    @property
+    def row_weight(self) -> Float[Array, "B"]: ...
+
+
+def batch_loss(
+    hidden: Float[Array, "B T D"], kernel: Float[Array, "V D"], batch: ScoredBatch, options: HeadOptions
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Σ step_weight · loss(step) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
+
+    Hidden states are gathered before the head, so logits exist at the steps alone. Steps of weight 0 reach neither
+    value nor gradient, whatever stands there.
+
+    Args:
+      hidden: of every position, after the final norm.
+      kernel: of the head, one row per token.
+      batch: see `ScoredBatch`.
+      options: see `HeadOptions`.
+    """
+    real = batch.step_weight > 0
+    at_steps = jnp.take_along_axis(hidden, batch.step_index[..., None], axis=1)
+    at_steps = jnp.where(real[..., None], at_steps, jnp.zeros((), hidden.dtype))
+    losses = step_losses(at_steps, kernel, batch.target_step, batch.target_ids, batch.target_probs, options)
+    return jnp.sum(jnp.where(real, batch.step_weight * losses, 0.0)), jnp.sum(batch.row_weight)
+
+
+def head_options(kind: str, *, tau: float, softcap: float | None, mesh: jax.sharding.Mesh | None) -> HeadOptions:
+    """Options of a kind of target: KL at temperature tau for "soft", plain cross-entropy for "hard".
+
+    Raises:
+      ValueError: the kind is neither.
+    """
+    if kind == "soft":
+        return HeadOptions(tau=tau, softcap=softcap, entropy=True, mesh=mesh)
+    if kind == "hard":
+        return HeadOptions(tau=1.0, softcap=softcap, entropy=False, mesh=mesh)
+    raise ValueError(f"kind={kind!r} must be soft or hard")
