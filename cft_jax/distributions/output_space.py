@@ -29,6 +29,7 @@ class OutputSpace:
       values: the strings, all different; any text.
       probabilities: float64[N]; on construction checked and divided by its sum, then read-only.
       lower_bound, upper_bound: the range of a number's space before rounding to decimals; NaN for other strings.
+      lost_mass: how much of a family's probability none of the values stands for; 0 for other strings.
 
     Raises:
       UserError: on construction, no values, repeated values, another number of probabilities than of values,
@@ -39,6 +40,7 @@ class OutputSpace:
     probabilities: Float[np.ndarray, "N"]
     lower_bound: float = math.nan
     upper_bound: float = math.nan
+    lost_mass: float = 0.0
 
     def __post_init__(self):
         values = tuple(self.values)
@@ -63,6 +65,8 @@ class NumberSpace:
       num_decimals: decimals of the strings; 0 for integer families.
       probabilities: float64[N], read-only, sums to 1.
       lower_bound, upper_bound: the range before rounding to decimals.
+      lost_mass: how much of the family's probability none of the values stands for: dropped tails, and the integers
+        past `max_bins`. It is large where the paper's cut does not fit, as for binomial(2500, 0.6) in 1001 bins.
     """
 
     first: float
@@ -71,6 +75,7 @@ class NumberSpace:
     probabilities: Float[np.ndarray, "N"]
     lower_bound: float
     upper_bound: float
+    lost_mass: float
 
     def integers(self, indices: Int[np.ndarray, "M"] | None = None) -> Float[np.ndarray, "M"]:
         """The integers k of these items (all when None), as exact doubles."""
@@ -82,7 +87,9 @@ class NumberSpace:
 
     def listed(self) -> OutputSpace:
         """The space with all its strings written."""
-        return OutputSpace(tuple(self.strings()), self.probabilities, self.lower_bound, self.upper_bound)
+        return OutputSpace(
+            tuple(self.strings()), self.probabilities, self.lower_bound, self.upper_bound, self.lost_mass
+        )
 
 
 def output_space(
@@ -148,7 +155,7 @@ def number_space(
 def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[str]:
     """Writes k·10**-num_decimals for every k with exactly `num_decimals` decimals; -0.0 keeps its sign.
 
-    Equals `f"{k * 10.0**-d:.{d}f}"` for |k| < 2**50, at a third of its time: all digits of all numbers are computed
+    Equals `f"{k * 10.0**-d:.{d}f}"` for |k| < 2**50, in a third of the time: all digits of all numbers are computed
     at once in a byte matrix, whose unused leading places are then left out.
     """
     if integers.size == 0:
@@ -236,8 +243,9 @@ def _integer_space(
 ) -> NumberSpace:
     first = math.floor(support[0] if math.isfinite(support[0]) else cuts[0])
     last = math.ceil(support[1] if math.isfinite(support[1]) else cuts[1])
-    # The paper keeps the first max_bins integers and drops the rest of a bounded support.
-    last = min(last, first + max_bins - 1)
+    # The paper keeps the first max_bins integers and drops the rest of a bounded support. A quantile may lie below the
+    # support: SciPy's of geometric(p=1) is 0.
+    last = min(max(first, last), first + max_bins - 1)
     numbers = np.arange(first, last + 1, dtype=np.float64)
     masses = np.clip(distribution.pmf(numbers), 0, None)
     if clip and math.isinf(support[1]):
@@ -253,9 +261,10 @@ def _integer_space(
 def _frozen_space(
     first: float, range_size: float, num_decimals: int, masses: np.ndarray, bounds: tuple[float, float]
 ) -> NumberSpace:
-    probabilities = masses / masses.sum()
+    total = float(masses.sum())
+    probabilities = masses / total
     probabilities.flags.writeable = False
-    return NumberSpace(first, range_size, num_decimals, probabilities, *bounds)
+    return NumberSpace(first, range_size, num_decimals, probabilities, *bounds, max(0.0, 1 - total))
 
 
 def _thinned(first: float, size: float, count: int, indices: np.ndarray | None) -> Float[np.ndarray, "M"]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions.families import FAMILIES
@@ -120,10 +121,36 @@ def test_wide_ranges_are_not_materialised():
         output_space(make_spec("lognormal", {"mu": 699.0, "sigma": 30.0}), num_decimals=0, max_bins=1001)
 
 
+@pytest.mark.parametrize(
+    ("family_id", "parameters", "only"),
+    [("geometric", {"p": 1.0}, "1"), ("negative_binomial", {"r": 3.0, "p": 1.0}, "0")],
+)
+def test_certain_outcomes(family_id, parameters, only):
+    space = output_space(make_spec(family_id, parameters), num_decimals=5, max_bins=1001)
+    assert space.values == (only,) and space.probabilities.tolist() == [1.0]
+
+
 def test_integers_without_probability():
     # binomial(5000, 0.9) has its mass around 4500: the first 1001 integers carry less than 1e-308.
     with pytest.raises(UserError, match="the integers 0 to 1000 have no probability; max_bins=1001 must be larger"):
         output_space(make_spec("binomial", {"n": 5000.0, "p": 0.9}), num_decimals=5, max_bins=1001)
+
+
+@pytest.mark.parametrize(
+    ("family_id", "parameters", "tail_policy", "lost"),
+    [
+        ("gaussian", {"mu": 0.0, "sigma": 1.0}, "clip_to_edge_bin", 0.0),
+        ("gaussian", {"mu": 0.0, "sigma": 1.0}, "none", 0.002),  # 0.1 % beyond each cut
+        ("binomial", {"n": 2.0, "p": 0.5}, "clip_to_edge_bin", 0.0),
+        ("binomial", {"n": 100.0, "p": 0.5}, "clip_to_edge_bin", stats.binom.sf(49, 100, 0.5)),  # only 0..49 are kept
+        ("poisson", {"lambda": 50.0}, "clip_to_edge_bin", 0.0),
+        ("skellam", {"mu1": 9.0, "mu2": 9.0}, "clip_to_edge_bin", stats.skellam.cdf(-14, 9, 9)),  # from its 0.1 %: -13
+    ],
+)
+def test_lost_mass(family_id, parameters, tail_policy, lost):
+    spec = make_spec(family_id, parameters)
+    space = output_space(spec, num_decimals=2, max_bins=50, tail_policy=tail_policy)
+    assert space.lost_mass == pytest.approx(lost, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def rows(golden):
 
 
 def as_read(record):
-    """A golden record with its non-finite value as a float; `raw` is the text without whitespace around it there."""
+    """A golden record with its value as a float, where it is "Infinity"."""
     value = record["value"]
     return {**record, "value": float(value) if isinstance(value, str) else value}
 
