@@ -1,0 +1,66 @@
+"""Progress on a terminal, in a log, and where nobody listens."""
+
+import io
+
+import pytest
+from absl import logging
+
+from cft_jax.common import progress as module
+from cft_jax.common.progress import Progress
+
+
+@pytest.fixture
+def informed():
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    yield
+    logging.set_verbosity(before)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_terminal_shows_throughput_and_time_left(monkeypatch, informed):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with Progress("train", total=40, unit="step", done=10) as progress:
+        for _ in range(20):
+            progress.advance(1, loss=0.25)
+        progress.advance(10)
+    text = terminal.getvalue()
+    assert "train" in text and "40/40" in text and "loss=0.25" in text and "steps/s" in text
+
+
+def test_log_gets_a_line_now_and_then(monkeypatch, informed, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with caplog.at_level("INFO", logger="absl"), Progress("evaluate", total=100, unit="prompt", done=50) as progress:
+        for _ in range(25):
+            clock[0] += 4.0
+            progress.advance(2, kl=0.5)
+    # A line each 32 s (the first advance past 30 s), and one at the end, after 100 s: 50 prompts were done before.
+    assert [record.getMessage() for record in caplog.records] == [
+        "evaluate: 66/100 prompts, 2 s/prompt, 1:08 left, kl 0.5",
+        "evaluate: 82/100 prompts, 2 s/prompt, 0:36 left, kl 0.5",
+        "evaluate: 98/100 prompts, 2 s/prompt, 0:04 left, kl 0.5",
+        "evaluate: 100/100 prompts, 2 s/prompt, kl 0.5",
+    ]
+
+
+def test_short_work_leaves_no_line(monkeypatch, informed, caplog):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with caplog.at_level("INFO", logger="absl"), Progress("build", total=3, unit="trie") as progress:
+        progress.advance(3)
+    assert not caplog.records
+
+
+def test_quiet_shows_nothing(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert not logging.level_info()
+    with Progress("train", total=4, unit="step") as progress:
+        progress.advance(4)
+    assert terminal.getvalue() == ""
