@@ -198,7 +198,7 @@ def _check_listed(values: tuple[str, ...], probabilities: np.ndarray) -> None:
 
 
 def _cuts(family: Family, spec: PromptSpec, distribution: Any, low: float, high: float) -> tuple[float, float]:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", divide="ignore"):
         lower, upper = (float(value) for value in distribution.ppf([low, high]))
     if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
         raise UserError(
