@@ -102,6 +102,8 @@ def _mended(error: Exception) -> str:
 
 
 def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    # absl's logging waits for absl's global flags, which these commands leave alone.
+    flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logging.set_stderrthreshold("debug" if verbose else "warning" if quiet else "info")

@@ -1,0 +1,123 @@
+"""What a user sees of a command: help, one line per mistake, exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from cft_jax.common import cli
+from cft_jax.common.errors import UserError
+from cft_jax.config import from_config_dict, validate
+
+CONFIG = """
+from cft_jax.config import default_config_dict
+
+
+def get_config(arg=""):
+    config = default_config_dict()
+    config.model.checkpoint = arg
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def run(main, *args):
+    values = cli.new_flags(config=True)
+    flags.DEFINE_string("workdir", "", "Where.", flag_values=values)
+    cli.run(main, values, "Does the work.", ["prog", *args])
+
+
+def exit_of(capsys, main, *args):
+    with pytest.raises(SystemExit) as stopped:
+        run(main, *args)
+    out = capsys.readouterr()
+    return stopped.value.code, out.out, out.err
+
+
+def test_main_sees_config_and_overrides(config_file):
+    seen = {}
+
+    def main(values):
+        config = from_config_dict(cli.config_of(values))
+        validate(config)
+        seen.update(config=config, name=cli.config_name(values))
+
+    run(
+        main,
+        f"--config={config_file}:some/dir",
+        "--config.train.batch_size=8",
+        "--config.model.lora.targets=q_proj,v_proj",
+    )
+    assert seen["config"].model.checkpoint == "some/dir"
+    assert seen["config"].train.batch_size == 8
+    assert seen["config"].model.lora.targets == ("q_proj", "v_proj")
+    assert seen["name"] == "mine-some-dir"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["--config is missing"]),
+        (["--config=nowhere.py"], ["nowhere.py", "no such file"]),
+        (["--config={file}", "--config.train.batchsize=2"], ["batchsize", "batch_size"]),
+        (["--config={file}", "--config.train.batch_size=many"], ["batch_size", "many"]),
+        (["--config={file}", "--wrkdir=x"], ["wrkdir", "workdir"]),
+        (["--config={file}", "stray"], ["stray"]),
+        (["--config={file}:m", "--config.train.tau=-1", "--config.mesh.data=0"], ["train.tau=-1.0", "config.mesh"]),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_code_2(capsys, config_file, args, words):
+    def main(values):
+        validate(from_config_dict(cli.config_of(values)))
+
+    code, out, err = exit_of(capsys, main, *[arg.format(file=config_file) for arg in args])
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_help_lists_flags_and_exits_with_0(capsys):
+    code, out, _ = exit_of(capsys, lambda values: None, "--help")
+    assert code == 0
+    assert "Does the work." in out and "--workdir: Where." in out
+
+
+def test_a_message_of_several_lines_is_folded(capsys, config_file):
+    def main(values):
+        raise UserError("first\n  second")
+
+    _, _, err = exit_of(capsys, main, f"--config={config_file}")
+    assert err == "error: first second\n"
+
+
+def test_our_own_mistakes_keep_their_stack_trace(config_file):
+    def main(values):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main, f"--config={config_file}")
+
+
+def test_quiet_and_verbose_choose_what_is_logged(tmp_path):
+    program = tmp_path / "prog.py"
+    program.write_text(
+        "from absl import logging\nfrom cft_jax.common import cli\n"
+        "def main(values):\n    logging.info('detail')\n    logging.warning('care')\n"
+        "cli.run(main, cli.new_flags(config=False), 'x')\n"
+    )
+
+    def stderr(*args):
+        return subprocess.run([sys.executable, program, *args], capture_output=True, text=True, check=True).stderr
+
+    assert stderr() == "detail\nwarning: care\n"
+    assert stderr("--quiet") == "warning: care\n"
+    assert "detail" in stderr("--verbose")
