@@ -157,8 +157,8 @@ def number_space(
 def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[str]:
     """Writes k·10**-num_decimals for every k with exactly `num_decimals` decimals; -0.0 keeps its sign.
 
-    Exact for any k of int64; equals `f"{k * 10.0**-d:.{d}f}"` for |k| < 2**50, in a third of the time: all digits of all numbers are computed
-    at once in a byte matrix, whose unused leading places are then left out.
+    Exact for doubles and for int64; equals `f"{k * 10.0**-d:.{d}f}"` for |k| < 2**50, in a third of the time: all
+    digits of all numbers are computed at once in a byte matrix, whose unused leading places are then left out.
     """
     if integers.size == 0:
         return []

@@ -96,6 +96,13 @@ def test_single_strings_are_those_of_the_list(spec, max_bins, data):
 def test_decimal_strings_are_python_s(integers, num_decimals):
     want = [f"{k * 10.0**-num_decimals:.{num_decimals}f}" for k in integers]
     assert decimal_strings(np.array(integers, dtype=np.float64), num_decimals) == want
+    assert decimal_strings(np.array(integers, dtype=np.int64), num_decimals) == want
+
+
+def test_decimal_strings_keep_every_digit():
+    integers = np.array([-(2**62) + 1, -7, 0, 2**53 + 1])
+    assert decimal_strings(integers, 3) == ["-4611686018427387.903", "-0.007", "0.000", "9007199254740.993"]
+    assert decimal_strings(np.array([-0.0, 0.0]), 2) == ["-0.00", "0.00"]
 
 
 @settings(max_examples=60, deadline=None)
