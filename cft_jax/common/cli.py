@@ -36,16 +36,15 @@ def new_flags(*, config: bool) -> flags.FlagValues:
     return values
 
 
-def run(main: Main, values: flags.FlagValues, description: str, argv: Sequence[str] | None = None) -> None:
+def run(main: Main, values: flags.FlagValues, description: str) -> None:
     """Parses the command line into `values`, sets up logging, calls `main`, and exits with the code that fits.
 
     Args:
       main: the command's work; receives the parsed flags.
       values: made by `new_flags`, with the command's own flags defined on it.
       description: what the command does, for `--help`.
-      argv: program name and arguments; `sys.argv` by default.
     """
-    argv = list(sys.argv if argv is None else argv)
+    argv = sys.argv  # where ml_collections looks for overrides, whatever it is handed
     try:
         if any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv[1:]):
             sys.stdout.write(_help(values, description))

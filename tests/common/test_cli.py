@@ -29,9 +29,15 @@ def config_file(tmp_path):
 
 
 def run(main, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prog", *args])
+        run_as_called(main)
+
+
+def run_as_called(main):
     values = cli.new_flags(config=True)
     flags.DEFINE_string("workdir", "", "Where.", flag_values=values)
-    cli.run(main, values, "Does the work.", ["prog", *args])
+    cli.run(main, values, "Does the work.")
 
 
 def exit_of(capsys, main, *args):
