@@ -1,12 +1,12 @@
 """Reads what models write: multiple-choice questions and short open answers, by the paper's rules.
 
-Numbers are read by `cft_jax.distributions.parse_number`, thinking traces cut by `cft_jax.text.strip_thinking`.
+Numbers are read by `cft_jax.distributions.parse_number`.
 """
 
 import re
 from dataclasses import dataclass
 
-from cft_jax.text import strip_thinking
+from cft_jax.distributions import strip_thinking
 
 ANSWER_LABELS = ("A", "B", "C", "D")
 

@@ -1,5 +1,6 @@
 """Figures of every suite: of sampled numbers (the paper's and sound ones), exact ones, and those of other answers."""
 
+from cft_jax.evaluate.metrics.exact import as_numbers, calibration_bins, exact_figures, wasserstein_on_line
 from cft_jax.evaluate.metrics.mcq import answer_frequencies, mcq_summary
 from cft_jax.evaluate.metrics.noveltybench import (
     ListScore,
@@ -20,7 +21,10 @@ __all__ = [
     "Partition",
     "Window",
     "answer_frequencies",
+    "as_numbers",
+    "calibration_bins",
     "covering_windows",
+    "exact_figures",
     "goodness_of_fit",
     "mcq_summary",
     "moment_errors",
@@ -33,4 +37,5 @@ __all__ = [
     "sliding_windows",
     "top_p_sizes",
     "wasserstein_1",
+    "wasserstein_on_line",
 ]

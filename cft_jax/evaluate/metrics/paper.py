@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from cft_jax.distributions.families import Family, find_family
 from cft_jax.distributions.splits import PromptSpec
+from cft_jax.evaluate.metrics.target import FamilyTarget, Target, moment_error, target_of_spec
 
 MAX_CHI_SQUARE_CELLS = 10**7
 _MIN_EXPECTED = 1e-12
@@ -36,18 +36,7 @@ def moment_errors(values: Sequence[float] | Float[np.ndarray, "N"], spec: Prompt
       `sample_mean`; `sample_variance` (divisor n); `mean_error` and `variance_error`, absolute differences from the
       target's, NaN where that one is not finite; `wasserstein_1`. Without values NaN, and infinity for Wasserstein-1.
     """
-    sample = np.asarray(values, np.float64)
-    target_mean, target_variance = (float(moment) for moment in _frozen(spec).stats(moments="mv"))
-    with np.errstate(all="ignore"):
-        mean = float(np.mean(sample)) if sample.size else math.nan
-        variance = float(np.var(sample)) if sample.size else math.nan
-    return {
-        "sample_mean": mean,
-        "sample_variance": variance,
-        "mean_error": _error(mean, target_mean),
-        "variance_error": _error(variance, target_variance),
-        "wasserstein_1": wasserstein_1(sample, spec),
-    }
+    return moment_figures(np.asarray(values, np.float64), target_of_spec(spec))
 
 
 def wasserstein_1(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> float:
@@ -60,15 +49,23 @@ def wasserstein_1(values: Sequence[float] | Float[np.ndarray, "N"], spec: Prompt
     Returns:
       The distance in the units of the values; infinity without any.
     """
-    sample = np.sort(np.asarray(values, np.float64))
+    return moment_errors(values, spec)["wasserstein_1"]
+
+
+def moment_figures(sample: Float[np.ndarray, "N"], target: Target) -> dict[str, float]:
+    """`moment_errors` against any target."""
     if not sample.size:
-        return math.inf
-    return float(quantile_distance(sample, target_quantiles(spec, sample.size)))
-
-
-def target_quantiles(spec: PromptSpec, count: int) -> Float[np.ndarray, "N"]:
-    """The target's quantiles at (i - 0.5)/count, i from 1."""
-    return np.asarray(_frozen(spec).ppf((np.arange(1, count + 1) - 0.5) / count), np.float64)
+        undefined = ("sample_mean", "sample_variance", "mean_error", "variance_error")
+        return {**dict.fromkeys(undefined, math.nan), "wasserstein_1": math.inf}
+    with np.errstate(all="ignore"):
+        mean, variance = float(np.mean(sample)), float(np.var(sample))
+    return {
+        "sample_mean": mean,
+        "sample_variance": variance,
+        "mean_error": moment_error(mean, target.mean),
+        "variance_error": moment_error(variance, target.variance),
+        "wasserstein_1": float(quantile_distance(np.sort(sample), target.quantiles(sample.size))),
+    }
 
 
 def quantile_distance(
@@ -98,41 +95,35 @@ def goodness_of_fit(values: Sequence[float] | Float[np.ndarray, "N"], spec: Prom
       `gof_test` (`ks` or `chi_square`), `gof_statistic`, `gof_pvalue`; NaN where there are too few values or more than
       10 million cells.
     """
-    sample = np.asarray(values, np.float64)
-    family = find_family(spec.family_id)
-    if family.integer_only:
-        statistic, pvalue = _chi_square(sample, spec, family)
+    sample, target = np.asarray(values, np.float64), target_of_spec(spec)
+    if target.integer_only:
+        statistic, pvalue = _chi_square(sample, target)
         return {"gof_test": "chi_square", "gof_statistic": statistic, "gof_pvalue": pvalue}
-    return {"gof_test": "ks", **_kolmogorov_smirnov(sample, spec), **_composite_anderson(sample, spec)}
+    return {"gof_test": "ks", **_kolmogorov_smirnov(sample, target), **_composite_anderson(sample, target)}
 
 
-def _frozen(spec: PromptSpec) -> Any:
-    return find_family(spec.family_id).frozen(spec.parameters)
-
-
-def _error(value: float, target: float) -> float:
-    return abs(value - target) if math.isfinite(target) else math.nan
-
-
-def _kolmogorov_smirnov(sample: Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
+def _kolmogorov_smirnov(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> dict[str, float]:
     if sample.size < 2:
         return {"gof_statistic": math.nan, "gof_pvalue": math.nan}
-    result = stats.ks_1samp(sample, _frozen(spec).cdf, method="exact")
+    result: Any = stats.ks_1samp(sample, target.frozen.cdf, method="exact")
     return {"gof_statistic": float(result.statistic), "gof_pvalue": float(result.pvalue)}
 
 
-def _composite_anderson(sample: Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
-    name = _ANDERSON_NAMES.get(spec.family_id)
+def _composite_anderson(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> dict[str, float]:
+    name = _ANDERSON_NAMES.get(target.family_id)
     if name is None or sample.size < _MIN_ANDERSON_OBSERVATIONS:
         return {}
     try:
         # Warnings: of the fit, of constant samples (NaN, as in the paper) and of scipy's own changes of interface.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            statistic = float(stats.anderson(sample, name).statistic)
+            result: Any = stats.anderson(sample, name)
     except (ValueError, stats.FitError):
         return {}
-    return {"anderson_statistic": statistic, "anderson_critical_5pct": _anderson_critical(name, sample.size)}
+    return {
+        "anderson_statistic": float(result.statistic),
+        "anderson_critical_5pct": _anderson_critical(name, sample.size),
+    }
 
 
 def _anderson_critical(name: str, count: int) -> float:
@@ -145,11 +136,11 @@ def _anderson_critical(name: str, count: int) -> float:
     return math.nan
 
 
-def _chi_square(sample: Float[np.ndarray, "N"], spec: PromptSpec, family: Family) -> tuple[float, float]:
+def _chi_square(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> tuple[float, float]:
     if not sample.size:
         return math.nan, math.nan
-    frozen = family.frozen(spec.parameters)
-    lower, upper = family.support(spec.parameters)
+    frozen = target.frozen
+    lower, upper = target.support
     integers = np.round(sample)
     lo = lower if math.isfinite(lower) else min(float(integers.min()), math.floor(frozen.ppf(0.001)))
     hi = upper if math.isfinite(upper) else max(float(integers.max()), math.ceil(frozen.ppf(0.999)))

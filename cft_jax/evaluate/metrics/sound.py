@@ -1,0 +1,256 @@
+"""Figures of sampled numbers that hold as statistics: tests with the stated level, intervals, and an ideal sampler.
+
+Models write rounded numbers, so values are tied. The tests use the randomised probability integral transform: a value
+x becomes P(X < x) + U P(X = x) with U uniform, which is exactly uniform on (0, 1) for draws from the target, discrete
+or rounded alike. A value the target cannot give makes the Anderson-Darling and chi-square statistics infinite.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from cft_jax.evaluate.metrics.paper import quantile_distance
+from cft_jax.evaluate.metrics.target import FamilyTarget, Target
+
+MIN_EXPECTED_PER_CELL = 5.0
+REPLICATES = 200
+ERROR_FIGURES = ("mean_error", "variance_error", "wasserstein_1")
+
+
+def randomised_pit(values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator) -> Float[np.ndarray, "N"]:
+    """Where in the target's distribution every value lies, ties spread at random; uniform for draws from it."""
+    below, at = target.cdf_around(values)
+    return below + rng.random(values.size) * (at - below)
+
+
+def kolmogorov_smirnov(pit: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    """Two-sided Kolmogorov-Smirnov statistic of uniformity and its exact p-value.
+
+    Args:
+      pit: at least one value in [0, 1] (`randomised_pit`).
+    """
+    result: Any = stats.ks_1samp(pit, stats.uniform.cdf, method="exact")
+    return float(result.statistic), float(result.pvalue)
+
+
+def anderson_darling(pit: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    """Anderson-Darling statistic of uniformity and its p-value, no parameter fitted.
+
+    The p-value is that of Marsaglia and Marsaglia, Evaluating the Anderson-Darling distribution, Journal of
+    Statistical Software 9(2), 2004; against simulation it is off by at most 0.002 for 8 values, 0.01 for 2.
+
+    Args:
+      pit: at least two values in [0, 1] (`randomised_pit`).
+
+    Returns:
+      (infinity, 0) when a value is 0 or 1.
+    """
+    count = pit.size
+    ordered = np.sort(pit)
+    if ordered[0] <= 0 or ordered[-1] >= 1:
+        return math.inf, 0.0
+    weights = (2 * np.arange(1, count + 1) - 1) / count
+    statistic = -count - float(np.sum(weights * (np.log(ordered) + np.log1p(-ordered[::-1]))))
+    limit = _anderson_darling_limit(statistic)
+    return statistic, min(max(1 - limit - _anderson_darling_correction(count, limit), 0.0), 1.0)
+
+
+def pooled_chi_square(
+    observed: Float[np.ndarray, "C"], probabilities: Float[np.ndarray, "C"]
+) -> tuple[float, float, int] | None:
+    """Chi-square test over cells pooled from neighbours until each expects at least 5.
+
+    Args:
+      observed: counts.
+      probabilities: of the cells, summing to 1.
+
+    Returns:
+      Statistic, p-value and number of cells; infinity and 0 when a cell without probability was hit; None when fewer
+      than two cells remain.
+    """
+    if observed[probabilities <= 0].any():
+        return math.inf, 0.0, int(probabilities.size)
+    expected = probabilities * observed.sum()
+    starts = _pool_starts(expected)
+    if len(starts) < 2:
+        return None
+    expected, observed = np.add.reduceat(expected, starts), np.add.reduceat(observed, starts)
+    statistic = float(np.sum((observed - expected) ** 2 / expected))
+    return statistic, float(stats.chi2.sf(statistic, len(starts) - 1)), len(starts)
+
+
+def integer_cells(
+    values: Float[np.ndarray, "N"], target: FamilyTarget
+) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
+    """Counts and probabilities of cells of an integer target, between its quantiles, for `pooled_chi_square`.
+
+    What is no integer of the support falls into a last cell of probability 0.
+    """
+    lower, upper = target.support
+    possible = (values >= lower) & (values <= upper) & (values == np.round(values))
+    num_cells = max(2, int(values.size / MIN_EXPECTED_PER_CELL))
+    edges = np.unique(target.frozen.ppf(np.arange(1, num_cells) / num_cells))
+    probabilities = np.diff(np.concatenate([[0.0], target.frozen.cdf(edges), [1.0]]))
+    observed = np.bincount(np.searchsorted(edges, values[possible], side="left"), minlength=probabilities.size)
+    impossible = values.size - int(possible.sum())
+    return np.append(observed, impossible).astype(np.float64), np.append(probabilities, 0.0)
+
+
+def tests_of_target(values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator) -> dict[str, float]:
+    """The tests of a sample of numbers against what the prompt asked for.
+
+    Args:
+      values: finite numbers, in any order.
+      target: the distribution asked for.
+      rng: spreads the ties.
+
+    Returns:
+      `ks_randomised_*` and `anderson_darling_*` with `statistic` and `pvalue`; for integer families also
+      `chi_square_pooled_*` with `cells`. Empty for fewer than two values; what cannot be tested is absent.
+    """
+    if values.size < 2:
+        return {}
+    pit = randomised_pit(values, target, rng)
+    figures = {}
+    for name, test in (("ks_randomised", kolmogorov_smirnov), ("anderson_darling", anderson_darling)):
+        figures[f"{name}_statistic"], figures[f"{name}_pvalue"] = test(pit)
+    if isinstance(target, FamilyTarget) and target.integer_only:
+        figures.update(chi_square_figures(*integer_cells(values, target)))
+    return figures
+
+
+def chi_square_figures(observed: Float[np.ndarray, "C"], probabilities: Float[np.ndarray, "C"]) -> dict[str, float]:
+    """`chi_square_pooled_statistic`, `_pvalue` and `_cells` of `pooled_chi_square`; empty where it has no result."""
+    result = pooled_chi_square(observed, probabilities)
+    if result is None:
+        return {}
+    return dict(zip([f"chi_square_pooled_{part}" for part in ("statistic", "pvalue", "cells")], result, strict=True))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval and the standard error it goes with."""
+
+    low: float
+    high: float
+    standard_error: float
+
+
+def error_replicates(samples: Float[np.ndarray, "R N"], target: Target) -> dict[str, Float[np.ndarray, "R"]]:
+    """`mean_error`, `variance_error` and `wasserstein_1` of every row; NaN where the target has no such moment."""
+    with np.errstate(all="ignore"):
+        mean, variance = samples.mean(axis=1), samples.var(axis=1)
+        finite = [math.isfinite(moment) for moment in (target.mean, target.variance)]
+        return {
+            "mean_error": np.abs(mean - target.mean) if finite[0] else np.full(len(samples), math.nan),
+            "variance_error": np.abs(variance - target.variance) if finite[1] else np.full(len(samples), math.nan),
+            "wasserstein_1": quantile_distance(np.sort(samples, axis=1), target.quantiles(samples.shape[1])),
+        }
+
+
+def bootstrap_intervals(
+    values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator
+) -> dict[str, Interval]:
+    """95 % bootstrap intervals of the error figures of a sample.
+
+    Errors are absolute values, so resampling inflates them: the percentiles are shifted by the mean excess of the
+    resampled figures over the sample's own, and cut at 0.
+
+    Args:
+      values: finite numbers, in any order; at least two, else there are no intervals.
+      target: the distribution asked for.
+      rng: draws the resamples.
+
+    Returns:
+      An interval for every figure that exists.
+    """
+    if values.size < 2:
+        return {}
+    figures = {name: float(row[0]) for name, row in error_replicates(values[None, :], target).items()}
+    resampled = error_replicates(values[rng.integers(0, values.size, (REPLICATES, values.size))], target)
+    intervals = {}
+    for name, figure in figures.items():
+        replicates = resampled[name]
+        if not (math.isfinite(figure) and np.isfinite(replicates).all()):
+            continue
+        low, high = np.percentile(replicates, [2.5, 97.5]) - float(replicates.mean()) + figure
+        intervals[name] = Interval(max(float(low), 0.0), float(high), float(replicates.std(ddof=1)))
+    return intervals
+
+
+def rate_interval(hits: int, count: int) -> Interval:
+    """Wilson's 95 % interval of a rate, which unlike a bootstrap has a width at 0 and at 1; `count` is at least 1."""
+    rate, z = hits / count, 1.959963984540054
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    low = 0.0 if hits == 0 else centre - half
+    high = 1.0 if hits == count else centre + half
+    return Interval(low, high, math.sqrt(rate * (1 - rate) / count))
+
+
+def ideal_figures(target: Target, count: int, rng: np.random.Generator) -> dict[str, float]:
+    """The error figures a sampler of exactly the target gets with `count` draws, from 200 such samples.
+
+    Heavy tails make their mean noisy and much larger than what is typical (Cauchy: its mean does not exist), hence
+    the median.
+
+    Returns:
+      For every error figure that exists its `<name>`, the mean, `<name>_median`, and `<name>_p95`, which 5 % exceed.
+    """
+    if count < 1:
+        return {}
+    figures = {}
+    for name, replicates in error_replicates(target.draw(rng, (REPLICATES, count)), target).items():
+        if np.isfinite(replicates).all():
+            median, high = np.percentile(replicates, [50, 95])
+            figures |= {name: float(replicates.mean()), f"{name}_median": float(median), f"{name}_p95": float(high)}
+    return figures
+
+
+def in_interquartile_ranges(distance: float, target: Target) -> float | None:
+    """A distance in units of the target's interquartile range; None where that is zero."""
+    spread = target.interquartile_range
+    return distance / spread if spread > 0 else None
+
+
+def _pool_starts(expected: Float[np.ndarray, "C"]) -> Sequence[int]:
+    """First cells of the pools: from left to right each as small as can be, the rest joins the last."""
+    starts, mass = [0], 0.0
+    for cell, value in enumerate(expected[:-1]):
+        mass += value
+        if mass >= MIN_EXPECTED_PER_CELL:
+            starts.append(cell + 1)
+            mass = 0.0
+    if mass + expected[-1] < MIN_EXPECTED_PER_CELL and len(starts) > 1:
+        starts.pop()
+    return starts
+
+
+def _anderson_darling_limit(z: float) -> float:
+    """Distribution function of the statistic for infinitely many observations (`adinf` of the paper)."""
+    if z <= 0:
+        return 0.0
+    if z < 2:
+        polynomial = 2.00012 + (0.247105 - (0.0649821 - (0.0347962 - (0.0116720 - 0.00168691 * z) * z) * z) * z) * z
+        return math.exp(-1.2337141 / z) / math.sqrt(z) * polynomial
+    polynomial = 1.0776 - (2.30695 - (0.43424 - (0.082433 - (0.008056 - 0.0003146 * z) * z) * z) * z) * z
+    return math.exp(-math.exp(polynomial))
+
+
+def _anderson_darling_correction(count: int, x: float) -> float:
+    """What the distribution function at finite `count` adds to its limit x (`errfix` of the paper)."""
+    n = float(count)
+    if x > 0.8:
+        return (-130.2137 + (745.2337 - (1705.091 - (1950.646 - (1116.360 - 255.7844 * x) * x) * x) * x) * x) / n
+    cut = 0.01265 + 0.1757 / n
+    if x < cut:
+        t = x / cut
+        return math.sqrt(t) * (1 - t) * (49 * t - 102) * (0.0037 / n**2 + 0.00078 / n + 0.00006) / n
+    t = (x - cut) / (0.8 - cut)
+    t = -0.00022633 + (6.54034 - (14.6538 - (14.458 - (8.259 - 1.91864 * t) * t) * t) * t) * t
+    return t * (0.04213 + 0.01365 / n) / n

@@ -1,0 +1,139 @@
+"""The distribution a sample is measured against: one of the families, or listed numbers with probabilities."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from cft_jax.distributions.families import find_family
+from cft_jax.distributions.splits import PromptSpec
+
+# Integer targets are drawn from a table of their CDF between these far quantiles (a draw beyond has probability
+# 2e-12) where the table is not too long; scipy's own quantiles take seconds for some families.
+_TABLE_TAIL = 1e-12
+_MAX_TABLE = 10**6
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyTarget:
+    """A family with parameters, as asked for in the prompt; `num_decimals` is the resolution of written values."""
+
+    family_id: str
+    parameters: Mapping[str, float]
+    num_decimals: int
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        return find_family(self.family_id).frozen(self.parameters)
+
+    @property
+    def integer_only(self) -> bool:
+        return find_family(self.family_id).integer_only
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return find_family(self.family_id).support(self.parameters)
+
+    @functools.cached_property
+    def mean(self) -> float:
+        """The mean; not finite where it does not exist."""
+        return float(self.frozen.stats(moments="m"))
+
+    @functools.cached_property
+    def variance(self) -> float:
+        """The variance; not finite where it does not exist."""
+        return float(self.frozen.stats(moments="v"))
+
+    @functools.cached_property
+    def interquartile_range(self) -> float:
+        low, high = self.frozen.ppf([0.25, 0.75])
+        return float(high - low)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a target lives as long as its prompt is measured
+    def quantiles(self, count: int) -> Float[np.ndarray, "N"]:
+        """The quantiles at (i - 0.5)/count, i from 1."""
+        return np.asarray(self.frozen.ppf((np.arange(1, count + 1) - 0.5) / count), np.float64)
+
+    def cdf_around(self, values: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+        """P(below) and P(up to) each value, of what a draw is when written: an integer, or rounded to the decimals."""
+        if self.integer_only:
+            return self.frozen.cdf(np.ceil(values) - 1), self.frozen.cdf(np.floor(values))
+        half = 0.5 * 10.0**-self.num_decimals
+        return self.frozen.cdf(values - half), self.frozen.cdf(values + half)
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        """Independent draws, not rounded."""
+        if not self.integer_only:
+            return np.asarray(self.frozen.rvs(size=shape, random_state=rng), np.float64)
+        lowest, highest = self.frozen.ppf([_TABLE_TAIL, 1 - _TABLE_TAIL])
+        if highest - lowest > _MAX_TABLE:
+            return np.asarray(self.frozen.ppf(rng.random(shape)), np.float64)
+        cumulative = self.frozen.cdf(np.arange(lowest, highest))
+        return lowest + np.searchsorted(cumulative, rng.random(shape), side="left")
+
+
+@dataclass(frozen=True, eq=False)
+class ListedTarget:
+    """Listed numbers in ascending order, all different, with probabilities that sum to 1."""
+
+    values: Float[np.ndarray, "N"]
+    probabilities: Float[np.ndarray, "N"]
+
+    @staticmethod
+    def of(values: Sequence[float], probabilities: Float[np.ndarray, "N"]) -> "ListedTarget":
+        """From numbers in any order; the probabilities of equal ones are added."""
+        numbers, inverse = np.unique(np.asarray(values, np.float64), return_inverse=True)
+        return ListedTarget(numbers, np.bincount(inverse.ravel(), weights=probabilities))
+
+    @functools.cached_property
+    def cumulative(self) -> Float[np.ndarray, "N"]:
+        cumulative = np.cumsum(self.probabilities)
+        return np.minimum(cumulative / cumulative[-1], 1.0)
+
+    @functools.cached_property
+    def mean(self) -> float:
+        return float(self.values @ self.probabilities)
+
+    @functools.cached_property
+    def variance(self) -> float:
+        return float((self.values - self.mean) ** 2 @ self.probabilities)
+
+    @functools.cached_property
+    def interquartile_range(self) -> float:
+        low, high = self._at(np.array([0.25, 0.75]))
+        return float(high - low)
+
+    def quantiles(self, count: int) -> Float[np.ndarray, "N"]:
+        """The quantiles at (i - 0.5)/count, i from 1."""
+        return self._at((np.arange(1, count + 1) - 0.5) / count)
+
+    def cdf_around(self, values: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+        """P(below) and P(up to) each value."""
+        padded = np.concatenate([[0.0], self.cumulative])
+        below, at = (np.searchsorted(self.values, values, side=side) for side in ("left", "right"))
+        return padded[below], padded[at]
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+        """Independent draws."""
+        return self._at(rng.random(shape))
+
+    def _at(self, levels: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        index = np.searchsorted(self.cumulative, levels, side="left")
+        return self.values[np.minimum(index, self.values.size - 1)]
+
+
+Target = FamilyTarget | ListedTarget
+
+
+def target_of_spec(spec: PromptSpec, num_decimals: int = 5) -> FamilyTarget:
+    """The target of a prompt; only the family and the parameters of `spec` matter."""
+    return FamilyTarget(spec.family_id, spec.parameters, num_decimals)
+
+
+def moment_error(value: float, target: float) -> float:
+    """Absolute difference from a moment of the target; NaN where the target has none."""
+    return abs(value - target) if math.isfinite(target) else math.nan
