@@ -20,6 +20,8 @@ from cft_jax.text.tokenizer import encode_strings
 PREFIX_ARRAYS = ("token", "parent", "depth", "subtree_end", "reach")
 CHILD_ARRAYS = ("child_ids", "child_probs", "child_prefix")
 LEAF_ARRAYS = ("leaf_prefix", "leaf_probs")
+# In `child_prefix`: the token leads to a prefix that the trie does not hold.
+CUT = -2
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,8 @@ class Trie:
       child_offsets: the children of prefix i are entries child_offsets[i] to child_offsets[i + 1] of the next three.
       child_ids: token ids, ascending within a prefix.
       child_probs: probability of the token given the prefix; 0 where the prefix itself has no probability.
-      child_prefix: the prefix that the token leads to; -1 for the terminator.
+      child_prefix: the prefix that the token leads to; -1 for the terminator; `CUT` where a trie holds only part of
+        the prefixes (`full_trie`) and not that one.
       leaf_prefix: the prefix that is the whole string of each value, in the order of the output space.
       leaf_probs: probability of each value.
       terminator_id: the token that ends every string.
