@@ -79,7 +79,8 @@ class NumberSpace:
 
     def integers(self, indices: Int[np.ndarray, "M"] | None = None) -> Float[np.ndarray, "M"]:
         """The integers k of these items (all when None), as exact doubles."""
-        return _thinned(self.first, self.range_size, self.probabilities.size, indices)
+        count = self.probabilities.size
+        return thinned_integers(self.first, self.range_size, count, np.arange(count) if indices is None else indices)
 
     def strings(self, indices: Int[np.ndarray, "M"] | None = None) -> list[str]:
         """The strings of these items (all when None)."""
@@ -225,7 +226,8 @@ def _continuous_space(
         only = round((lower + upper) / 2, num_decimals)
         return _frozen_space(float(np.round(only / step)), 1.0, num_decimals, np.ones(1), bounds)
     size = last - first + 1
-    numbers = _thinned(first, size, int(min(size, max_bins)), None) * step
+    count = int(min(size, max_bins))
+    numbers = thinned_integers(first, size, count, np.arange(count)) * step
     cdf = distribution.cdf(np.concatenate([[lower], (numbers[:-1] + numbers[1:]) / 2, [upper]]))
     masses = np.diff(cdf)
     if clip:
@@ -268,11 +270,17 @@ def _frozen_space(
     return NumberSpace(first, range_size, num_decimals, probabilities, *bounds, max(0.0, 1 - total))
 
 
-def _thinned(first: float, size: float, count: int, indices: np.ndarray | None) -> Float[np.ndarray, "M"]:
-    """Items `indices` of first + trunc(linspace(0, size - 1, count)), computed as numpy.linspace does, bit by bit."""
-    if indices is None:
-        indices = np.arange(count)
-    if count == 1:
-        return np.full(indices.shape, first)
-    offsets = np.floor(indices * ((size - 1) / (count - 1)))
-    return first + np.where(indices == count - 1, size - 1, offsets)
+def thinned_integers(
+    first: float | Float[np.ndarray, "#M"],
+    size: float | Float[np.ndarray, "#M"],
+    count: int | Int[np.ndarray, "#M"],
+    indices: Int[np.ndarray, "M"],
+) -> Float[np.ndarray, "M"]:
+    """Items `indices` of first + trunc(linspace(0, size - 1, count)), computed as numpy.linspace does, bit by bit.
+
+    The first three may differ from item to item.
+    """
+    offsets = np.floor(indices * ((np.asarray(size) - 1) / np.maximum(np.asarray(count) - 1, 1)))
+    last = indices == np.asarray(count) - 1
+    # A sum with 0 would turn the -0.0 of a single item into 0.0.
+    return np.where(last & (np.asarray(count) == 1), first, first + np.where(last, np.asarray(size) - 1, offsets))

@@ -1,0 +1,62 @@
+"""Token ids of many values at once; numbers are composed of their digits' tokens where the tokenizer allows it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int32, Int64
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.common.errors import UserError
+from cft_jax.distributions.output_space import decimal_strings
+from cft_jax.text.digits import MAX_DIGITS, digit_tokens
+from cft_jax.text.tokenizer import encode_strings
+from cft_jax.text.trie import token_matrix
+
+_SAMPLES_PER_CALL = 8
+
+
+class ValueEncoder:
+    """Encodes values alone and without special tokens, as `encode_strings` does.
+
+    Whether the tokenizer reads numbers digit by digit or in groups of three is checked once on numbers of every shape
+    (`digit_tokens`) and on a sample of every call. At the first difference numbers are encoded as plain strings.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        try:
+            self._digits = digit_tokens(tokenizer)
+        except UserError:
+            self._digits = None
+
+    @property
+    def composes_numbers(self) -> bool:
+        """Whether numbers are composed of their digits' tokens."""
+        return self._digits is not None
+
+    def strings(self, values: Sequence[str]) -> tuple[Int32[np.ndarray, "S T"], Int64[np.ndarray, "S"]]:
+        """Token ids of strings, -1 after the end of a row, and their numbers."""
+        return token_matrix(encode_strings(self._tokenizer, values))
+
+    def numbers(
+        self, integers: Float64[np.ndarray, "S"], num_decimals: int
+    ) -> tuple[Int32[np.ndarray, "S T"], Int64[np.ndarray, "S"]]:
+        """Token ids of the strings of k · 10**-num_decimals, -1 after the end of a row, and their numbers.
+
+        Args:
+          integers: the k, whole numbers as doubles; -0.0 is written with its sign.
+          num_decimals: decimals of every string.
+        """
+        has_minus_zero = bool((np.signbit(integers) & (integers == 0)).any())
+        is_small = bool((np.abs(integers) < 10.0**MAX_DIGITS).all()) and num_decimals < MAX_DIGITS
+        if self._digits is None or has_minus_zero or not is_small:
+            return self.strings(decimal_strings(integers, num_decimals))
+        tokens, lengths = self._digits.encode(integers.astype(np.int64), num_decimals)
+        # Evenly spread from a place that the values decide: the same values are always checked in the same places.
+        start = int(np.abs(integers).sum() % max(1, integers.size // _SAMPLES_PER_CALL)) if integers.size else 0
+        sample = np.arange(start, integers.size, max(1, integers.size // _SAMPLES_PER_CALL))
+        plain = encode_strings(self._tokenizer, decimal_strings(integers[sample], num_decimals))
+        if plain != [tokens[row, : lengths[row]].tolist() for row in sample]:
+            self._digits = None
+            return self.strings(decimal_strings(integers, num_decimals))
+        return tokens, lengths
