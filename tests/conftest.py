@@ -51,3 +51,28 @@ def small_tokenizer():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def write_hf():
+    """Writes a random checkpoint in HF format, by torch and transformers, and returns the float32 torch model."""
+
+    def write(directory: Path, config, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB"):
+        import torch
+        import transformers
+
+        generator = torch.Generator().manual_seed(seed)
+        model_class = getattr(transformers, config.architectures[0])
+        model = model_class(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    # Larger than training would leave them, so that logits and attention are far from uniform.
+                    parameter.normal_(0, 1.1 / parameter.shape[-1] ** 0.5, generator=generator)
+                else:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
+        # Loaded again: `to` has rounded the rotary frequencies too.
+        return model_class.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+    return write

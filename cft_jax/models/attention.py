@@ -43,7 +43,7 @@ def tree_visible(until: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 def within_window(
     window: int | None, query_positions: Int[Array, "B T"], key_positions: Int[Array, "R S"]
-) -> Bool[Array, "R #Q S"]:
+) -> Bool[Array, "#R #Q #S"]:
     """Whether a key lies within the window of each query, by position (never by array index); [R, B/R*T, S]."""
     if window is None:
         return jnp.ones((1, 1, 1), bool)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -15,6 +16,7 @@ from cft_jax.models.layers import RmsNorm, einsum, normal_param
 from cft_jax.models.mlp import Mlp
 from cft_jax.models.moe import MoeMlp
 from cft_jax.models.rope import cos_sin
+from cft_jax.models.source import Source
 from cft_jax.sharding.rules import constrain
 
 REMAT = ("none", "full", "dots")
@@ -112,13 +114,14 @@ class Transformer(nnx.Module):
         self.final_norm = RmsNorm(D, None, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
         self.head = None if config.tie_head else normal_param(rngs.params(), (V, D), ("vocab", "embed"), D, param_dtype)
         self.config, self.lora_spec = config, lora
+        self.source: Source | None = None
         self.dtype, self.param_dtype, self.remat, self.mesh = jnp.dtype(dtype), jnp.dtype(param_dtype), remat, mesh
 
     def __call__(
         self,
-        tokens: Int[Array, "B L"],
-        positions: Int[Array, "B L"] | None = None,
-        mask: Bool[Array, "B L"] | None = None,
+        tokens: Int[Array | np.ndarray, "B L"],
+        positions: Int[Array | np.ndarray, "B L"] | None = None,
+        mask: Bool[Array | np.ndarray, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
         """Logits of every position, float32; jitted.
 

@@ -1,0 +1,155 @@
+"""One table between our weights and the tensors of a checkpoint: names and layouts.
+
+A layout such as "NH,D->DNH" reads: the file's tensor has the axes N*H and D, ours (without the layer axis) D, N, H.
+Weights are transposed and reshaped, never scaled or permuted, so that export is the exact inverse.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Shaped
+
+from cft_jax.models.config import ModelConfig, Moe
+
+Path = tuple[str | int, ...]
+
+_Table = dict[tuple[str, ...], tuple[str, str]]
+
+_ATTENTION: _Table = {
+    ("attn", "q_proj"): ("self_attn.q_proj", "NH,D->DNH"),
+    ("attn", "k_proj"): ("self_attn.k_proj", "KH,D->DKH"),
+    ("attn", "v_proj"): ("self_attn.v_proj", "KH,D->DKH"),
+    ("attn", "o_proj"): ("self_attn.o_proj", "D,NH->NHD"),
+}
+_MLP: _Table = {
+    ("mlp", "gate_proj"): ("mlp.gate_proj", "F,D->DF"),
+    ("mlp", "up_proj"): ("mlp.up_proj", "F,D->DF"),
+    ("mlp", "down_proj"): ("mlp.down_proj", "D,F->FD"),
+}
+_ATTENTION_BIAS: _Table = {
+    ("attn", "q_proj", "bias"): ("self_attn.q_proj.bias", "NH->NH"),
+    ("attn", "k_proj", "bias"): ("self_attn.k_proj.bias", "KH->KH"),
+    ("attn", "v_proj", "bias"): ("self_attn.v_proj.bias", "KH->KH"),
+    ("attn", "o_proj", "bias"): ("self_attn.o_proj.bias", "D->D"),
+}
+_HEAD_NORMS: _Table = {
+    ("attn", "q_norm", "scale"): ("self_attn.q_norm.weight", "H->H"),
+    ("attn", "k_norm", "scale"): ("self_attn.k_norm.weight", "H->H"),
+}
+_NORMS: _Table = {
+    ("attn_norm", "scale"): ("input_layernorm.weight", "D->D"),
+    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", "D->D"),
+}
+_SANDWICH_NORMS: _Table = {
+    ("attn_norm", "scale"): ("input_layernorm.weight", "D->D"),
+    ("post_attn_norm", "scale"): ("post_attention_layernorm.weight", "D->D"),
+    ("mlp_norm", "scale"): ("pre_feedforward_layernorm.weight", "D->D"),
+    ("post_mlp_norm", "scale"): ("post_feedforward_layernorm.weight", "D->D"),
+}
+# F counts gate and up together in gate_up_proj, which interleaves them.
+_MOE: _Table = {
+    ("mlp", "router_kernel"): ("mlp.router.weight", "E,D->DE"),
+    ("mlp", "router_bias"): ("mlp.router.bias", "E->E"),
+    ("mlp", "gate_up_proj", "kernel"): ("mlp.experts.gate_up_proj", "E,D,F->EDF"),
+    ("mlp", "gate_up_proj", "bias"): ("mlp.experts.gate_up_proj_bias", "E,F->EF"),
+    ("mlp", "down_proj", "kernel"): ("mlp.experts.down_proj", "E,F,D->EFD"),
+    ("mlp", "down_proj", "bias"): ("mlp.experts.down_proj_bias", "E,D->ED"),
+}
+_SINKS: _Table = {("attn", "sinks"): ("self_attn.sinks", "N->N")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor of the file becomes one of ours, and back."""
+
+    text: str
+
+    @property
+    def file_axes(self) -> list[str]:
+        return self.text.split("->")[0].split(",")
+
+    @property
+    def our_letters(self) -> str:
+        return self.text.split("->")[1]
+
+    def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(self.our_letters, shape, strict=True))
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The file's shape of a tensor that has this shape with us."""
+        sizes = self._sizes(shape)
+        return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.file_axes)
+
+    def split_axis(self) -> int:
+        """Our axis along which rows of the file's first axis can be told apart."""
+        return self.our_letters.index(self.file_axes[0][0])
+
+    def to_ours(self, rows: Shaped[np.ndarray, "..."], shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+        """Some rows of the file's tensor in our layout; a view.
+
+        Args:
+          rows: whole blocks of the first axis's first letter.
+          shape: of the whole tensor with us.
+        """
+        sizes = self._sizes(shape)
+        letters = "".join(self.file_axes)
+        full = rows.reshape(-1, *(sizes[letter] for letter in letters[1:]))
+        return full.transpose([letters.index(letter) for letter in self.our_letters])
+
+    def to_file(self, ours: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """A tensor of ours in the file's layout."""
+        letters = "".join(self.file_axes)
+        moved = ours.transpose([self.our_letters.index(letter) for letter in letters])
+        return moved.reshape(self.file_shape(ours.shape))
+
+
+@dataclass(frozen=True)
+class Name:
+    """One tensor of the file: `layer` is its index along our leading axis (None: the array has no such axis)."""
+
+    hf: str
+    path: Path
+    layer: int | None
+    layout: Layout
+
+
+def tensor_names(config: ModelConfig) -> list[Name]:
+    """All tensors of a checkpoint of the language model, under the names of `*ForCausalLM`."""
+    names = [Name("model.embed_tokens.weight", ("embed",), None, Layout("V,D->VD"))]
+    for s, (repeats, pattern) in enumerate(config.stacks):
+        for p in range(len(pattern)):
+            for suffix, (hf, layout) in _block(config).items():
+                for repeat in range(repeats):
+                    layer = config.layer_index(s, repeat, p)
+                    path = ("stacks", s, p, *suffix)
+                    names.append(Name(f"model.layers.{layer}.{hf}", path, repeat, Layout(layout)))
+    names.append(Name("model.norm.weight", ("final_norm", "scale"), None, Layout("D->D")))
+    if not config.tie_head:
+        names.append(Name("lm_head.weight", ("head",), None, Layout("V,D->VD")))
+    return names
+
+
+def _block(config: ModelConfig) -> _Table:
+    """The weights of a layer: our path in the block to name and layout."""
+    linear = _ATTENTION if isinstance(config.mlp, Moe) else {**_ATTENTION, **_MLP}
+    table = {(*path, "kernel"): (f"{hf}.weight", layout) for path, (hf, layout) in linear.items()}
+    table |= _SANDWICH_NORMS if config.post_norms else _NORMS
+    for present, more in (
+        (config.attn_bias, _ATTENTION_BIAS),
+        (config.qk_norm, _HEAD_NORMS),
+        (config.attn_sinks, _SINKS),
+        (isinstance(config.mlp, Moe), _MOE),
+    ):
+        if present:
+            table |= more
+    return table
+
+
+def group_by_path(names: list[Name]) -> Mapping[Path, list[Name]]:
+    """Names of the tensors that make up each of our arrays, in the order of its leading axis."""
+    groups: dict[Path, list[Name]] = {}
+    for name in names:
+        groups.setdefault(name.path, []).append(name)
+    return groups

@@ -1,0 +1,27 @@
+"""Where a model's weights came from."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint behind a model; hashable, so that it may ride on the module as static data.
+
+    Attributes:
+      directory: in HF format, with config, tokenizer and weights.
+      name: what the user asked for, a hub id or a directory.
+      revision: commit of a hub id; empty for a directory.
+      config_json: the text of config.json.
+    """
+
+    directory: str
+    name: str
+    revision: str
+    config_json: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        return json.loads(self.config_json)
