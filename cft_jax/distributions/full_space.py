@@ -197,8 +197,8 @@ def full_space(spec: PromptSpec, *, num_decimals: int, quantile: float) -> FullS
     limit = 2**53 if family.integer_only else LARGEST_INTEGER
     if not max(abs(lower), abs(upper)) * 10.0**decimals < limit:
         raise UserError(
-            f"{spec.family_id} with {dict(spec.parameters)} reaches from {lower:.6g} to {upper:.6g}, beyond "
-            f"{limit:.0e} steps of 1e-{decimals}; take fewer decimals or a larger data.full_quantile"
+            f"{spec.family_id} with {dict(spec.parameters)} reaches from {lower:.6g} to {upper:.6g}, too far for exact "
+            f"arithmetic with num_decimals={decimals}; take fewer decimals or a larger config.data.full_quantile"
         )
     # Compared as decimals, as printed: 0.29 * 100 is below 29 in doubles, yet "0.29" is not above 0.29.
     first = math.ceil(Fraction(repr(lower)) * 10**decimals)

@@ -190,10 +190,12 @@ def _forest(
     child_starts = np.append(0, num_children.cumsum())
     num_slots = grammar.tokens.ids.size
     keys = children.prefix * num_slots + grammar.tokens.ranks[children.slot]
-    child_prefix = np.where(children.slot == grammar.tokens.terminator, -1, CUT)
+    ends = children.slot == grammar.tokens.terminator
+    child_prefix = np.where(ends, -1, CUT)
     entry = np.searchsorted(keys, parent[inner] * num_slots + grammar.tokens.ranks[slots[inner]])
     child_prefix[entry] = inner - starts[owner[inner]]
     total = reach[children.prefix]
+    end_masses = np.bincount(children.prefix, weights=np.where(ends, children.mass, 0.0), minlength=owner.size)
     leaf = forest.arrays["leaf_prefix"][inverse]
     arrays = {
         **forest.arrays,
@@ -206,7 +208,7 @@ def _forest(
         "child_probs": np.divide(children.mass, total, out=np.zeros_like(total), where=total > 0),
         "child_prefix": child_prefix.astype(np.int32),
         "leaf_prefix": leaf,
-        "leaf_probs": reach[leaf + starts[groups]],
+        "leaf_probs": end_masses[leaf + starts[groups]],
     }
     leaf_starts = np.searchsorted(groups, np.arange(len(forest) + 1))
     weights = np.bincount(children.prefix, weights=children.weight, minlength=owner.size)

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cft_jax.common.errors import UserError
 from cft_jax.distributions.full_space import FullSpace
 from cft_jax.text.digits import DigitTokens, digit_counts
 
@@ -27,10 +28,19 @@ class NumberTokens:
     Attributes:
       numbers: the tokenizer's digits.
       terminator_id: closes every string.
+
+    Raises:
+      UserError: on construction, the terminator is one of the tokens of numbers.
     """
 
     numbers: DigitTokens
     terminator_id: int
+
+    def __post_init__(self):
+        if self.terminator_id in self.ids[:-1]:
+            raise UserError(
+                f"the terminator, token {self.terminator_id}, occurs in numbers; set config.data.terminator"
+            )
 
     @cached_property
     def ids(self) -> Int[np.ndarray, "S"]:
