@@ -1,5 +1,6 @@
-"""Rows of the golden files of the evaluation; tests/golden/README.md says what every field is."""
+"""Golden rows of the evaluation (tests/golden/README.md says what every field is), and a model known exactly."""
 
+import functools
 import gzip
 import json
 import math
@@ -7,7 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from cft_jax.evaluate.backend import TrieRequest, TrieScores
+from cft_jax.evaluate.exact_plan import PromptCodec
+from cft_jax.text.trie import grow_forest, token_matrix
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -30,3 +36,96 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_numbers(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+TERMINATOR = 0
+VOCAB_SIZE = 128
+
+
+class CharacterModel:
+    """A backend over single characters: a model known in closed form, which refuses what the real one refuses.
+
+    With probability `off` the first token is a letter, which no number begins with; else it writes a number from the
+    prompt's target, tilted towards small token ids by `tilt`.
+    """
+
+    def __init__(self, spaces: dict[tuple[int, ...], Any], *, off: float, tilt: float, fail_after: int = 10**9):
+        self.spaces, self.off, self.tilt, self.fail_after = spaces, off, tilt, fail_after
+        self.calls = 0
+        self.next_log_probs = functools.cache(self._next_log_probs)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"off={self.off} tilt={self.tilt}"
+
+    def _next_log_probs(self, prompt: tuple[int, ...], prefix: tuple[int, ...]) -> np.ndarray:
+        probs = np.full(VOCAB_SIZE, 1e-12)
+        text = "".join(map(chr, prefix))
+        space = self.spaces[prompt]
+        for value, p in zip(space.values, space.probabilities, strict=True):
+            if value.startswith(text):
+                token = ord(value[len(text)]) if len(value) > len(text) else TERMINATOR
+                probs[token] += p * math.exp(-self.tilt * token)
+        probs /= probs.sum()
+        if not prefix:
+            probs = probs * (1 - self.off)
+            probs[ord("x")] += self.off
+        if text.startswith("x"):
+            probs = np.full(VOCAB_SIZE, 1e-12)
+            probs[TERMINATOR] = 1
+        return np.log(probs / probs.sum())
+
+    def score(self, requests):
+        self.calls += 1
+        if self.calls > self.fail_after:
+            raise KeyboardInterrupt
+        return [self._score(request) for request in requests]
+
+    def _score(self, request: TrieRequest) -> TrieScores:
+        trie = request.trie
+        wanted = range(trie.num_prefixes) if request.prefixes is None else request.prefixes
+        scores = np.full(trie.child_ids.size, np.nan)
+        paths = {0: ()}
+        for prefix in wanted:
+            if prefix:
+                # A prefix without those above it cannot be computed: the real backend has no cache for it either.
+                paths[int(prefix)] = (*paths[int(trie.parent[prefix])], int(trie.token[prefix]))
+            entries = slice(trie.child_offsets[prefix], trie.child_offsets[prefix + 1])
+            scores[entries] = self.next_log_probs(request.prompt, paths[int(prefix)])[trie.child_ids[entries]]
+        return TrieScores(scores, None)
+
+    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p):
+        assert len(seeds) == len(prompts) and temperature == top_p == 1.0
+        return [
+            [self._draw(tuple(prompt), rng, max_new_tokens) for _ in range(num_samples)]
+            for prompt, rng in zip(prompts, map(np.random.default_rng, seeds), strict=True)
+        ]
+
+    def _draw(self, prompt, rng, max_new_tokens) -> str:
+        tokens: tuple[int, ...] = ()
+        while len(tokens) < max_new_tokens:
+            token = int(rng.choice(VOCAB_SIZE, p=np.exp(self.next_log_probs(prompt, tokens))))
+            if token == TERMINATOR:
+                break
+            tokens = (*tokens, token)
+        return "".join(map(chr, tokens))
+
+
+def encode_characters(messages) -> list[int]:
+    return [ord(character) for character in messages[-1]["content"]]
+
+
+def character_trie(space):
+    tokens, lengths = token_matrix([[ord(character) for character in value] for value in space.values])
+    groups = np.zeros(lengths.size, np.int64)
+    return grow_forest(tokens, lengths, groups, space.probabilities, terminator_id=TERMINATOR, describe=str).trie(0)
+
+
+@pytest.fixture(scope="session")
+def character_model() -> type[CharacterModel]:
+    return CharacterModel
+
+
+@pytest.fixture(scope="session")
+def character_codec() -> PromptCodec:
+    return PromptCodec(encode_characters, character_trie, "characters")

@@ -17,7 +17,8 @@ def string_log_probs(trie: Trie, child_log_probs: Float[np.ndarray, "K"]) -> Flo
     per_prefix[trie.child_prefix[inner]] = child_log_probs[inner]
     parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))
     end_log_probs = np.full(trie.num_prefixes, np.nan)
-    end_log_probs[parents[~inner]] = child_log_probs[~inner]
+    ends = trie.child_ids == trie.terminator_id
+    end_log_probs[parents[ends]] = child_log_probs[ends]
     return _sum_from_root(trie, per_prefix)[trie.leaf_prefix] + end_log_probs[trie.leaf_prefix]
 
 

@@ -84,7 +84,7 @@ class ListedTarget:
     probabilities: Float[np.ndarray, "N"]
 
     @staticmethod
-    def of(values: Sequence[float], probabilities: Float[np.ndarray, "N"]) -> "ListedTarget":
+    def of(values: Sequence[float] | Float[np.ndarray, "N"], probabilities: Float[np.ndarray, "N"]) -> "ListedTarget":
         """From numbers in any order; the probabilities of equal ones are added."""
         numbers, inverse = np.unique(np.asarray(values, np.float64), return_inverse=True)
         return ListedTarget(numbers, np.bincount(inverse.ravel(), weights=probabilities))

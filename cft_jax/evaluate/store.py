@@ -1,0 +1,103 @@
+"""Results of finished prompts, kept as they come, so that a killed evaluation goes on where it stopped."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_atomically
+
+Record = dict[str, Any]
+
+
+class ResultStore:
+    """A JSONL file with one record per finished prompt.
+
+    Every line carries the fingerprint of the weights and settings it was measured with; lines of another fingerprint
+    are left alone and ignored. A last line that a crash cut off is removed on opening.
+    """
+
+    def __init__(self, path: Path, *, fingerprint: str, write: bool) -> None:
+        """Opens the file, which need not exist.
+
+        Args:
+          path: of the file; its directory is made.
+          fingerprint: of weights and settings; records of others do not count.
+          write: whether this process writes; process 0 does.
+
+        Raises:
+          UserError: a line other than the last is damaged.
+        """
+        self._fingerprint = fingerprint
+        lines = _whole_lines(path)
+        rows = [_read(path, number, line) for number, line in enumerate(lines, 1)]
+        self._records = {
+            (row["record"]["split"], row["record"]["task_id"]): row["record"]
+            for row in rows
+            if row["fingerprint"] == fingerprint
+        }
+        self._file = None
+        if write:
+            write_atomically(path, b"".join(lines))
+            self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "ResultStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, key: tuple[str, str]) -> Record:
+        return self._records[key]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds the record of one prompt, named by its `split` and `task_id`, and flushes it.
+
+        Raises:
+          ValueError: the prompt has a record already, or the record holds NaN or an infinity, which JSON lacks.
+        """
+        key = (record["split"], record["task_id"])
+        if key in self._records:
+            raise ValueError(f"{key} has a record already")
+        line = json.dumps({"fingerprint": self._fingerprint, "record": record}, allow_nan=False)
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+        # What a resumed run would read, so that both see the same numbers.
+        self._records[key] = json.loads(line)["record"]
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a finished evaluation's store, those of the fingerprint written last; empty without a file.
+
+    Raises:
+      UserError: a line other than the last is damaged.
+    """
+    rows = [_read(path, number, line) for number, line in enumerate(_whole_lines(path), 1)]
+    return [row["record"] for row in rows if row["fingerprint"] == rows[-1]["fingerprint"]]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    return lines
+
+
+def _read(path: Path, number: int, line: bytes) -> Record:
+    try:
+        row = json.loads(line)
+        _ = row["fingerprint"], row["record"]["split"], row["record"]["task_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}, line {number} is damaged ({error}); delete the line and repeat") from None
+    return row

@@ -1,0 +1,253 @@
+"""The structured-sampling suite: does the model answer with the distribution it is asked for?
+
+For every prompt: the exact figures of the model's whole distribution over the answers, the paper's path KL, and the
+figures of sampled answers. Each finished prompt is kept, so a killed evaluation goes on where it stopped and ends with
+the same numbers.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_atomically, write_json
+from cft_jax.common.progress import Progress
+from cft_jax.distributions.tasks import SpaceSettings, Task
+from cft_jax.evaluate import prompt_figures as figures
+from cft_jax.evaluate.aggregate import SECTIONS, summarise_split
+from cft_jax.evaluate.backend import Backend
+from cft_jax.evaluate.exact_plan import ListedPlan, Messages, PromptCodec, task_number, task_rng
+from cft_jax.evaluate.store import Record, ResultStore, read_records
+
+SUITE = "structured"
+STORE = "per_prompt.jsonl"
+# Prompts handed to the backend at once; a killed run repeats at most these.
+_PROMPTS_AT_ONCE = 8
+_LARGEST_SEED = 2**31
+
+
+@dataclass(frozen=True)
+class StructuredSettings:
+    """What is measured.
+
+    Attributes:
+      space: how the families are discretised for the exact figures: as in training.
+      epsilon: floor of the targets in the path KL, as in training.
+      num_samples: answers per prompt and seed; 0 samples nothing.
+      seeds: one set of samples for each.
+      max_new_tokens: per answer.
+      temperature, top_p: of the samples.
+      numbers_per_completion: 1 for the protocol `independent`; more for `batch`, where each completion holds so many
+        comma-separated numbers and nothing but samples is measured.
+    """
+
+    space: SpaceSettings
+    epsilon: float
+    num_samples: int
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    numbers_per_completion: int
+
+
+def run_structured(
+    backend: Backend,
+    codec: PromptCodec,
+    tasks: Sequence[Task],
+    settings: StructuredSettings,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> dict[str, Any]:
+    """Measures every task and writes `summary.json`, `per_prompt.csv` and `samples.jsonl.gz`.
+
+    Args:
+      backend: the model.
+      codec: its tokens.
+      tasks: prompts of one or several splits, in order.
+      settings: what is measured.
+      directory: where the files go, and the store of finished prompts.
+      checkpoint: name of what is measured, recorded.
+      write: whether this process writes; process 0 does.
+
+    Returns:
+      The summary, as written.
+
+    Raises:
+      UserError: there are no tasks, or the batch protocol has no prompt for one of them.
+    """
+    if not tasks:
+        raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
+    fingerprint = _fingerprint(backend.fingerprint, codec.name, asdict(settings))
+    shown = _shown(tasks)
+    with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
+        pending = [task for task in tasks if (task.split, task.task_id) not in store]
+        done = len(tasks) - len(pending)
+        with Progress("evaluate structured", total=len(tasks), unit="prompt", done=done) as progress:
+            for chunk in _chunks(pending, _PROMPTS_AT_ONCE):
+                for record in measure(backend, codec, chunk, settings, shown):
+                    store.append(record)
+                progress.advance(len(chunk))
+        records = [store[task.split, task.task_id] for task in tasks]
+    summary = summarise(records, settings, checkpoint=checkpoint, fingerprint=fingerprint)
+    if write:
+        write_atomically(directory / "per_prompt.csv", _table(records))
+        write_atomically(directory / "samples.jsonl.gz", _samples(records))
+        write_json(directory / "summary.json", summary)
+    return summary
+
+
+def summarise(
+    records: Sequence[Record], settings: StructuredSettings, *, checkpoint: str, fingerprint: str
+) -> dict[str, Any]:
+    """The contents of `summary.json` from the records of all prompts."""
+    splits: dict[str, list[Record]] = {}
+    for record in records:
+        splits.setdefault(record["split"], []).append(record)
+    return {
+        "suite": SUITE,
+        "checkpoint": checkpoint,
+        "fingerprint": fingerprint,
+        "protocol": "independent" if settings.numbers_per_completion == 1 else "batch",
+        "settings": asdict(settings),
+        "splits": {name: summarise_split(members, settings.num_samples) for name, members in splits.items()},
+    }
+
+
+def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
+    """The summary and the records that `run_structured` left in a directory; None where there is no summary.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    path = directory / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and repeat the evaluation") from None
+    return summary, read_records(directory / STORE)
+
+
+def measure(
+    backend: Backend,
+    codec: PromptCodec,
+    tasks: Sequence[Task],
+    settings: StructuredSettings,
+    shown: frozenset[tuple[str, str]],
+) -> list[Record]:
+    """The records of a few tasks; a record does not depend on which other tasks are measured with it."""
+    prompts = [codec.encode(_messages(task, settings.numbers_per_completion)) for task in tasks]
+    records: list[Record] = [
+        {"split": task.split, "task_id": task.task_id, "group": task.group, "weight": task.weight} for task in tasks
+    ]
+    if settings.numbers_per_completion == 1:
+        plans = [
+            ListedPlan.of(task, codec, settings.space, epsilon=settings.epsilon, seed=settings.seeds[0])
+            for task in tasks
+        ]
+        asked = [plan.requests(prompt) for plan, prompt in zip(plans, prompts, strict=True)]
+        answers = iter(backend.score([request for requests in asked for request in requests]))
+        for record, plan, requests in zip(records, plans, asked, strict=True):
+            keep = (record["split"], record["task_id"]) in shown
+            record |= plan.sections([next(answers) for _ in requests], keep_distribution=keep)
+    if settings.num_samples:
+        for record, sections in zip(records, _sample(backend, tasks, prompts, settings), strict=True):
+            record |= sections
+    return records
+
+
+def _sample(
+    backend: Backend, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], settings: StructuredSettings
+) -> Iterator[figures.Figures]:
+    per_completion = settings.numbers_per_completion
+    completions = {
+        seed: backend.sample(
+            prompts,
+            seeds=[(seed + task_number(task, "sample")) % _LARGEST_SEED for task in tasks],
+            num_samples=-(-settings.num_samples // per_completion),
+            max_new_tokens=settings.max_new_tokens * per_completion,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+        for seed in settings.seeds
+    }
+    for i, task in enumerate(tasks):
+        space = task.output_space(settings.space)
+        target = figures.target_of_task(task, space, settings.space.num_decimals)
+        sections = []
+        for seed in settings.seeds:
+            answers = figures.read_answers(completions[seed][i], task, space, per_completion=per_completion)
+            sections.append(figures.sampled_section(answers, task, space, target, task_rng(task, seed, "figures")))
+        yield figures.mean_sections(sections) | {
+            "samples": {str(seed): completions[seed][i] for seed in settings.seeds}
+        }
+
+
+def _messages(task: Task, per_completion: int) -> Messages:
+    """The task's messages, which the batch protocol asks for several numbers at once."""
+    if per_completion == 1:
+        return task.messages
+    content = task.messages[-1]["content"]
+    one, output = "exactly ONE random number", "Output ONLY the number."
+    if one not in content or output not in content:
+        raise UserError(
+            f"task {task.task_id} is not one of the families' prompts, which alone can ask for several numbers; "
+            "set config.eval.numbers_per_completion=1"
+        )
+    content = content.replace(one, f"exactly {per_completion} random numbers")
+    content = content.replace(output, "Output ONLY the numbers, separated by commas.")
+    return [*task.messages[:-1], {"role": "user", "content": content}]
+
+
+def _fingerprint(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _shown(tasks: Sequence[Task]) -> frozenset[tuple[str, str]]:
+    """The tasks whose whole distribution is kept for plots: the middle one of every family in every split."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for task in tasks:
+        groups.setdefault((task.split, task.group), []).append(task.task_id)
+    return frozenset((split, members[len(members) // 2]) for (split, _), members in groups.items())
+
+
+def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
+    for start in range(0, len(tasks), size):
+        yield tasks[start : start + size]
+
+
+def _table(records: Sequence[Record]) -> str:
+    """One row per prompt, a column per figure."""
+    sections = (*SECTIONS, "tests", "paper_gof")
+    rows = [
+        {"split": r["split"], "family": r["group"], "task_id": r["task_id"]}
+        | {f"{section}.{name}": value for section in sections for name, value in r.get(section, {}).items()}
+        for r in records
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _samples(records: Sequence[Record]) -> bytes:
+    """One line per prompt and seed; the same samples give the same bytes."""
+    lines = [
+        json.dumps({"split": r["split"], "task_id": r["task_id"], "seed": int(seed), "samples": texts})
+        for r in records
+        for seed, texts in r.get("samples", {}).items()
+    ]
+    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
