@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 from cft_jax.data.batch import TargetBatch
-from cft_jax.text.trie import Forest
+from cft_jax.text.trie import Forest, Trie
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class Rows:
       target_starts: int64[N + 1]; where the entries of each prefix begin.
       target_ids, target_probs: tokens that can follow the prefix and their probabilities.
       row_weight: what each row counts in the mean.
+      task: which of the tasks that rows were asked for each row belongs to, ascending.
     """
 
     prompts: Sequence[Int32[np.ndarray, "_"]]
@@ -43,6 +44,7 @@ class Rows:
     target_ids: Int32[np.ndarray, "K"]
     target_probs: Float64[np.ndarray, "K"]
     row_weight: Float64[np.ndarray, "R"]
+    task: Int64[np.ndarray, "R"]
 
     def __len__(self) -> int:
         return self.row_weight.size
@@ -121,7 +123,53 @@ def rows_of_strings(
         target_ids=arrays["child_ids"][entries],
         target_probs=arrays["child_probs"][entries],
         row_weight=row_weight,
+        task=np.arange(tries.size),
     )
+
+
+def rows_of_tries(
+    tries: Sequence[Trie],
+    prompts: Sequence[Int32[np.ndarray, "_"]],
+    weights: Sequence[Float64[np.ndarray, "_"]],
+    row_weight: Float64[np.ndarray, "R"],
+) -> Rows:
+    """A row per trie with all its prefixes and a given weight for each prefix's step."""
+    sizes = [trie.num_prefixes for trie in tries]
+    num_children = np.concatenate([np.diff(trie.child_offsets) for trie in tries])
+    return Rows(
+        prompts=prompts,
+        node_starts=np.append(0, np.cumsum(sizes)),
+        token=np.concatenate([trie.token for trie in tries]),
+        depth=np.concatenate([trie.depth for trie in tries]),
+        end=np.concatenate([trie.subtree_end for trie in tries]).astype(np.int64),
+        weight=np.concatenate(weights),
+        target_starts=np.append(0, num_children.cumsum()),
+        target_ids=np.concatenate([trie.child_ids for trie in tries]),
+        target_probs=np.concatenate([trie.child_probs for trie in tries]),
+        row_weight=row_weight,
+        task=np.arange(row_weight.size),
+    )
+
+
+def joined_rows(parts: Sequence[Rows], tasks: Sequence[Int64[np.ndarray, "_"]]) -> Rows:
+    """The rows of several sources as one, in the order of their tasks.
+
+    Args:
+      parts: the rows of each source.
+      tasks: for each source, the numbers that its tasks have among all.
+    """
+    names = ("token", "depth", "end", "weight", "target_ids", "target_probs", "row_weight")
+    joined = Rows(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        node_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.node_starts) for part in parts]))),
+        target_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.target_starts) for part in parts]))),
+        task=np.concatenate([numbers[part.task] for part, numbers in zip(parts, tasks, strict=True)]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+    )
+    order = np.argsort(joined.task, kind="stable")
+    num_nodes = np.diff(joined.node_starts)[order]
+    nodes = _ranges(joined.node_starts[order], num_nodes)
+    return _gathered(joined, order, num_nodes, nodes, joined.end[nodes], None, joined.row_weight[order])
 
 
 def split_rows(rows: Rows, max_nodes: int) -> Rows:
@@ -138,21 +186,45 @@ def split_rows(rows: Rows, max_nodes: int) -> Rows:
     if max_nodes <= longest:
         raise ValueError(f"max_nodes={max_nodes} must be greater than {longest}, the tokens of the longest string")
     parts = [part for row in range(len(rows)) for part in _parts(rows, row, max_nodes)]
-    source = np.concatenate([part.nodes for part in parts])
-    counted = np.concatenate([part.counted for part in parts])
-    num_targets = np.where(counted, np.diff(rows.target_starts)[source], 0)
-    entries = _ranges(rows.target_starts[source], num_targets)
+    return _gathered(
+        rows,
+        np.array([part.row for part in parts]),
+        np.array([part.nodes.size for part in parts]),
+        np.concatenate([part.nodes for part in parts]),
+        np.concatenate([part.end for part in parts]),
+        np.concatenate([part.counted for part in parts]),
+        np.array([rows.row_weight[part.row] if part.is_first else 0.0 for part in parts]),
+    )
+
+
+def _gathered(
+    rows: Rows,
+    source: np.ndarray,
+    num_nodes: np.ndarray,
+    nodes: np.ndarray,
+    end: np.ndarray,
+    counted: np.ndarray | None,
+    row_weight: np.ndarray,
+) -> Rows:
+    """Rows made of prefixes of others: of row `source[i]` the next `num_nodes[i]` of `nodes`, with new ends.
+
+    Prefixes that are not `counted` lose their weight and their targets.
+    """
+    counted = np.ones(nodes.size, dtype=bool) if counted is None else counted
+    num_targets = np.where(counted, np.diff(rows.target_starts)[nodes], 0)
+    entries = _ranges(rows.target_starts[nodes], num_targets)
     return Rows(
-        prompts=[rows.prompts[part.row] for part in parts],
-        node_starts=np.append(0, np.cumsum([part.nodes.size for part in parts])),
-        token=rows.token[source],
-        depth=rows.depth[source],
-        end=np.concatenate([part.end for part in parts]),
-        weight=np.where(counted, rows.weight[source], 0.0),
+        prompts=[rows.prompts[row] for row in source.tolist()],
+        node_starts=np.append(0, num_nodes.cumsum()),
+        token=rows.token[nodes],
+        depth=rows.depth[nodes],
+        end=end,
+        weight=np.where(counted, rows.weight[nodes], 0.0),
         target_starts=np.append(0, num_targets.cumsum()),
         target_ids=rows.target_ids[entries],
         target_probs=rows.target_probs[entries],
-        row_weight=np.array([rows.row_weight[part.row] if part.is_first else 0.0 for part in parts]),
+        row_weight=row_weight,
+        task=rows.task[source],
     )
 
 

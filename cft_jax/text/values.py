@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float64, Int32, Int64
+from jaxtyping import Int32, Int64, Real
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
@@ -39,12 +39,12 @@ class ValueEncoder:
         return token_matrix(encode_strings(self._tokenizer, values))
 
     def numbers(
-        self, integers: Float64[np.ndarray, "S"], num_decimals: int
+        self, integers: Real[np.ndarray, "S"], num_decimals: int
     ) -> tuple[Int32[np.ndarray, "S T"], Int64[np.ndarray, "S"]]:
         """Token ids of the strings of k · 10**-num_decimals, -1 after the end of a row, and their numbers.
 
         Args:
-          integers: the k, whole numbers as doubles; -0.0 is written with its sign.
+          integers: the k, whole numbers; the double -0.0 is written with its sign.
           num_decimals: decimals of every string.
         """
         has_minus_zero = bool((np.signbit(integers) & (integers == 0)).any())
@@ -52,9 +52,9 @@ class ValueEncoder:
         if self._digits is None or has_minus_zero or not is_small:
             return self.strings(decimal_strings(integers, num_decimals))
         tokens, lengths = self._digits.encode(integers.astype(np.int64), num_decimals)
-        # Evenly spread from a place that the values decide: the same values are always checked in the same places.
-        start = int(np.abs(integers).sum() % max(1, integers.size // _SAMPLES_PER_CALL)) if integers.size else 0
-        sample = np.arange(start, integers.size, max(1, integers.size // _SAMPLES_PER_CALL))
+        stride = max(1, integers.size // _SAMPLES_PER_CALL)
+        # From a place that the values decide, so that the same call always checks the same ones.
+        sample = np.arange(int(np.abs(integers).max(initial=0)) % stride, integers.size, stride)
         plain = encode_strings(self._tokenizer, decimal_strings(integers[sample], num_decimals))
         if plain != [tokens[row, : lengths[row]].tolist() for row in sample]:
             self._digits = None

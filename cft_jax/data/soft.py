@@ -1,0 +1,151 @@
+"""Rows of soft targets: drawn strings or whole tries, of listed spaces or at full resolution."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float64, Int32, Int64
+
+from cft_jax.data.rows import Rows, rows_of_strings, rows_of_tries, split_rows
+from cft_jax.data.spaces import draw_indices
+from cft_jax.text.full_trie import FullTrie, drawn_forest
+from cft_jax.text.trie import Forest
+
+Prompts = Sequence[Int32[np.ndarray, "_"]]
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnPaths:
+    """Strings drawn from listed spaces (`path`, `paths`).
+
+    Attributes:
+      forest: the trie of every task.
+      prompts: of every task.
+      task_weights: what a string of each task weighs; 1 on average.
+      per_step: whether a string's weight is the mean over its steps or the sum.
+    """
+
+    forest: Forest
+    prompts: Prompts
+    task_weights: Float64[np.ndarray, "G"]
+    per_step: bool
+
+    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
+        """A row per task with as many drawn strings as there are uniform numbers."""
+        drawn = [draw_indices(self._cumulative[task], row) for task, row in zip(tasks.tolist(), uniforms, strict=True)]
+        num_rows, per_row = uniforms.shape
+        return rows_of_strings(
+            self.forest,
+            [self.prompts[task] for task in tasks.tolist()],
+            tasks,
+            np.repeat(np.arange(num_rows), per_row),
+            np.concatenate(drawn),
+            np.repeat(self.task_weights[tasks], per_row),
+            np.full(num_rows, float(per_row)),
+            per_step=self.per_step,
+        )
+
+    @cached_property
+    def _cumulative(self) -> list[np.ndarray]:
+        probabilities, starts = self.forest.arrays["leaf_probs"], self.forest.leaf_starts
+        return [np.cumsum(probabilities[a:b]) for a, b in itertools.pairwise(starts)]
+
+
+@dataclass(frozen=True, eq=False)
+class WholeTries:
+    """All strings of listed spaces with their probabilities (`exact`).
+
+    Attributes:
+      forest, prompts, task_weights, per_step: as in `DrawnPaths`.
+      max_nodes: prefixes in one row; longer tries become several rows.
+    """
+
+    forest: Forest
+    prompts: Prompts
+    task_weights: Float64[np.ndarray, "G"]
+    per_step: bool
+    max_nodes: int
+
+    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
+        """At least a row per task; the uniform numbers are not needed."""
+        starts = self.forest.leaf_starts
+        leaves = [self.forest.arrays["leaf_probs"][starts[task] : starts[task + 1]] for task in tasks]
+        strings = [np.flatnonzero(probabilities) for probabilities in leaves]
+        string_row = np.repeat(np.arange(tasks.size), [found.size for found in strings])
+        probabilities = np.concatenate([leaf[found] for leaf, found in zip(leaves, strings, strict=True)])
+        rows = rows_of_strings(
+            self.forest,
+            [self.prompts[task] for task in tasks.tolist()],
+            tasks,
+            string_row,
+            np.concatenate(strings),
+            probabilities * self.task_weights[tasks][string_row],
+            np.ones(tasks.size),
+            per_step=self.per_step,
+        )
+        return split_rows(rows, self.max_nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class FullPaths:
+    """Strings drawn at full resolution (`path`, `paths`); every prefix on their way has all its children.
+
+    Attributes:
+      tries: of every task.
+      prompts, task_weights, per_step: as in `DrawnPaths`.
+    """
+
+    tries: Sequence[FullTrie]
+    prompts: Prompts
+    task_weights: Float64[np.ndarray, "G"]
+    per_step: bool
+
+    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
+        """A row per task with as many drawn strings as there are uniform numbers."""
+        tries = [self.tries[task] for task in tasks.tolist()]
+        drawn = [trie.space.draw(row) for trie, row in zip(tries, uniforms, strict=True)]
+        num_rows, per_row = uniforms.shape
+        return rows_of_strings(
+            drawn_forest(tries, drawn),
+            [self.prompts[task] for task in tasks.tolist()],
+            np.arange(num_rows),
+            np.repeat(np.arange(num_rows), per_row),
+            np.tile(np.arange(per_row), num_rows),
+            np.repeat(self.task_weights[tasks], per_row),
+            np.full(num_rows, float(per_row)),
+            per_step=self.per_step,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FullTries:
+    """The most probable prefixes at full resolution, and below them drawn strings without bias (`exact`).
+
+    Attributes:
+      tries, prompts, task_weights, per_step: as in `FullPaths`.
+      max_nodes: prefixes in one row, and how many of the most probable prefixes are taken.
+    """
+
+    tries: Sequence[FullTrie]
+    prompts: Prompts
+    task_weights: Float64[np.ndarray, "G"]
+    per_step: bool
+    max_nodes: int
+
+    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
+        """At least a row per task, with a drawn string per uniform number."""
+        tries, weights = [], []
+        for task, row in zip(tasks.tolist(), uniforms, strict=True):
+            full = self.tries[task]
+            part = full.expand(self.max_nodes, _ANY_DEPTH, full.space.draw(row))
+            tries.append(part.trie)
+            step_weights = part.mean_weights if self.per_step else part.sequence_weights
+            weights.append(step_weights * self.task_weights[task])
+        prompts = [self.prompts[task] for task in tasks.tolist()]
+        return split_rows(rows_of_tries(tries, prompts, weights, np.ones(tasks.size)), self.max_nodes)
+
+
+# Deeper than any number: a sign, a point and 18 digits.
+_ANY_DEPTH = 32
