@@ -120,6 +120,17 @@ class Expansion:
     mean_weights: Float[np.ndarray, "M"]
     sequence_weights: Float[np.ndarray, "M"]
 
+    def exits(self) -> tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"], Float[np.ndarray, "E"]]:
+        """The tokens that end a string or leave the trie; the strings below them part the space without remainder.
+
+        Returns:
+          int64[E] numbers of children (as `trie.child_ids`), int64[E] the prefixes that they follow, and float64[E]
+          the probabilities of the strings below.
+        """
+        children = np.flatnonzero(self.trie.child_prefix < 0)
+        prefix = np.searchsorted(self.trie.child_offsets, children, side="right") - 1
+        return children, prefix, self.trie.reach[prefix] * self.trie.child_probs[children]
+
 
 def drawn_forest(tries: Sequence[FullTrie], drawn: Sequence[Int[np.ndarray, "_"]]) -> Forest:
     """The tries of the prefixes of drawn strings, several prompts at once.

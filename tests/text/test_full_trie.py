@@ -229,27 +229,23 @@ def test_expansion_takes_the_most_probable_prefixes(group, budget):
     assert part.trie.num_prefixes == budget and part.exact.all()
     least = np.sort(whole.reach)[-budget]
     assert part.trie.reach.min() == pytest.approx(least, rel=1e-9)
-    exits = joint(part.trie)[part.trie.child_prefix < 0]
-    assert exits.sum() == pytest.approx(1, abs=1e-12)
+    assert part.exits()[2].sum() == pytest.approx(1, abs=1e-12)
 
 
 def test_expansion_to_a_depth_holds_all_intervals_of_that_depth():
     trie = FullTrie(full_space(SPECS["gumbel"], num_decimals=5, quantile=1e-6), TOKENS[1])
-    part = trie.expand(EVERYTHING, 3, NO_DRAWS).trie
-    assert part.depth.max() == 3
-    cut = np.flatnonzero(part.child_prefix == CUT)
-    parents = np.searchsorted(part.child_offsets, cut, side="right") - 1
-    assert (part.depth[parents] == 3).all()
-    masses = joint(part)[cut]
+    expansion = trie.expand(EVERYTHING, 3, NO_DRAWS)
+    part, (exits, parents, masses) = expansion.trie, expansion.exits()
+    assert (part.child_prefix[exits] == CUT).all() and (part.depth[parents] == 3).all()
     assert masses.sum() == pytest.approx(1, abs=1e-12)
     total = 0
-    for entry, parent in zip(cut, parents, strict=True):
+    for entry, parent, expected in zip(exits, parents, masses, strict=True):
         prefix = [int(part.child_ids[entry])]
         while parent > 0:
             prefix.insert(0, int(part.token[parent]))
             parent = part.parent[parent]
         starts, stops, mass = trie.intervals(prefix)
-        assert mass.sum() == pytest.approx(joint(part)[entry], rel=1e-9, abs=1e-15)
+        assert mass.sum() == pytest.approx(expected, rel=1e-9, abs=1e-15)
         total += (stops - starts).sum()
     assert total == trie.space.num_values
 
