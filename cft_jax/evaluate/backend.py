@@ -1,43 +1,13 @@
 """What the suites ask of a model, whichever library runs it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
+from cft_jax.generate import TrieScore
 from cft_jax.text.trie import Trie
-
-
-@dataclass(frozen=True, eq=False)
-class TrieRequest:
-    """Asks for the model's probabilities along a trie.
-
-    Attributes:
-      prompt: token ids of the prompt.
-      trie: the strings.
-      prefixes: prefixes whose children are wanted, ascending, every prefix with all those above it; None for all.
-    """
-
-    prompt: tuple[int, ...]
-    trie: Trie
-    prefixes: Int[np.ndarray, "R"] | None
-
-
-@dataclass(frozen=True, eq=False)
-class TrieScores:
-    """The model's answer to a `TrieRequest`.
-
-    Attributes:
-      child_log_probs: ln q(child | prompt, prefix) over the whole vocabulary at temperature 1, for every edge in the
-        order of `trie.child_ids`; NaN at the prefixes not asked for.
-      other_stop_log_probs: per value, ln of the probability that an answer ends right after the whole string by a stop
-        token other than the trie's terminator; -inf where the model has no other. None where not computed.
-    """
-
-    child_log_probs: Float[np.ndarray, "K"]
-    other_stop_log_probs: Float[np.ndarray, "N"] | None
 
 
 @runtime_checkable
@@ -65,6 +35,15 @@ class Backend(Protocol):
         """
         ...
 
-    def score(self, requests: Sequence[TrieRequest]) -> list[TrieScores]:
-        """Probabilities along tries, one answer per request."""
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tries: Sequence[Trie],
+        *,
+        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
+    ) -> list[TrieScore]:
+        """Probabilities along one trie per prompt, over the whole vocabulary at temperature 1.
+
+        With `prefixes`, only at these prefixes of each trie, which come with all their ancestors.
+        """
         ...

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import SpaceSettings, Task
 from cft_jax.evaluate import prompt_figures as figures
-from cft_jax.evaluate.backend import TrieRequest, TrieScores
 from cft_jax.evaluate.metrics import paths
+from cft_jax.generate import TrieScore
 from cft_jax.text.trie import Trie
 
 # The paper scores its path KL at 2 decimals, whatever the training resolution, on 4 strings per prompt.
@@ -66,16 +66,21 @@ class ListedPlan:
         tries = codec.build_trie(space), codec.build_trie(paper_space)
         return cls(task, space, *tries, draws, settings, epsilon)
 
-    def requests(self, prompt: Sequence[int]) -> list[TrieRequest]:
-        """What `sections` needs to know, in its order."""
-        drawn = paths.path_prefixes(self.paper_trie, self.paper_draws)
-        return [TrieRequest(tuple(prompt), self.trie, None), TrieRequest(tuple(prompt), self.paper_trie, drawn)]
+    @property
+    def paper_prefixes(self) -> Int[np.ndarray, "R"]:
+        """The prefixes of `paper_trie` that `sections` needs scored; of `trie` it needs all."""
+        return paths.path_prefixes(self.paper_trie, self.paper_draws)
 
-    def sections(self, scores: Sequence[TrieScores], *, keep_distribution: bool) -> figures.Figures:
-        """The sections of the prompt's record; with `distribution`, what plots need, where it is to be kept."""
-        whole, drawn = scores
+    def sections(self, whole: TrieScore, drawn: TrieScore, *, keep_distribution: bool) -> figures.Figures:
+        """The sections of the prompt's record; with `distribution`, what plots need, where it is to be kept.
+
+        Args:
+          whole: of `trie`.
+          drawn: of `paper_trie` at `paper_prefixes`.
+          keep_distribution: whether to keep it.
+        """
         target = figures.target_of_task(self.task, self.space, self.settings.num_decimals)
-        sections = figures.exact_section(self.space, self.trie, whole, target)
+        sections = figures.exact_section(self.space, whole, target)
         sections["path"] = figures.finite(
             {
                 "logit_kl": figures.mean_path_kl(self.paper_trie, drawn, self.paper_draws, self.epsilon),
@@ -83,7 +88,7 @@ class ListedPlan:
             }
         )
         if keep_distribution:
-            sections["distribution"] = figures.distribution_section(self.space, self.trie, whole)
+            sections["distribution"] = figures.distribution_section(self.space, whole)
         return sections
 
 

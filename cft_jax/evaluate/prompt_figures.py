@@ -12,28 +12,27 @@ from jaxtyping import Float, Int
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.parse import ParsedNumber, number_error, parse_number, parse_numbers, strip_thinking
 from cft_jax.distributions.tasks import Task
-from cft_jax.evaluate.backend import TrieScores
 from cft_jax.evaluate.metrics import exact, paper, paths, sound
 from cft_jax.evaluate.metrics.target import FamilyTarget, ListedTarget, Target
+from cft_jax.generate import TrieScore
 from cft_jax.text.trie import Trie
 
 Figures = dict[str, Any]
 
 
-def exact_section(space: OutputSpace, trie: Trie, scores: TrieScores, target: Target | None) -> Figures:
+def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) -> Figures:
     """Figures of the model's whole distribution over a listed space: sections of the prompt's record.
 
     Args:
       space: the strings and the target.
-      trie: of the same strings.
-      scores: the model's, for the whole trie.
+      scores: the model's, for the whole trie of the same strings.
       target: scale of the values; None for strings that are no numbers.
 
     Returns:
       `exact` (see `exact_figures`), `exact_scaled` (Wasserstein-1 in interquartile ranges), `calibration` (the model's
       mass in bins of equal target mass), and `other_stops`, the mass that ends a value by another stop token.
     """
-    log_probs = paths.string_log_probs(trie, scores.child_log_probs)
+    log_probs = scores.string_log_probs
     figures = exact.exact_figures(space.probabilities, log_probs, space.values)
     sections: Figures = {"exact": finite(figures)}
     if target is not None and "wasserstein_1" in figures:
@@ -41,14 +40,13 @@ def exact_section(space: OutputSpace, trie: Trie, scores: TrieScores, target: Ta
         sections["exact_scaled"] = finite({"wasserstein_1_over_iqr": scaled})
     _, model = exact.calibration_bins(space.probabilities, log_probs, exact.as_numbers(space.values))
     sections["calibration"] = rounded(model)
-    if scores.other_stop_log_probs is not None:
-        sections["other_stops"] = {"mass": float(np.exp(scores.other_stop_log_probs).sum())}
+    sections["other_stops"] = {"mass": float(np.exp(scores.other_stop_log_probs).sum())}
     return sections
 
 
-def distribution_section(space: OutputSpace, trie: Trie, scores: TrieScores) -> Figures:
+def distribution_section(space: OutputSpace, scores: TrieScore) -> Figures:
     """What plots of one prompt need: the values, the target and the model's probabilities, to 6 digits."""
-    model = np.exp(paths.string_log_probs(trie, scores.child_log_probs))
+    model = np.exp(scores.string_log_probs)
     return {"values": list(space.values), "target": rounded(space.probabilities), "model": rounded(model)}
 
 
@@ -57,13 +55,13 @@ def path_draws(space: OutputSpace, count: int, rng: np.random.Generator) -> Int[
     return rng.choice(space.probabilities.size, size=count, p=space.probabilities)
 
 
-def mean_path_kl(trie: Trie, scores: TrieScores, strings: Int[np.ndarray, "S"], epsilon: float) -> float:
+def mean_path_kl(trie: Trie, scores: TrieScore, strings: Int[np.ndarray, "S"], epsilon: float) -> float:
     """The paper's path KL: mean over drawn strings of the mean over their steps, in nats."""
     steps = paths.step_kl(trie, scores.child_log_probs, epsilon)
     return float(np.mean(paths.path_kl(trie, steps)[strings]))
 
 
-def expected_path_kl(space: OutputSpace, trie: Trie, scores: TrieScores, epsilon: float) -> float:
+def expected_path_kl(space: OutputSpace, trie: Trie, scores: TrieScore, epsilon: float) -> float:
     """The expectation of the path KL over strings drawn from the target: the number `mean_path_kl` estimates."""
     steps = paths.step_kl(trie, scores.child_log_probs, epsilon)
     drawn = space.probabilities > 0

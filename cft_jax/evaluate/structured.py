@@ -155,11 +155,13 @@ def measure(
             ListedPlan.of(task, codec, settings.space, epsilon=settings.epsilon, seed=settings.seeds[0])
             for task in tasks
         ]
-        asked = [plan.requests(prompt) for plan, prompt in zip(plans, prompts, strict=True)]
-        answers = iter(backend.score([request for requests in asked for request in requests]))
-        for record, plan, requests in zip(records, plans, asked, strict=True):
+        whole = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
+        drawn = backend.score(
+            prompts, [plan.paper_trie for plan in plans], prefixes=[plan.paper_prefixes for plan in plans]
+        )
+        for record, plan, *scores in zip(records, plans, whole, drawn, strict=True):
             keep = (record["split"], record["task_id"]) in shown
-            record |= plan.sections([next(answers) for _ in requests], keep_distribution=keep)
+            record |= plan.sections(*scores, keep_distribution=keep)
     if settings.num_samples:
         for record, sections in zip(records, _sample(backend, tasks, prompts, settings), strict=True):
             record |= sections

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cft_jax.evaluate.backend import TrieRequest, TrieScores
 from cft_jax.evaluate.exact_plan import PromptCodec
+from cft_jax.generate import TrieScore
+from cft_jax.text import paths
 from cft_jax.text.trie import grow_forest, token_matrix
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -75,24 +76,24 @@ class CharacterModel:
             probs[TERMINATOR] = 1
         return np.log(probs / probs.sum())
 
-    def score(self, requests):
+    def score(self, prompts, tries, *, prefixes):
         self.calls += 1
         if self.calls > self.fail_after:
             raise KeyboardInterrupt
-        return [self._score(request) for request in requests]
+        wanted = [None] * len(tries) if prefixes is None else prefixes
+        return [self._score(tuple(prompt), *asked) for prompt, *asked in zip(prompts, tries, wanted, strict=True)]
 
-    def _score(self, request: TrieRequest) -> TrieScores:
-        trie = request.trie
-        wanted = range(trie.num_prefixes) if request.prefixes is None else request.prefixes
+    def _score(self, prompt, trie, wanted) -> TrieScore:
         scores = np.full(trie.child_ids.size, np.nan)
-        paths = {0: ()}
-        for prefix in wanted:
+        prefixes = {0: ()}
+        for prefix in range(trie.num_prefixes) if wanted is None else wanted:
             if prefix:
                 # A prefix without those above it cannot be computed: the real backend has no cache for it either.
-                paths[int(prefix)] = (*paths[int(trie.parent[prefix])], int(trie.token[prefix]))
+                prefixes[int(prefix)] = (*prefixes[int(trie.parent[prefix])], int(trie.token[prefix]))
             entries = slice(trie.child_offsets[prefix], trie.child_offsets[prefix + 1])
-            scores[entries] = self.next_log_probs(request.prompt, paths[int(prefix)])[trie.child_ids[entries]]
-        return TrieScores(scores, None)
+            scores[entries] = self.next_log_probs(prompt, prefixes[int(prefix)])[trie.child_ids[entries]]
+        strings = paths.string_log_probs(trie, scores)
+        return TrieScore(scores, paths.prefix_log_probs(trie, scores), strings, np.full(strings.size, -np.inf))
 
     def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p):
         assert len(seeds) == len(prompts) and temperature == top_p == 1.0

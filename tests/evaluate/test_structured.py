@@ -129,14 +129,14 @@ def test_a_killed_run_continues_to_the_same_files(model_of, character_codec, tas
     monkeypatch.setattr("cft_jax.evaluate.structured._PROMPTS_AT_ONCE", 2)
     run(model_of(tasks, tilt=0.01), character_codec, tasks, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(model_of(tasks, tilt=0.01, fail_after=1), character_codec, tasks, tmp_path / "killed")
+        run(model_of(tasks, tilt=0.01, fail_after=2), character_codec, tasks, tmp_path / "killed")
     assert not (tmp_path / "killed/summary.json").exists()
     with (tmp_path / "killed/per_prompt.jsonl").open("a") as store:
         store.write('{"fingerprint": "torn')
     again = model_of(tasks, tilt=0.01)
     run(again, character_codec, tasks, tmp_path / "killed")
-    # Two prompts were done: what is left are two calls for two and two.
-    assert again.calls == math.ceil((len(tasks) - 2) / 2)
+    # Two prompts were done; each two of the others take a call for the figures and one for the paper's paths.
+    assert again.calls == 2 * math.ceil((len(tasks) - 2) / 2)
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

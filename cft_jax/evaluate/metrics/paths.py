@@ -7,19 +7,8 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from cft_jax.text.paths import sum_from_root
 from cft_jax.text.trie import Trie
-
-
-def string_log_probs(trie: Trie, child_log_probs: Float[np.ndarray, "K"]) -> Float[np.ndarray, "N"]:
-    """Log-probabilities of the whole strings, terminator included, in the order of the output space."""
-    per_prefix = np.zeros(trie.num_prefixes)
-    inner = trie.child_prefix >= 0
-    per_prefix[trie.child_prefix[inner]] = child_log_probs[inner]
-    parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))
-    end_log_probs = np.full(trie.num_prefixes, np.nan)
-    ends = trie.child_ids == trie.terminator_id
-    end_log_probs[parents[ends]] = child_log_probs[ends]
-    return _sum_from_root(trie, per_prefix)[trie.leaf_prefix] + end_log_probs[trie.leaf_prefix]
 
 
 def step_kl(trie: Trie, child_log_probs: Float[np.ndarray, "K"], epsilon: float) -> Float[np.ndarray, "M"]:
@@ -39,7 +28,7 @@ def step_kl(trie: Trie, child_log_probs: Float[np.ndarray, "K"], epsilon: float)
 
 def path_kl(trie: Trie, steps: Float[np.ndarray, "M"]) -> Float[np.ndarray, "N"]:
     """Mean of the steps' KL along the path of every string, from the empty prefix to the whole string."""
-    return (_sum_from_root(trie, steps)[trie.leaf_prefix]) / (trie.depth[trie.leaf_prefix] + 1)
+    return (sum_from_root(trie, steps)[trie.leaf_prefix]) / (trie.depth[trie.leaf_prefix] + 1)
 
 
 def path_prefixes(trie: Trie, strings: Int[np.ndarray, "S"]) -> Int[np.ndarray, "R"]:
@@ -49,12 +38,3 @@ def path_prefixes(trie: Trie, strings: Int[np.ndarray, "S"]) -> Int[np.ndarray, 
     while (frontier := np.unique(trie.parent[frontier[frontier > 0]])).size:
         found = np.union1d(found, frontier)
     return found
-
-
-def _sum_from_root(trie: Trie, per_prefix: Float[np.ndarray, "M"]) -> Float[np.ndarray, "M"]:
-    """Sum over every prefix and those above it."""
-    total = per_prefix.astype(np.float64)
-    for depth in range(1, trie.max_depth + 1):
-        level = np.flatnonzero(trie.depth == depth)
-        total[level] += total[trie.parent[level]]
-    return total

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cft_jax.evaluate.metrics import paths
+from cft_jax.text.paths import string_log_probs
 from cft_jax.text.trie import grow_forest, token_matrix
 
 TERMINATOR = 9
@@ -43,7 +44,7 @@ def steps_of(string):
 
 def test_string_log_probs(trie, child_log_probs):
     expected = [sum(model_log_prob(*step) for step in steps_of(string)) for string in STRINGS]
-    assert paths.string_log_probs(trie, child_log_probs) == pytest.approx(expected, rel=1e-12)
+    assert string_log_probs(trie, child_log_probs) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("epsilon", [1e-8, 0.2])
