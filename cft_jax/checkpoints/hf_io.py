@@ -1,23 +1,19 @@
 """Loading a checkpoint in HF format straight onto the devices."""
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from cft_jax.checkpoints import hf_names, hub, placement
-from cft_jax.checkpoints.tensor_files import Rows, StoredTensor, read_tensors
-from cft_jax.common.errors import UserError
+from cft_jax.checkpoints.hf_checkpoint import match_shapes, read_checkpoint
 from cft_jax.models.config import LoraSpec, ModelConfig
-from cft_jax.models.families import config_from_hf
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.source import Source
 from cft_jax.models.transformer import Transformer
@@ -57,19 +53,26 @@ def from_pretrained(
         config.json.
     """
     directory, commit = hub.resolve(str(path_or_id), revision=revision, local_files_only=local_files_only)
-    text, raw = read_config(directory)
-    config = config_from_hf(raw)
+    checkpoint = read_checkpoint(directory)
     build = functools.partial(
-        _build, config=config, lora=lora, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh, seed=seed
+        _build,
+        config=checkpoint.config,
+        lora=lora,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        mesh=mesh,
+        seed=seed,
     )
     graphdef, state = nnx.split(nnx.eval_shape(build))
     flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
-    stored = _match(config, read_tensors(directory), flat, directory)
+    base = {path: variable for path, variable in flat.items() if not isinstance(variable, LoraParam)}
+    match_shapes(checkpoint, {path: variable.shape for path, variable in base.items()})
     values: dict[hf_names.Path, jax.Array] = {}
-    for path, names in hf_names.group_by_path(hf_names.tensor_names(config)).items():
-        variable = flat[path]
+    for path, names in hf_names.group_by_path(hf_names.tensor_names(checkpoint.config)).items():
+        variable = base[path]
         values[path] = placement.place_stack(
-            [stored[name.hf] for name in names],
+            [checkpoint.tensors[name.hf] for name in names],
             names[0].layout,
             variable.shape,
             np.dtype(variable.dtype),
@@ -81,62 +84,12 @@ def from_pretrained(
     for path, variable in flat.items():
         variable.set_value(values[path])
     model = nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
-    model.source = Source(str(directory), str(path_or_id), commit, text)
+    model.source = Source(str(directory), str(path_or_id), commit, checkpoint.config_json)
     return model
 
 
 def _build(*, config: ModelConfig, seed: int, **options: Any) -> Transformer:
     return Transformer(config, **options, rngs=nnx.Rngs(seed))
-
-
-def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a checkpoint's config.json, and the record in it.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
-    file = directory / "config.json"
-    if not file.is_file():
-        raise UserError(f"{directory} has no config.json; give a checkpoint in HF format")
-    try:
-        text = file.read_text(encoding="utf-8")
-        raw = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged or half-written; copy it again") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} holds no record; copy it again")
-    return text, raw
-
-
-def _match(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor], flat: Mapping[Any, Any], directory: Path
-) -> dict[str, Rows]:
-    """The stored tensor of every name of the model; all problems of names, shapes and dtypes in one message."""
-    names = {name.hf: name for name in hf_names.tensor_names(config)}
-    base = {path for path, variable in flat.items() if not isinstance(variable, LoraParam)}
-    if {name.path for name in names.values()} != base:
-        raise AssertionError(f"the name table lacks or adds {base ^ {name.path for name in names.values()}}")
-    found = dict(tensors)
-    if config.tie_head:
-        # Some files repeat the tied matrix.
-        found.pop("lm_head.weight", None)
-    problems = [f"missing {name}" for name in sorted(names.keys() - found.keys())]
-    problems += [f"unknown {name}" for name in sorted(found.keys() - names.keys())]
-    for hf in sorted(names.keys() & found.keys()):
-        name, tensor = names[hf], found[hf]
-        shape = flat[name.path].shape
-        expected = name.layout.file_shape(shape if name.layer is None else shape[1:])
-        if tensor.shape != expected:
-            problems.append(f"{hf} has shape {list(tensor.shape)}, config.json means {list(expected)}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{hf} has dtype {tensor.dtype}, not a floating-point one")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"{directory}: the tensors are not those of config.json: {'; '.join(problems[:5])}{more}; "
-            "get the checkpoint again"
-        )
-    return dict(found)
 
 
 def _fresh_adapters(build: Any, flat: Mapping[Any, Any], mesh: Mesh | None) -> dict[hf_names.Path, jax.Array]:

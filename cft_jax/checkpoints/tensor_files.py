@@ -8,7 +8,7 @@ whose touched pages count as resident memory; here rows are read into a buffer o
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -193,27 +193,42 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def write_tensors(
-    file: BinaryIO, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Iterable[bytes | memoryview]]]
-) -> None:
-    """Writes a safetensors file in one pass.
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: `pieces` are its raw bytes in order."""
 
-    Args:
-      file: open for writing, at its beginning.
-      tensors: name, dtype, shape and the raw bytes in pieces, in the order of the data.
-    """
-    tensors = list(tensors)
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[bytes | memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in row-major order, without a copy where they lie so already."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def write_tensors(file: BinaryIO, entries: Sequence[Entry]) -> None:
+    """Writes a safetensors file in one pass, the data in the order given."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, dtype, shape, _ in tensors:
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
-    for name, dtype, shape, pieces in tensors:
-        written = sum(file.write(piece) for piece in pieces)
-        if written != math.prod(shape) * dtype.itemsize:
-            raise AssertionError(f"tensor {name} of shape {shape} got {written} bytes")
+    for entry in entries:
+        written = sum(file.write(piece) for piece in entry.pieces)
+        if written != entry.nbytes:
+            raise AssertionError(f"tensor {entry.name} of shape {entry.shape} got {written} bytes")

@@ -79,6 +79,43 @@ def _old_scaling(record: Mapping[str, Any], local: bool) -> dict[str, Any] | Non
     return dict(scaling) if scaling else None
 
 
+def with_both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with its rotary embeddings in both spellings, for transformers 4 and 5 alike.
+
+    transformers 4 does not know `rope_parameters` and would take an unscaled rope without a word.
+    """
+    if isinstance(raw.get("text_config"), Mapping):
+        return {**raw, "text_config": with_both_spellings(raw["text_config"])}
+    out = dict(raw)
+    full = _by_layer_type(raw, "full_attention")
+    local = _by_layer_type(raw, "sliding_attention") if _nested(raw) else None
+    if full is not None:
+        # From the new spelling to the old one.
+        out |= _old_spelling(full)
+        if local is not None and "rope_theta" in local:
+            out["rope_local_base_freq"] = local["rope_theta"]
+        return out
+    scaling, theta = _old_scaling(raw, False), raw.get("rope_theta")
+    if theta is None:
+        # The class's own defaults, on which both versions agree.
+        return out
+    full = {"rope_theta": theta, **_with_type(scaling or {})}
+    if "rope_local_base_freq" in raw:
+        local = {"rope_theta": raw["rope_local_base_freq"], "rope_type": "default"}
+        return out | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+    return out | {"rope_parameters": full}
+
+
+def _old_spelling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = {key: value for key, value in _with_type(parameters).items() if key != "rope_theta"}
+    theta = {"rope_theta": parameters["rope_theta"]} if "rope_theta" in parameters else {}
+    return {**theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def _with_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rope_type": parameters.get("type") or "default", **parameters}
+
+
 def _rope(given: Mapping[str, Any], max_length: int) -> Rope:
     """One record of rope parameters, every key of which must be honoured."""
     left = dict(given)

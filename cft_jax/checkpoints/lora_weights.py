@@ -1,0 +1,105 @@
+"""A model's adapters on the host: per tensor of the checkpoint, as factors in PEFT's layout or as an update."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float, Shaped
+
+from cft_jax.checkpoints import hf_names
+from cft_jax.models.config import LoraSpec
+from cft_jax.models.layers import LoraParam
+from cft_jax.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """Where the adapter of one tensor of the checkpoint belongs.
+
+    Attributes:
+      name: the tensor that is adapted.
+      module: PEFT's name of the adapted module, below the model.
+      path: of our Lora module; `a` and `b` lie below it.
+      experts: whether there is a matrix per expert.
+    """
+
+    name: hf_names.Name
+    module: str
+    path: hf_names.Path
+    experts: bool
+
+
+def adapter_tensors(model: Transformer) -> list[AdapterTensor]:
+    """The adapted tensors of a model, in the order of `hf_names.tensor_names`."""
+    present = {path[:-1] for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
+    found = []
+    for name in hf_names.tensor_names(model.config):
+        path = (*name.path[:-1], "lora")
+        if name.path[-1] == "kernel" and path in present:
+            experts = ".experts." in name.hf
+            found.append(AdapterTensor(name, _module(name.hf, model.lora_spec), path, experts))
+    return found
+
+
+def _module(hf: str, spec: LoraSpec | None) -> str:
+    """PEFT's module of an adapted tensor: for experts, one wrapper per parameter around the module that holds them.
+
+    PEFT wraps the parameters in the order in which the module declares them, so that gate_up_proj is the inner one.
+    """
+    base, _, last = hf.rpartition(".")
+    both = spec is not None and {"gate_up_proj", "down_proj"} <= set(spec.targets)
+    return f"{base}.base_layer" if last == "gate_up_proj" and both else base
+
+
+class HostWeights:
+    """Reads a model's weights layer by layer; with several processes all must ask for the same in the same order."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._values = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+        self._spec = model.lora_spec
+
+    def base(self, name: hf_names.Name) -> Shaped[np.ndarray, "..."]:
+        """A base weight in the file's layout and the model's dtype."""
+        return name.layout.to_file(to_host(self._values[name.path], name.layer))
+
+    def factors(self, target: AdapterTensor) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+        """A and B of one adapted tensor, float32: [in, R] and [R, out], for experts with a leading axis E."""
+        a, b = (to_host(self._values[(*target.path, which)], target.name.layer) for which in ("a", "b"))
+        lead, rank = a.shape[: int(target.experts)], a.shape[-1]
+        return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
+
+    def update(self, target: AdapterTensor) -> Float[np.ndarray, "..."]:
+        """The update scale * BA in the file's layout, float32."""
+        if self._spec is None:
+            raise AssertionError("adapters without a LoraSpec")
+        a, b = self.factors(target)
+        update = np.matmul(a, b) * np.float32(self._spec.scale)
+        return update if target.experts else update.T
+
+
+def to_host(array: Array, layer: int | None) -> Shaped[np.ndarray, "..."]:
+    """One layer of a weight, or all of it, gathered from all devices."""
+    part = array if layer is None else _take(array, jnp.int32(layer))
+    if part.is_fully_addressable:
+        return np.asarray(part)
+    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+
+
+@jax.jit
+def _take(array: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def changes_nothing(model: Transformer) -> bool:
+    """Whether every adapter is the identity: for each, A or B is zero."""
+    adapters = nnx.to_flat_state(nnx.state(model, LoraParam))
+    nonzero = {path: bool(_any(variable.get_value())) for path, variable in adapters}
+    return not any(nonzero[(*path[:-1], "a")] and nonzero[path] for path in nonzero if path[-1] == "b")
+
+
+@jax.jit
+def _any(x: Array) -> Bool[Array, ""]:
+    return jnp.any(x != 0)
