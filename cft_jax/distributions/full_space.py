@@ -29,6 +29,8 @@ _LARGEST_TABLE = 2**20
 _CANCELLATION = 1e-7
 # ... for intervals this narrow: the density is close to linear across 1/10,000 of the range.
 _NARROW = 1e-4
+# SciPy meets infinities on its way to finite results, such as those of a geometric distribution with p = 1.
+_calling_scipy = np.errstate(over="ignore", divide="ignore")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,7 @@ class FullSpace:
         """The numbers k * 10**-num_decimals, rounded to doubles as reading the strings would (|k| < 2**53)."""
         return integers / 10.0**self.num_decimals
 
+    @_calling_scipy
     def draw(self, uniforms: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
         """The k at these quantiles: the inverse transform of uniform numbers in [0, 1).
 
@@ -88,6 +91,7 @@ class FullSpace:
         indices = np.arange(start.size)
         return self.masses(np.concatenate([start, stop]), indices, indices + start.size)
 
+    @_calling_scipy
     def masses(
         self, edges: Int[np.ndarray, "E"], lower: Int[np.ndarray, "N"], upper: Int[np.ndarray, "N"]
     ) -> Float[np.ndarray, "N"]:
@@ -129,7 +133,7 @@ class FullSpace:
             edges = np.unique(np.concatenate([quantiles, ends]))
         masses = self.interval_masses(edges[:-1], edges[1:])
         masses, sizes = masses[masses > 0], np.diff(edges)[masses > 0]
-        return float(-(masses * np.log(masses / sizes)).sum())
+        return max(0.0, float(-(masses * np.log(masses / sizes)).sum()))
 
     def _cumulative(self, edges: np.ndarray) -> tuple[Float[np.ndarray, "E"], Bool[np.ndarray, "E"]]:
         """Per edge, P(below) and False up to the median, minus P(from there on) and True above it."""
@@ -156,6 +160,7 @@ class FullSpace:
         return float(self.distribution.median())
 
     @cached_property
+    @_calling_scipy
     def _table(self) -> tuple[Float[np.ndarray, "E"], Bool[np.ndarray, "E"]] | None:
         """`_cumulative` at every edge from `first` to `last` + 1, from the masses themselves; integer families only.
 
@@ -173,6 +178,7 @@ class FullSpace:
         return np.where(above, -beyond, below), above
 
 
+@_calling_scipy
 def full_space(spec: PromptSpec, *, num_decimals: int, quantile: float) -> FullSpace:
     """The output space of a prompt at full resolution.
 
@@ -192,7 +198,7 @@ def full_space(spec: PromptSpec, *, num_decimals: int, quantile: float) -> FullS
     distribution = family.frozen(spec.parameters)
     lower, upper = family.support(spec.parameters)
     lower = lower if math.isfinite(lower) else float(distribution.ppf(quantile))
-    upper = upper if math.isfinite(upper) else float(distribution.isf(quantile))
+    upper = upper if math.isfinite(upper) else max(float(distribution.isf(quantile)), lower)
     decimals = 0 if family.integer_only else num_decimals
     limit = 2**53 if family.integer_only else LARGEST_INTEGER
     if not max(abs(lower), abs(upper)) * 10.0**decimals < limit:

@@ -31,7 +31,7 @@ def test_group_sizes_and_ids_are_the_tokenizers_own(tokenizers):
         assert numbers.digits_of[int(numbers.runs[-1][7])] == (numbers.group, 7)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     integers=st.lists(st.integers(-(10**18) + 1, 10**18 - 1), min_size=1, max_size=20), num_decimals=st.integers(0, 17)
 )
