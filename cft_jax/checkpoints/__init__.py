@@ -2,5 +2,6 @@
 
 from cft_jax.checkpoints.hf_export import save_pretrained
 from cft_jax.checkpoints.hf_io import from_pretrained
+from cft_jax.checkpoints.scratch import write_random_llama
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["from_pretrained", "save_pretrained", "write_random_llama"]

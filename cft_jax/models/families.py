@@ -215,3 +215,35 @@ def _qwen3(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 _FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {"llama": _llama, "qwen3": _qwen3}
+
+
+def llama_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model that Llama can express, in both spellings of the rotary embedding.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    rope = config.layer_pattern[0].rope
+    if not isinstance(config.mlp, GatedMlp) or rope.scaling is not None:
+        raise ValueError(f"{config} is no Llama with an unscaled rotary embedding")
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": config.attn_bias,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp.hidden_dim,
+        "model_type": "llama",
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": rope.theta, "rope_type": "default"},
+        "rope_scaling": None,
+        "rope_theta": rope.theta,
+        "tie_word_embeddings": config.tie_head,
+        "vocab_size": config.vocab_size,
+    }
+    if config_from_hf(raw) != config:
+        raise ValueError(f"{config} is no Llama")
+    return raw
