@@ -1,0 +1,231 @@
+"""Tasks made ready for a model: their prompts' token ids and their tries, built once and kept in a cache."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int32
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.common.errors import UserError
+from cft_jax.common.progress import Progress
+from cft_jax.config import DataConfig
+from cft_jax.data import cache
+from cft_jax.data.spaces import ListedSpace, listed_forest, task_space
+from cft_jax.distributions.full_space import FullSpace
+from cft_jax.distributions.tasks import Task
+from cft_jax.text.chat import ChatOptions, encode_chats, terminator_id
+from cft_jax.text.digits import digit_tokens
+from cft_jax.text.full_trie import FullTrie
+from cft_jax.text.number_prefixes import NumberTokens
+from cft_jax.text.tokenizer import fingerprint
+from cft_jax.text.trie import CHILD_ARRAYS, LEAF_ARRAYS, PREFIX_ARRAYS, Forest, Trie
+from cft_jax.text.values import ValueEncoder
+
+_TASKS_AT_ONCE = 32
+# The packages whose code decides what is cached.
+_CODE = ("distributions", "text", "data")
+_FLOATS = ("reach", "child_probs", "leaf_probs")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Tasks with their prompts and tries.
+
+    Attributes:
+      tasks: the tasks.
+      prompts: token ids of each task's prompt, the generation prompt included.
+      terminator_id: the token that ends an answer.
+      forest: the tries of the tasks with listed values, in their order.
+      full: the tries of the tasks at full resolution, in their order; the others are in `forest`.
+      is_full: which tasks those are.
+      seconds: that making or loading took.
+      from_cache: whether the tries were found in the cache.
+    """
+
+    tasks: tuple[Task, ...]
+    prompts: tuple[Int32[np.ndarray, "_"], ...]
+    terminator_id: int
+    forest: Forest
+    full: tuple[FullTrie, ...]
+    is_full: Bool[np.ndarray, "G"]
+    seconds: float
+    from_cache: bool
+
+    def trie(self, index: int) -> Trie | FullTrie:
+        """The trie of one task."""
+        if self.is_full[index]:
+            return self.full[int(self.is_full[:index].sum())]
+        return self.forest.trie(index - int(self.is_full[:index].sum()))
+
+    def figures(self) -> dict[str, int | float]:
+        """Counts, size and time: `prompts`, `values`, `prefixes`, `max_children`, `bytes`, `seconds`.
+
+        Values and prefixes are those of the listed tries.
+        """
+        arrays = self.forest.arrays
+        return {
+            "prompts": len(self.prompts),
+            "values": arrays["leaf_prefix"].size,
+            "prefixes": arrays["token"].size,
+            "max_children": int(np.diff(arrays["child_offsets"]).max(initial=0)),
+            "bytes": sum(array.nbytes for array in arrays.values()) + sum(prompt.nbytes for prompt in self.prompts),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: DataConfig) -> Prepared:
+    """Encodes the prompts of tasks and builds their tries, or takes both from the cache.
+
+    Args:
+      tokenizer: of the model.
+      tasks: the tasks.
+      data: how to discretise families, write prompts and end answers, and where the cache is.
+
+    Raises:
+      UserError: the tokenizer has no chat template or terminator, a prompt with its longest answer is longer than
+        `data.max_length`, values of a task cannot be told apart by their tokens, or the cache cannot be written.
+    """
+    start = time.monotonic()
+    end = terminator_id(tokenizer, data.terminator)
+    is_full = np.array([data.space == "full" and task.space is None for task in tasks], dtype=bool)
+    full = _full_tries(tokenizer, [task for task, at in zip(tasks, is_full, strict=True) if at], data, end)
+    root = Path(data.cache_dir).expanduser() if data.cache_dir else cache.default_directory()
+    key = cache.key_of(_content(tokenizer, tasks, data, end))
+    arrays = cache.load(root, key)
+    from_cache = arrays is not None
+    if arrays is None:
+        listed = [task for task, at in zip(tasks, is_full, strict=True) if not at]
+        arrays = cache.store(root, key, _pieces(tokenizer, tasks, listed, data, end))
+    prompts = tuple(np.split(arrays["prompt_ids"], arrays["prompt_counts"].cumsum()[:-1])) if len(tasks) else ()
+    forest = Forest(
+        {name: arrays[name] for name in _array_types()},
+        prefix_starts=np.append(0, arrays["prefix_counts"].cumsum()),
+        child_starts=np.append(0, arrays["child_counts"].cumsum()),
+        leaf_starts=np.append(0, arrays["leaf_counts"].cumsum()),
+        terminator_id=end,
+    )
+    depths = np.empty(len(tasks), dtype=np.int64)
+    depths[~is_full] = [forest.trie(index).max_depth for index in range(len(forest))]
+    # The longest number is one of the ends.
+    depths[is_full] = [trie.encode(np.array([trie.space.first, trie.space.last]))[1].max() for trie in full]
+    check_lengths(tasks, prompts, depths.tolist(), data.max_length)
+    return Prepared(tuple(tasks), prompts, end, forest, full, is_full, time.monotonic() - start, from_cache)
+
+
+def check_lengths(
+    tasks: Sequence[Task], prompts: Sequence[Int32[np.ndarray, "_"]], depths: Sequence[int], max_length: int
+) -> None:
+    """Checks that every prompt with its longest answer, the terminator included, fits.
+
+    Raises:
+      UserError: naming the longest of those that do not.
+    """
+    lengths = [prompt.size + depth + 1 for prompt, depth in zip(prompts, depths, strict=True)]
+    too_long = sum(length > max_length for length in lengths)
+    if too_long:
+        worst = int(np.argmax(lengths))
+        raise UserError(
+            f"task {tasks[worst].task_id}: prompt and answer are up to {lengths[worst]} tokens long, more than "
+            f"config.data.max_length={max_length} ({too_long} of {len(tasks)} tasks); raise it or shorten the prompt"
+        )
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: DataConfig
+) -> list[Int32[np.ndarray, "_"]]:
+    """Token ids of the tasks' prompts, the generation prompt included.
+
+    Raises:
+      UserError: see `encode_chats`.
+    """
+    encoded = encode_chats(tokenizer, [task.messages for task in tasks], ChatOptions.from_config(data))
+    return [np.array(ids, dtype=np.int32) for ids in encoded]
+
+
+def _full_tries(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: DataConfig, end: int
+) -> tuple[FullTrie, ...]:
+    if not tasks:
+        return ()
+    tokens = NumberTokens(digit_tokens(tokenizer), end)
+    spaces = [task_space(task, data) for task in tasks]
+    return tuple(FullTrie(space, tokens) for space in spaces if isinstance(space, FullSpace))
+
+
+def _array_types() -> dict[str, type]:
+    names = (*PREFIX_ARRAYS, *CHILD_ARRAYS, *LEAF_ARRAYS)
+    types = {name: np.float64 if name in _FLOATS else np.int32 for name in names}
+    return {**types, "child_offsets": np.int64}
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], listed: Sequence[Task], data: DataConfig, end: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of an entry: first the prompts, then the tries of a few tasks at a time."""
+    prompts = encode_prompts(tokenizer, tasks, data)
+    yield {
+        **{name: np.empty(0, dtype=kind) for name, kind in _array_types().items()},
+        **{f"{name}_counts": np.empty(0, dtype=np.int64) for name in ("prefix", "child", "leaf")},
+        "prompt_ids": np.concatenate([np.empty(0, dtype=np.int32), *prompts]),
+        "prompt_counts": np.array([prompt.size for prompt in prompts], dtype=np.int64),
+    }
+    encoder = ValueEncoder(tokenizer)
+    with Progress("build tries", total=len(listed), unit="prompt") as progress:
+        for first in range(0, len(listed), _TASKS_AT_ONCE):
+            some = listed[first : first + _TASKS_AT_ONCE]
+            spaces: list[ListedSpace] = []
+            for task in some:
+                space = task_space(task, data)
+                assert not isinstance(space, FullSpace)
+                spaces.append(space)
+            forest = listed_forest(encoder, spaces, [task.task_id for task in some], end)
+            yield {
+                **forest.arrays,
+                "prefix_counts": np.diff(forest.prefix_starts),
+                "child_counts": np.diff(forest.child_starts),
+                "leaf_counts": np.diff(forest.leaf_starts),
+            }
+            progress.advance(len(some))
+
+
+def _content(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: DataConfig, end: int
+) -> dict[str, object]:
+    """Everything that shapes an entry."""
+    settings = dataclasses.asdict(data)
+    shaping = ("space", "num_decimals", "max_bins", "quantile_low", "quantile_high", "tail_policy", "full_quantile")
+    return {
+        "code": _code_digest(),
+        "tokenizer": fingerprint(tokenizer),
+        "terminator": end,
+        "chat": dataclasses.asdict(ChatOptions.from_config(data)),
+        "data": {name: settings[name] for name in shaping},
+        "tasks": _tasks_digest(tasks),
+    }
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(path for name in _CODE for path in (package / name).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _tasks_digest(tasks: Sequence[Task]) -> str:
+    digest = hashlib.sha256()
+    for task in tasks:
+        asked: list[object] = [task.task_id, [dict(message) for message in task.messages]]
+        if task.spec is not None:
+            asked += [task.spec.family_id, {name: float(value) for name, value in task.spec.parameters.items()}]
+        digest.update(json.dumps(asked).encode())
+        if task.space is not None:
+            digest.update(json.dumps(task.space.values).encode())
+            digest.update(task.space.probabilities.tobytes())
+    return digest.hexdigest()
