@@ -1,5 +1,6 @@
 """Distributions as prompts name them: families, splits of prompts, output spaces, parsing of answers."""
 
+from cft_jax.distributions.configured import configured_tasks, space_settings
 from cft_jax.distributions.custom import read_tasks
 from cft_jax.distributions.families import FAMILIES, HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
 from cft_jax.distributions.output_space import NumberSpace, OutputSpace, number_space, output_space
@@ -20,6 +21,7 @@ __all__ = [
     "SpaceSettings",
     "Task",
     "build_splits",
+    "configured_tasks",
     "find_family",
     "number_error",
     "number_space",
@@ -27,6 +29,7 @@ __all__ = [
     "parse_number",
     "parse_numbers",
     "read_tasks",
+    "space_settings",
     "spread",
     "strip_thinking",
     "task_from_spec",

@@ -1,0 +1,107 @@
+"""What a run starts from: a checkpoint with its tokenizer, from the hub, from a directory, or made on the spot."""
+
+import itertools
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.checkpoints import from_pretrained, write_random_llama
+from cft_jax.config import Config, ModelSettings, ScratchConfig
+from cft_jax.distributions import Task
+from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
+from cft_jax.models.transformer import Transformer
+from cft_jax.text import load_tokenizer, terminator_id
+from cft_jax.text.scratch import save_tokenizer, train_tokenizer
+
+# Written last, so that a directory that has it is whole.
+_LAST_FILE = "tokenizer.json"
+_SCRATCH_THETA = 10_000.0
+_SCRATCH_NORM_EPS = 1e-5
+
+
+def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Path) -> str:
+    """Directory or hub id of the base model; one made on the spot lies in the workdir and is made once."""
+    if not config.model.scratch.enabled:
+        return config.model.checkpoint
+    directory = workdir / "base"
+    if jax.process_index() == 0 and not (directory / _LAST_FILE).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        _make(directory, config, itertools.chain.from_iterable(tasks.values()))
+    multihost_utils.sync_global_devices("base")
+    return str(directory)
+
+
+def _make(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
+    texts = []
+    for task in tasks:
+        texts += [message["content"] for message in task.messages]
+        texts += [] if task.space is None else task.space.values
+    tokenizer = train_tokenizer(texts)
+    model = scratch_model(config.model.scratch, vocab_size=len(tokenizer))
+    write_random_llama(
+        directory,
+        config=model,
+        seed=config.seed,
+        dtype="float32",
+        eos_token_id=terminator_id(tokenizer, "tokenizer_eos"),
+        max_length=max(config.data.max_length, config.eval.max_new_tokens),
+    )
+    save_tokenizer(tokenizer, directory)
+    logging.info("made a model with a vocabulary of %d in %s", model.vocab_size, directory)
+
+
+def scratch_model(scratch: ScratchConfig, *, vocab_size: int) -> ModelConfig:
+    """The architecture of a model made on the spot: Llama's, with a tied head."""
+    return ModelConfig(
+        num_layers=scratch.num_layers,
+        embed_dim=scratch.embed_dim,
+        num_heads=scratch.num_heads,
+        num_kv_heads=scratch.num_kv_heads,
+        head_dim=scratch.head_dim,
+        vocab_size=vocab_size,
+        layer_pattern=(LayerSpec(None, Rope(_SCRATCH_THETA)),),
+        mlp=GatedMlp(scratch.hidden_dim, "silu"),
+        norm_eps=_SCRATCH_NORM_EPS,
+        attn_scale=scratch.head_dim**-0.5,
+        tie_head=True,
+    )
+
+
+def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or the one that `model.tokenizer` names.
+
+    Raises:
+      UserError: see `load_tokenizer`.
+    """
+    named = settings.tokenizer or checkpoint
+    return load_tokenizer(named, revision=settings.revision, local_files_only=settings.local_files_only)
+
+
+def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
+    """The model to train, on the mesh; the trained weights are float32, frozen ones in `model.dtype`.
+
+    Raises:
+      UserError: see `from_pretrained`.
+    """
+    settings = config.model
+    lora = None
+    if settings.lora.enabled:
+        lora = LoraSpec(settings.lora.rank, settings.lora.alpha, settings.lora.dropout, settings.lora.targets)
+    return from_pretrained(
+        checkpoint,
+        dtype=settings.dtype,
+        param_dtype=settings.dtype if lora else "float32",
+        mesh=mesh,
+        lora=lora,
+        adapter=settings.adapter or None,
+        revision=settings.revision,
+        local_files_only=settings.local_files_only,
+        remat=settings.remat,
+        seed=config.seed,
+    )
