@@ -1,0 +1,131 @@
+"""Keys and values of prompts, computed once and shared by all that continues them.
+
+A prompt's last token is left out: it is the first token of what continues (the empty prefix of a trie, the first row of
+a decode), so that prefixes of every length, the empty one included, are treated alike.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from cft_jax.common.errors import UserError
+from cft_jax.generate.split_model import SplitModel
+from cft_jax.models.transformer import KVCache, Transformer
+from cft_jax.sharding.rules import constrain
+
+# Longer prompts are prefilled in pieces, so that the attention's scores stay bounded.
+PIECE = 1024
+
+
+def bucket(count: int, *, least: int, factor: int = 2) -> int:
+    """The smallest of least, least * factor, least * factor^2, ... that holds `count`: few sizes are compiled."""
+    size = least
+    while size < count:
+        size *= factor
+    return size
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuses what cannot be continued.
+
+    Raises:
+      UserError: a prompt is empty, or holds a token that the model does not have.
+    """
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {index} is empty; give at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise UserError(f"prompt {index} holds token {wrong}; the model's vocabulary has 0 to {vocab_size - 1}")
+
+
+def prefill(split: SplitModel, prompts: Sequence[Sequence[int]], *, rows: int, length: int) -> KVCache:
+    """The cache of all tokens but the last of each prompt.
+
+    Args:
+      split: the model.
+      prompts: token ids; at most `rows` of them.
+      rows: of the cache; those without a prompt see nothing.
+      length: slots per row; at least the longest prompt less one.
+    """
+    tokens = np.zeros((rows, length), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        lengths[row] = len(prompt) - 1
+        tokens[row, : lengths[row]] = prompt[:-1]
+    if length <= PIECE:
+        return _prefill_whole(split, tokens, lengths)
+    tokens = np.pad(tokens, ((0, 0), (0, -length % PIECE)))
+    cache = empty_cache(split, rows=rows, length=tokens.shape[1])
+    for start in range(0, int(lengths.max()), PIECE):
+        cache = _prefill_piece(split, cache, tokens[:, start : start + PIECE], lengths, np.int32(start))
+    return cache
+
+
+@jax.jit
+def _prefill_whole(split: SplitModel, tokens: Int[Array, "P S"], lengths: Int[Array, "P"]) -> KVCache:
+    model = split.merge()
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    until = jnp.where(positions < lengths[:, None], lengths[:, None], 0)
+    return constrain_cache(model.hidden(tokens, positions, until)[1], model)
+
+
+@partial(jax.jit, static_argnames=("rows", "length"))
+def empty_cache(split: SplitModel, *, rows: int, length: int) -> KVCache:
+    """A cache of which nothing can be seen."""
+    model = split.merge()
+    K, H = model.config.num_kv_heads, model.config.head_dim
+
+    def arrays() -> tuple[tuple[Array, ...], ...]:
+        return tuple(
+            tuple(jnp.zeros((repeats, rows, length, K, H), model.dtype) for _ in pattern)
+            for repeats, pattern in model.config.stacks
+        )
+
+    positions = jnp.zeros((rows, length), jnp.int32)
+    return constrain_cache(KVCache(arrays(), arrays(), positions, jnp.zeros((rows, 1, length), bool)), model)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _prefill_piece(
+    split: SplitModel,
+    cache: KVCache,
+    tokens: Int[Array, "P T"],
+    lengths: Int[Array, "P"],
+    start: Int[Array, ""],
+) -> KVCache:
+    model = split.merge()
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    until = jnp.where(positions < lengths[:, None], tokens.shape[1], 0)
+    _, new = model.hidden(tokens, positions, until, context=(cache,))
+    return constrain_cache(write_columns(cache, new, start), model)
+
+
+def write_columns(cache: KVCache, new: KVCache, column: Int[Array, ""]) -> KVCache:
+    """`cache` with the tokens of `new` in the columns from `column` on, in place where the buffer is donated."""
+
+    def write(old: Array, part: Array, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, part, column, axis=axis)
+
+    keys, values = (
+        jax.tree.map(lambda old, part: write(old, part, 2), old, part)
+        for old, part in ((cache.keys, new.keys), (cache.values, new.values))
+    )
+    return KVCache(keys, values, write(cache.positions, new.positions, 1), write(cache.visible, new.visible, 2))
+
+
+def constrain_cache(cache: KVCache, model: Transformer) -> KVCache:
+    """`cache` cut along rows and heads as the mesh wants it."""
+    axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+    keys, values = jax.tree.map(lambda x: constrain(x, axes, model.mesh), (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values)
+
+
+def cache_bytes_per_token(model: Transformer) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    config = model.config
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
