@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
@@ -44,6 +44,7 @@ class Prepared:
       forest: the tries of the tasks with listed values, in their order.
       full: the tries of the tasks at full resolution, in their order; the others are in `forest`.
       is_full: which tasks those are.
+      depths: tokens of each task's longest answer, without the terminator.
       seconds: that making or loading took.
       from_cache: whether the tries were found in the cache.
     """
@@ -54,6 +55,7 @@ class Prepared:
     forest: Forest
     full: tuple[FullTrie, ...]
     is_full: Bool[np.ndarray, "G"]
+    depths: Int64[np.ndarray, "G"]
     seconds: float
     from_cache: bool
 
@@ -115,7 +117,8 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
     # The longest number is one of the ends.
     depths[is_full] = [trie.encode(np.array([trie.space.first, trie.space.last]))[1].max() for trie in full]
     check_lengths(tasks, prompts, depths.tolist(), data.max_length)
-    return Prepared(tuple(tasks), prompts, end, forest, full, is_full, time.monotonic() - start, from_cache)
+    seconds = time.monotonic() - start
+    return Prepared(tuple(tasks), prompts, end, forest, full, is_full, depths, seconds, from_cache)
 
 
 def check_lengths(
