@@ -97,7 +97,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Objective, optimizer and schedule."""
+    """Objective, optimizer and schedule.
+
+    `exact_max_nodes` bounds the trie prefixes in one row of `exact`; a longer trie becomes several rows.
+    """
 
     objective: str = "path"
     weighting: str = "mean_over_steps"
@@ -106,6 +109,7 @@ class TrainConfig:
     max_steps: int = 0
     samples_per_prompt_per_epoch: int = 1
     paths_per_prompt: int = 1
+    exact_max_nodes: int = 2048
     grad_accum_steps: int = 1
     learning_rate: float = 2e-4
     weight_decay: float = 0.01
@@ -302,6 +306,7 @@ def _ranges(config: Config) -> list[str]:
         ("train.max_steps", train.max_steps, 0),
         ("train.samples_per_prompt_per_epoch", train.samples_per_prompt_per_epoch, 1),
         ("train.paths_per_prompt", train.paths_per_prompt, 1),
+        ("train.exact_max_nodes", train.exact_max_nodes, 2),
         ("train.grad_accum_steps", train.grad_accum_steps, 1),
         ("train.weight_decay", train.weight_decay, 0),
         ("train.max_grad_norm", train.max_grad_norm, 0),
