@@ -1,6 +1,6 @@
 """The loss of a batch of rows as a sum and its weight, so that batches of any make-up add up to one mean."""
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,35 +9,25 @@ from jaxtyping import Array, Float, Int
 from cft_jax.objectives.head import HeadOptions, step_losses
 
 
-@runtime_checkable
-class ScoredBatch(Protocol):
-    """What the loss reads of a batch of B rows with P steps and K target entries each.
+class DeviceBatch(NamedTuple):
+    """A batch on the devices: B rows of T tokens with P steps and K target entries each.
 
-    Attributes:
-      step_index: position in the row whose hidden state predicts the step.
-      step_weight: the step's share in the sum; 0 at padding.
-      target_step: the step an entry belongs to.
-      target_ids: the entry's token.
-      target_probs: the entry's probability, 0 at padding; they sum to 1 per step.
-      row_weight: what the row counts in the mean.
+    The fields are those of `cft_jax.data.batch.TargetBatch`, which says what they mean.
     """
 
-    @property
-    def step_index(self) -> Int[Array, "B P"]: ...
-    @property
-    def step_weight(self) -> Float[Array, "B P"]: ...
-    @property
-    def target_step(self) -> Int[Array, "B K"]: ...
-    @property
-    def target_ids(self) -> Int[Array, "B K"]: ...
-    @property
-    def target_probs(self) -> Float[Array, "B K"]: ...
-    @property
-    def row_weight(self) -> Float[Array, "B"]: ...
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    until: Int[Array, "B T"]
+    step_index: Int[Array, "B P"]
+    step_weight: Float[Array, "B P"]
+    target_step: Int[Array, "B K"]
+    target_ids: Int[Array, "B K"]
+    target_probs: Float[Array, "B K"]
+    row_weight: Float[Array, "B"]
 
 
 def batch_loss(
-    hidden: Float[Array, "B T D"], kernel: Float[Array, "V D"], batch: ScoredBatch, options: HeadOptions
+    hidden: Float[Array, "B T D"], kernel: Float[Array, "V D"], batch: DeviceBatch, options: HeadOptions
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Σ step_weight · loss(step) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
 
@@ -47,7 +37,7 @@ def batch_loss(
     Args:
       hidden: of every position, after the final norm.
       kernel: of the head, one row per token.
-      batch: see `ScoredBatch`.
+      batch: rows, their steps and targets.
       options: see `HeadOptions`.
     """
     real = batch.step_weight > 0

@@ -1,25 +1,14 @@
 """Sums and weights of a batch: equal to the public losses on the same strings, blind to padding, additive."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cft_jax.objectives import hard_target_loss, soft_target_loss
-from cft_jax.objectives.batch_loss import batch_loss, head_options
+from cft_jax.objectives.batch_loss import DeviceBatch, batch_loss, head_options
 
 B, T, P, C, D, V = 4, 9, 3, 2, 8, 31
-
-
-class Batch(NamedTuple):
-    step_index: jax.Array
-    step_weight: jax.Array
-    target_step: jax.Array
-    target_ids: jax.Array
-    target_probs: jax.Array
-    row_weight: jax.Array
 
 
 def make_case(kind):
@@ -40,7 +29,8 @@ def make_case(kind):
     row_weight = (counts > 0) if kind == "soft" else counts
     step = np.repeat(np.arange(P, dtype=np.int32), C)[None].repeat(B, 0)
     arrays = (index, weight.astype(np.float32), step, ids.reshape(B, -1), probs.reshape(B, -1))
-    batch = Batch(*map(jnp.asarray, arrays), jnp.asarray(row_weight, jnp.float32))
+    unread = [jnp.zeros((B, T), jnp.int32)] * 3
+    batch = DeviceBatch(*unread, *map(jnp.asarray, arrays), jnp.asarray(row_weight, jnp.float32))
     return jnp.asarray(hidden), jnp.asarray(kernel), batch, ids, probs, mask
 
 
