@@ -34,6 +34,7 @@ def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) ->
         raise UserError(f"tokenizer {path_or_id!r} is a file; give the directory that holds it")
     elif not _could_be_hub_id(path_or_id):
         raise UserError(f"tokenizer {path_or_id!r}: no such directory; give a directory in HF format or a hub id")
+    loaded = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if is_directory else path_or_id,
@@ -41,8 +42,13 @@ def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) ->
             local_files_only=local_files_only,
             trust_remote_code=False,
         )
+        loaded = True
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(_loading_problem(path_or_id, is_directory, local_files_only, error)) from error
+    finally:
+        # The fast tokenizers raise a bare Exception for a damaged file; only then are files of many MB worth a check.
+        if not loaded and is_directory:
+            _check_files(path)
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         raise UserError(f"tokenizer {path_or_id!r} has no fast implementation; save it with a tokenizer.json")
     return tokenizer
@@ -58,6 +64,9 @@ def _check_directory(path: Path) -> None:
             f"tokenizer directory {str(path)!r} holds none of {', '.join(_VOCABULARY_FILES)}; "
             "copy the tokenizer's files there or set config.model.tokenizer"
         )
+
+
+def _check_files(path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         file = path / name
         if not file.is_file():
