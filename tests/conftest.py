@@ -76,3 +76,109 @@ def write_hf():
         return model_class.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
     return write
+
+
+_HF_SIZES = {
+    "llama": {
+        "vocab_size": 97,
+        "hidden_size": 60,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 70.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "tie_word_embeddings": False,
+    },
+    "qwen3": {
+        "vocab_size": 89,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "vocab_size": 101,
+        "hidden_size": 36,
+        "intermediate_size": 52,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 14,
+        "query_pre_attn_scalar": 11,
+        "sliding_window": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 40.0},
+        },
+    },
+    "gpt_oss": {
+        "vocab_size": 103,
+        "hidden_size": 40,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 5,
+        "max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 16.0,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "original_max_position_embeddings": 8,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def hf_config():
+    """Small configs of transformers: sizes pairwise distinct, ropes scaled within a few tokens, short windows."""
+
+    def make(family: str, **changes):
+        import transformers
+
+        if family == "gemma3":
+            text = make("gemma3_text", **changes).to_dict()
+            vision = {
+                "hidden_size": 16,
+                "intermediate_size": 26,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            }
+            return transformers.Gemma3Config(
+                text_config=text,
+                vision_config=vision,
+                mm_tokens_per_image=4,
+                image_token_index=100,
+                architectures=["Gemma3ForConditionalGeneration"],
+            )
+        config_class, model_class = {
+            "llama": (transformers.LlamaConfig, "LlamaForCausalLM"),
+            "qwen3": (transformers.Qwen3Config, "Qwen3ForCausalLM"),
+            "gemma3_text": (transformers.Gemma3TextConfig, "Gemma3ForCausalLM"),
+            "gpt_oss": (transformers.GptOssConfig, "GptOssForCausalLM"),
+        }[family]
+        return config_class(**(_HF_SIZES[family] | changes), architectures=[model_class])
+
+    return make
