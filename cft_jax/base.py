@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cft_jax.checkpoints import from_pretrained, write_random_llama
 from cft_jax.config import Config, ModelSettings, ScratchConfig
@@ -38,11 +38,7 @@ def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir
 
 
 def _make(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
-    texts = []
-    for task in tasks:
-        texts += [message["content"] for message in task.messages]
-        texts += [] if task.space is None else task.space.values
-    tokenizer = train_tokenizer(texts)
+    tokenizer = scratch_tokenizer(tasks)
     model = scratch_model(config.model.scratch, vocab_size=len(tokenizer))
     write_random_llama(
         directory,
@@ -54,6 +50,15 @@ def _make(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
     )
     save_tokenizer(tokenizer, directory)
     logging.info("made a model with a vocabulary of %d in %s", model.vocab_size, directory)
+
+
+def scratch_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model made on the spot, fitted to the tasks' prompts and listed values."""
+    texts = []
+    for task in tasks:
+        texts += [message["content"] for message in task.messages]
+        texts += [] if task.space is None else task.space.values
+    return train_tokenizer(texts)
 
 
 def scratch_model(scratch: ScratchConfig, *, vocab_size: int) -> ModelConfig:

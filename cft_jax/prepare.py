@@ -1,0 +1,101 @@
+"""Builds and caches the tokenised training data and prints its figures; needs the tokenizer, not the weights.
+
+    python -m cft_jax.prepare --config=configs/llama.py --output=DIR [--config.data.num_decimals=2 ...]
+
+The tries go to the data cache (`data.cache_dir`), where the main job finds them; `prepare.json` in DIR holds the
+figures.
+"""
+
+import itertools
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.base import base_tokenizer, scratch_tokenizer
+from cft_jax.common import cli
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_json
+from cft_jax.config import Config, from_config_dict, validate
+from cft_jax.data.batch import padding_fraction
+from cft_jax.data.example import render_example
+from cft_jax.data.prepared import prepare
+from cft_jax.data.training import training_dataset
+from cft_jax.distributions import configured_tasks
+from cft_jax.distributions.splits import TRAIN
+from cft_jax.text.scratch import save_tokenizer
+
+_SAMPLED_STEPS = 16
+
+
+def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
+    """Builds the training split's data, or finds it in the cache.
+
+    Returns:
+      The figures, and one example in words. `prompts`, `values`, `prefixes`, `max_children` and `bytes` count what is
+      cached, `seconds` the work up to there, loading the tokenizer included. Hard targets cache nothing: they have
+      `prompts`, and `seconds` up to the first batch. `padding_fraction` and `shapes` (tokens, steps, target entries)
+      are those of the first batches.
+
+    Raises:
+      UserError: see `configured_tasks`, `load_tokenizer`, `prepare` and `training_dataset`.
+    """
+    start = time.monotonic()
+    tasks = configured_tasks(config.data)
+    if config.model.scratch.enabled:
+        tokenizer = _saved(scratch_tokenizer(itertools.chain.from_iterable(tasks.values())), config)
+    else:
+        tokenizer = base_tokenizer(config.model, config.model.checkpoint)
+    tokenizer_seconds = time.monotonic() - start
+    figures: dict[str, Any] = {"prompts": len(tasks[TRAIN])}
+    if config.data.target == "soft":
+        figures = prepare(tokenizer, tasks[TRAIN], config.data).figures()
+        figures["seconds"] = round(time.monotonic() - start, 3)
+    dataset = training_dataset(config, tokenizer, tasks[TRAIN])
+    batch = dataset.batch(0)
+    figures.setdefault("seconds", round(time.monotonic() - start, 3))
+    figures["tokenizer_seconds"] = round(tokenizer_seconds, 3)
+    steps = range(min(_SAMPLED_STEPS, dataset.steps_per_epoch))
+    figures["padding_fraction"] = round(float(np.mean([padding_fraction(dataset.batch(step)) for step in steps])), 4)
+    figures["shapes"] = [list(shape) for shape in dataset.shapes]
+    figures["steps_per_epoch"] = dataset.steps_per_epoch
+    return figures, render_example(tokenizer, batch)
+
+
+def _saved(tokenizer: Any, config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer as the main job will load it, whose fingerprint is part of the cache's key."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_tokenizer(tokenizer, Path(directory))
+        return base_tokenizer(config.model, directory)
+
+
+def _main(values: flags.FlagValues) -> None:
+    if not values["output"].value:
+        raise UserError("--output is missing; name the directory for prepare.json")
+    config = from_config_dict(cli.config_of(values))
+    validate(config)
+    figures, example = prepare_data(config)
+    path = Path(values["output"].value) / "prepare.json"
+    try:
+        write_json(path, figures)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; name another --output") from error
+    width = max(map(len, figures))
+    lines = [f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else value}" for name, value in figures.items()]
+    sys.stdout.write("\n".join([example, *lines]) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    values = cli.new_flags(config=True)
+    flags.DEFINE_string("output", None, "Directory for prepare.json.", flag_values=values)
+    cli.run(_main, values, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()
