@@ -44,7 +44,8 @@ def summarise_split(records: Sequence[Record], num_samples: int) -> dict[str, An
         figures = {name: _average(groups, section, name) for name in _names(records, section)}
         if figures:
             summary[section] = {name: value for name, (value, _) in figures.items()}
-            left_out[section] = {name: count for name, (_, count) in figures.items() if count}
+            if section != "ideal":
+                left_out[section] = {name: count for name, (_, count) in figures.items() if count}
     if "sampled" in summary:
         summary["sampled"]["num_samples"] = num_samples
         summary["intervals"] = _intervals(groups, summary["sampled"])

@@ -88,7 +88,7 @@ class ListedPlan:
             }
         )
         if keep_distribution:
-            sections["distribution"] = figures.distribution_section(self.space, whole)
+            sections["distribution"] = figures.distribution_section(self.task, self.space, whole)
         return sections
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from cft_jax.distributions.families import find_family
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.parse import ParsedNumber, number_error, parse_number, parse_numbers, strip_thinking
 from cft_jax.distributions.tasks import Task
@@ -44,10 +45,16 @@ def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) 
     return sections
 
 
-def distribution_section(space: OutputSpace, scores: TrieScore) -> Figures:
-    """What plots of one prompt need: the values, the target and the model's probabilities, to 6 digits."""
+def distribution_section(task: Task, space: OutputSpace, scores: TrieScore) -> Figures:
+    """What plots of one prompt need: its name, the values, the target and the model's probabilities, to 6 digits."""
+    if task.spec is not None:
+        family = find_family(task.spec.family_id)
+        named = {"title": family.display_name, "parameters": dict(task.spec.parameters), "kind": family.kind}
+    else:
+        kind = "text" if exact.as_numbers(space.values) is None else "discrete"
+        named = {"title": task.messages[-1]["content"], "parameters": {}, "kind": kind}
     model = np.exp(scores.string_log_probs)
-    return {"values": list(space.values), "target": rounded(space.probabilities), "model": rounded(model)}
+    return {**named, "values": list(space.values), "target": rounded(space.probabilities), "model": rounded(model)}
 
 
 def path_draws(space: OutputSpace, count: int, rng: np.random.Generator) -> Int[np.ndarray, "S"]:

@@ -40,7 +40,7 @@ def _numbers(value: Any) -> Any:
 
 
 TERMINATOR = 0
-VOCAB_SIZE = 128
+VOCAB_SIZE = 256
 
 
 class CharacterModel:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from scipy import stats
 
 from cft_jax.distributions.splits import PromptSpec
@@ -25,7 +25,7 @@ _ANDERSON_NAMES = {"gaussian": "norm", "exponential": "expon", "logistic": "logi
 _MIN_ANDERSON_OBSERVATIONS = 5
 
 
-def moment_errors(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
+def moment_errors(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
     """Mean and variance of a sample, their errors, and Wasserstein-1.
 
     Args:
@@ -39,7 +39,7 @@ def moment_errors(values: Sequence[float] | Float[np.ndarray, "N"], spec: Prompt
     return moment_figures(np.asarray(values, np.float64), target_of_spec(spec))
 
 
-def wasserstein_1(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> float:
+def wasserstein_1(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> float:
     """Mean distance between the sorted sample and the target's quantiles at (i - 0.5)/n.
 
     Args:
@@ -80,7 +80,7 @@ def quantile_distance(
     return np.where(count > 0, total / np.maximum(count, 1), math.inf)
 
 
-def goodness_of_fit(values: Sequence[float] | Float[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float | str]:
+def goodness_of_fit(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float | str]:
     """The paper's test of a sample against its target.
 
     Continuous families: the two-sided Kolmogorov-Smirnov test with exact p-value, and for Gaussian, exponential,
