@@ -1,5 +1,8 @@
 """A tiny model and tiny batches for the tests of training."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,12 @@ from flax import nnx
 from cft_jax.data.batch import TargetBatch
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
 from cft_jax.models.transformer import Transformer
-from cft_jax.objectives.batch_loss import DeviceBatch
+from cft_jax.objectives.batch_loss import DeviceBatch, head_options
+from cft_jax.sharding.mesh import make_mesh
 from cft_jax.sharding.rules import sharding
+from cft_jax.train.optimizer import adamw, warmup_cosine
+from cft_jax.train.state import initial_state, split_model, state_shardings
+from cft_jax.train.step import StepOptions, make_train_step
 
 VOCAB = 64
 
@@ -31,19 +38,20 @@ def tiny_model(*, lora=True, mesh=None, dtype=jnp.float32, dropout=0.0, seed=0) 
         tie_head=True,
     )
     spec = LoraSpec(rank=4, alpha=8.0, dropout=dropout, targets=("q_proj", "v_proj", "down_proj")) if lora else None
-    model = Transformer(
-        config, lora=spec, dtype=dtype, param_dtype=dtype, mesh=mesh, rngs=nnx.Rngs(params=seed, lora=seed + 1)
+    model = nnx.eval_shape(
+        lambda: Transformer(config, lora=spec, dtype=dtype, param_dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0))
     )
+    # Drawn with NumPy: JAX would compile a kernel for every shape.
     rng = np.random.default_rng(seed)
-    placed = []
+    filled = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable[...]
-        if path[-2:] == ("lora", "b"):
-            value = jnp.asarray(rng.normal(size=value.shape) * 0.1, value.dtype)
-        if mesh is not None:
-            value = jax.device_put(value, sharding(value.shape, variable.get_metadata("axes"), mesh))
-        placed.append((path, variable.replace(value)))
-    nnx.update(model, nnx.from_flat_state(placed))
+        if path[-1] == "scale":
+            value = np.ones(variable.shape)
+        else:
+            value = rng.normal(size=variable.shape) * (0.1 if path[-1] == "b" else config.embed_dim**-0.5)
+        where = None if mesh is None else sharding(variable.shape, variable.get_metadata("axes"), mesh)
+        filled.append((path, variable.replace(jax.device_put(value.astype(variable.dtype), where))))
+    nnx.update(model, nnx.from_flat_state(filled))
     return model
 
 
@@ -80,6 +88,42 @@ def on_devices(batch: TargetBatch, mesh=None) -> DeviceBatch:
     return DeviceBatch(*arrays)
 
 
+@functools.cache
+def compiled(model_options, mesh_shape, kind, micro_batches, seed, rate):
+    """Model, parts, start and step, shared by the tests that need the same."""
+    mesh = make_mesh(*mesh_shape, devices=jax.devices()[: math.prod(mesh_shape)])
+    model = tiny_model(mesh=mesh, **dict(model_options))
+    optimizer = adamw(weight_decay=0.01, max_grad_norm=0.0)
+    if rate is None:
+        schedule = functools.partial(warmup_cosine, peak=1e-2, warmup_ratio=0.0, total_steps=100)
+    else:
+        schedule = lambda step: jnp.float32(rate)  # noqa: E731
+    parts, weights, frozen = split_model(model)
+    loss = head_options(kind, tau=1.0, softcap=None, mesh=mesh)
+    options = StepOptions(loss, micro_batches, seed, optimizer, schedule)
+    step = make_train_step(parts, options, state_shardings(weights, optimizer))
+    return model, parts, optimizer, weights, frozen, step
+
+
+class Trainer:
+    """A fresh state of a tiny model, and its step."""
+
+    def __init__(self, *, mesh=(1, 1, 1), kind="soft", micro_batches=1, seed=11, rate=None, **model_options):
+        self.model, self.parts, optimizer, weights, self.frozen, self.step = compiled(
+            tuple(sorted(model_options.items())), mesh, kind, micro_batches, seed, rate
+        )
+        self.mesh = self.model.mesh
+        self.state = initial_state(jax.tree.map(jnp.copy, weights), optimizer)
+
+    def run(self, batch):
+        self.state, metrics = self.step(self.state, self.frozen, on_devices(batch, self.mesh))
+        return jax.device_get(metrics)
+
+    @property
+    def weights(self):
+        return jax.device_get(self.state.weights)
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """`tiny_model`."""
@@ -93,6 +137,6 @@ def make_batch():
 
 
 @pytest.fixture(scope="session")
-def put():
-    """`on_devices`."""
-    return on_devices
+def new_trainer():
+    """`Trainer`."""
+    return Trainer
