@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from cft_jax.checkpoints import hf_names, peft_io
+from cft_jax.checkpoints import hf_names, peft_export
 from cft_jax.checkpoints.directories import check_free, new_directory
 from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
@@ -56,7 +56,7 @@ def save_pretrained(
         raise UserError("the model has no adapter; export it with format merged")
     if model.lora_spec is not None and changes_nothing(model):
         raise UserError("the adapter changes nothing (all its B are zero); train it before exporting")
-    write = _Merged(model, read_checkpoint(origin)).write if format == "merged" else peft_io.Exporter(model).write
+    write = _Merged(model, read_checkpoint(origin)).write if format == "merged" else peft_export.Exporter(model).write
     if jax.process_index() != 0:
         write(None)
         return
@@ -87,7 +87,8 @@ class _Merged:
         self.checkpoint = checkpoint
         self.weights = HostWeights(model)
         self.names = {name.hf: name for name in hf_names.tensor_names(model.config)}
-        self.adapters = {target.name.hf: target for target in adapter_tensors(model)}
+        targets = [] if model.lora_spec is None else adapter_tensors(model.config, model.lora_spec)
+        self.adapters = {target.name.hf: target for target in targets}
         # Which tensor of ours stands in the place of a tensor of the files; None where another one has taken it.
         self.places: dict[str, str | None] = {}
         for own, (first, *more) in checkpoint.file_names.items():

@@ -1,5 +1,6 @@
 """Loading a checkpoint in HF format straight onto the devices."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from cft_jax.checkpoints import hf_names, hub, placement
-from cft_jax.checkpoints.hf_checkpoint import match_shapes, read_checkpoint
+from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, read_checkpoint
+from cft_jax.checkpoints.lora_weights import adapter_tensors
+from cft_jax.checkpoints.peft_import import PeftAdapter, check_matches, is_adapter, read_adapter, stack
+from cft_jax.common.errors import UserError
 from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.source import Source
@@ -36,7 +40,7 @@ def from_pretrained(
     """A model from a checkpoint in HF format, its weights read straight into the shards of the mesh.
 
     Args:
-      path_or_id: a directory, or a hub id.
+      path_or_id: a directory, or a hub id; of a checkpoint, or of a PEFT adapter, which names its base.
       dtype: of activations and matrix products.
       param_dtype: of the stored weights.
       mesh: to shard over; None for one device.
@@ -52,8 +56,9 @@ def from_pretrained(
       UserError: the checkpoint is missing, damaged, of an unknown architecture, or its tensors are not those of its
         config.json.
     """
-    directory, commit = hub.resolve(str(path_or_id), revision=revision, local_files_only=local_files_only)
-    checkpoint = read_checkpoint(directory)
+    where, peft = _locate(str(path_or_id), adapter, revision=revision, local_files_only=local_files_only)
+    checkpoint = read_checkpoint(Path(where.directory))
+    lora = _adapters(checkpoint.config, lora, peft)
     build = functools.partial(
         _build,
         config=checkpoint.config,
@@ -66,6 +71,69 @@ def from_pretrained(
     )
     graphdef, state = nnx.split(nnx.eval_shape(build))
     flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    values = _base_weights(checkpoint, flat, mesh, piece_bytes)
+    if lora is not None:
+        values |= _fresh_adapters(build, flat, mesh) if peft is None else _loaded_adapters(peft, checkpoint, flat, mesh)
+    for path, variable in flat.items():
+        variable.set_value(values[path])
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
+    model.source = dataclasses.replace(where, config_json=checkpoint.config_json)
+    return model
+
+
+def _locate(
+    name: str, adapter: str | Path | None, *, revision: str, local_files_only: bool
+) -> tuple[Source, PeftAdapter | None]:
+    """The base checkpoint's directory, and the adapter: given beside it, or itself what `name` stands for."""
+    directory, commit = hub.resolve(name, revision=revision, local_files_only=local_files_only)
+    if adapter is not None:
+        peft = read_adapter(str(adapter), revision="main", local_files_only=local_files_only)
+        return Source(str(directory), name, commit, ""), peft
+    if not is_adapter(directory):
+        return Source(str(directory), name, commit, ""), None
+    peft = read_adapter(str(directory), revision="", local_files_only=True)
+    if not (directory / "config.json").is_file():
+        if not peft.base:
+            raise UserError(f"{directory} is an adapter that names no base model; give the base and model.adapter")
+        name = peft.base
+        directory, commit = hub.resolve(name, revision=peft.revision, local_files_only=local_files_only)
+    return Source(str(directory), name, commit, ""), peft
+
+
+def _adapters(config: ModelConfig, lora: LoraSpec | None, peft: PeftAdapter | None) -> LoraSpec | None:
+    """The adapters to make: those asked for, those loaded, or the loaded ones with the dropout asked for.
+
+    Raises:
+      UserError: the two differ, or a target names no layer of the model.
+    """
+    if peft is not None:
+        if lora is not None and dataclasses.replace(lora, dropout=0.0, targets=()) != dataclasses.replace(
+            peft.spec, dropout=0.0, targets=()
+        ):
+            raise UserError(
+                f"{peft.directory} has rank {peft.spec.rank} and alpha {peft.spec.alpha:g}, config.model.lora has rank "
+                f"{lora.rank} and alpha {lora.alpha:g}; set them alike"
+            )
+        if lora is not None and set(lora.targets) != set(peft.spec.targets):
+            raise UserError(
+                f"{peft.directory} adapts {', '.join(peft.spec.targets)}, config.model.lora.targets has "
+                f"{', '.join(lora.targets)}; set them alike"
+            )
+        lora = peft.spec if lora is None else dataclasses.replace(peft.spec, dropout=lora.dropout)
+    if lora is not None:
+        known = hf_names.linear_layers(config)
+        unknown = [target for target in lora.targets if target not in known]
+        if unknown or not lora.targets:
+            raise UserError(
+                f"config.model.lora.targets={', '.join(lora.targets)!r}: the model's linear layers are "
+                f"{', '.join(known)}"
+            )
+    return lora
+
+
+def _base_weights(
+    checkpoint: HfCheckpoint, flat: Mapping[Any, Any], mesh: Mesh | None, piece_bytes: int
+) -> dict[hf_names.Path, jax.Array]:
     base = {path: variable for path, variable in flat.items() if not isinstance(variable, LoraParam)}
     match_shapes(checkpoint, {path: variable.shape for path, variable in base.items()})
     values: dict[hf_names.Path, jax.Array] = {}
@@ -80,12 +148,26 @@ def from_pretrained(
             stacked=names[0].layer is not None,
             piece_bytes=piece_bytes,
         )
-    values |= _fresh_adapters(build, flat, mesh)
-    for path, variable in flat.items():
-        variable.set_value(values[path])
-    model = nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
-    model.source = Source(str(directory), str(path_or_id), commit, checkpoint.config_json)
-    return model
+    return values
+
+
+def _adapter_shardings(flat: Mapping[Any, Any], mesh: Mesh | None) -> dict[hf_names.Path, Sharding]:
+    return {
+        path: placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh)
+        for path, variable in flat.items()
+        if isinstance(variable, LoraParam)
+    }
+
+
+def _loaded_adapters(
+    peft: PeftAdapter, checkpoint: HfCheckpoint, flat: Mapping[Any, Any], mesh: Mesh | None
+) -> dict[hf_names.Path, jax.Array]:
+    where = _adapter_shardings(flat, mesh)
+    shapes = {path: flat[path].shape for path in where}
+    targets = adapter_tensors(checkpoint.config, peft.spec)
+    check_matches(peft, targets, shapes)
+    arrays = stack(peft, targets, shapes)
+    return {path: jax.make_array_from_callback(shapes[path], where[path], arrays[path].__getitem__) for path in where}
 
 
 def _build(*, config: ModelConfig, seed: int, **options: Any) -> Transformer:
@@ -94,13 +176,7 @@ def _build(*, config: ModelConfig, seed: int, **options: Any) -> Transformer:
 
 def _fresh_adapters(build: Any, flat: Mapping[Any, Any], mesh: Mesh | None) -> dict[hf_names.Path, jax.Array]:
     """The adapters as the model's constructor draws them, without drawing the base weights."""
-    where = {
-        path: placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh)
-        for path, variable in flat.items()
-        if isinstance(variable, LoraParam)
-    }
-    if not where:
-        return {}
+    where = _adapter_shardings(flat, mesh)
 
     def adapters() -> dict[str, jax.Array]:
         drawn = dict(nnx.to_flat_state(nnx.state(build(), LoraParam)))

@@ -153,3 +153,8 @@ def group_by_path(names: list[Name]) -> Mapping[Path, list[Name]]:
     for name in names:
         groups.setdefault(name.path, []).append(name)
     return groups
+
+
+def linear_layers(config: ModelConfig) -> list[str]:
+    """HF's names of the layers that adapters can be put on."""
+    return sorted({str(name.path[-2]) for name in tensor_names(config) if name.path[-1] == "kernel"})

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Shaped
 
 from cft_jax.checkpoints import hf_names
-from cft_jax.models.config import LoraSpec
+from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.transformer import Transformer
 
@@ -32,25 +32,23 @@ class AdapterTensor:
     experts: bool
 
 
-def adapter_tensors(model: Transformer) -> list[AdapterTensor]:
+def adapter_tensors(config: ModelConfig, spec: LoraSpec) -> list[AdapterTensor]:
     """The adapted tensors of a model, in the order of `hf_names.tensor_names`."""
-    present = {path[:-1] for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
     found = []
-    for name in hf_names.tensor_names(model.config):
-        path = (*name.path[:-1], "lora")
-        if name.path[-1] == "kernel" and path in present:
+    for name in hf_names.tensor_names(config):
+        if name.path[-1] == "kernel" and name.path[-2] in spec.targets:
             experts = ".experts." in name.hf
-            found.append(AdapterTensor(name, _module(name.hf, model.lora_spec), path, experts))
+            found.append(AdapterTensor(name, _module(name.hf, spec), (*name.path[:-1], "lora"), experts))
     return found
 
 
-def _module(hf: str, spec: LoraSpec | None) -> str:
+def _module(hf: str, spec: LoraSpec) -> str:
     """PEFT's module of an adapted tensor: for experts, one wrapper per parameter around the module that holds them.
 
     PEFT wraps the parameters in the order in which the module declares them, so that gate_up_proj is the inner one.
     """
     base, _, last = hf.rpartition(".")
-    both = spec is not None and {"gate_up_proj", "down_proj"} <= set(spec.targets)
+    both = {"gate_up_proj", "down_proj"} <= set(spec.targets)
     return f"{base}.base_layer" if last == "gate_up_proj" and both else base
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from safetensors.torch import load_file, save_file
 
 from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.common.errors import UserError
@@ -18,22 +17,6 @@ from cft_jax.models.layers import LoraParam
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = LoraSpec(rank=3, alpha=5.0, dropout=0.1, targets=ALL)
-
-
-def llama_config(**changes):
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 60,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 10,
-        "num_key_value_heads": 5,
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
-        "tie_word_embeddings": False,
-        "architectures": ["LlamaForCausalLM"],
-    }
-    return LlamaConfig(**(sizes | changes))
 
 
 def load(directory, **options):
@@ -54,13 +37,6 @@ def tensors(directory):
     return {name: tensor for file in Path(directory).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def assert_same_bytes(one, other):
-    names = sorted(file.name for file in Path(one).glob("model*"))
-    assert names == sorted(file.name for file in Path(other).glob("model*"))
-    for name in names:
-        assert (Path(one) / name).read_bytes() == (Path(other) / name).read_bytes(), name
-
-
 def torch_logits(model, ids):
     with torch.no_grad():
         return model(torch.tensor(ids)).logits.numpy()
@@ -69,24 +45,57 @@ def torch_logits(model, ids):
 IDS = np.random.default_rng(1).integers(0, 89, (2, 21))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_round_trip_is_bit_exact(tmp_path, write_hf, dtype, param_dtype):
+@pytest.mark.parametrize(
+    ("family", "dtype", "param_dtype"),
+    [
+        ("llama", "float32", "bfloat16"),
+        ("llama", "float16", "float32"),
+        ("qwen3", "bfloat16", "bfloat16"),
+        ("gemma3_text", "float32", "float32"),
+        ("gemma3", "bfloat16", "bfloat16"),
+        ("gpt_oss", "bfloat16", "float32"),
+    ],
+)
+def test_round_trip_is_bit_exact(tmp_path, write_hf, hf_config, family, dtype, param_dtype):
     base, out = tmp_path / "base", tmp_path / "out"
-    write_hf(base, llama_config(), dtype=dtype, max_shard_size="30KB")
+    write_hf(base, hf_config(family), dtype=dtype, max_shard_size="30KB")
     save_pretrained(load(base, param_dtype=param_dtype), out, format="merged")
-    before, after = tensors(base), tensors(out)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
-        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
-    index = "model.safetensors.index.json"
-    assert (base / index).read_bytes() == (out / index).read_bytes()
+    files = sorted(file.name for file in base.glob("model*"))
+    assert len(files) > 2
+    assert files == sorted(file.name for file in out.glob("model*"))
+    for name in files:
+        assert (base / name).read_bytes() == (out / name).read_bytes(), name
 
 
-def test_merged_weights_are_rounded_once(tmp_path, write_hf):
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_both_namings_of_multimodal_checkpoints(tmp_path, write_hf, hf_config, prefix):
     base, out = tmp_path / "base", tmp_path / "out"
-    write_hf(base, llama_config(), dtype="bfloat16", max_shard_size="30KB")
+    theirs = write_hf(base, hf_config("gemma3"))
+    renamed = {}
+    for name, tensor in theirs.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if prefix == "language_model.model.":
+            name = name.replace("model.language_model.", prefix).replace("model.vision_tower", "vision_tower")
+            name = name.replace("model.multi_modal", "multi_modal")
+        renamed[name] = tensor.contiguous()
+    assert any(name.startswith(prefix) for name in renamed)
+    save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    model = randomise_b(load(base, lora=LoraSpec(rank=3, alpha=5.0, dropout=0.0, targets=("q_proj",))))
+    expected = np.asarray(model(IDS))
+    save_pretrained(model, out, format="merged")
+    after = tensors(out)
+    assert after.keys() == renamed.keys()
+    for name, tensor in renamed.items():
+        changed = prefix in name and "q_proj" in name
+        assert torch.equal(after[name], tensor) != changed, name
+    merged = type(theirs).from_pretrained(out, dtype=torch.float32)
+    np.testing.assert_allclose(torch_logits(merged, IDS), expected, atol=1e-4, rtol=0)
+
+
+def test_merged_weights_are_rounded_once(tmp_path, write_hf, hf_config):
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_hf(base, hf_config("llama"), dtype="bfloat16", max_shard_size="30KB")
     lora = LoraSpec(rank=3, alpha=5.0, dropout=0.0, targets=("o_proj",))
     model = randomise_b(load(base, param_dtype="bfloat16", lora=lora))
     save_pretrained(model, out, format="merged")
@@ -104,25 +113,8 @@ def test_merged_weights_are_rounded_once(tmp_path, write_hf):
         assert (np.abs(after[name].double().numpy() - exact) <= 0.501 * ulp).all()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_merged_and_adapter_have_the_models_logits_in_transformers(tmp_path, write_hf, tied):
-    from peft import PeftModel
-
-    base = tmp_path / "base"
-    plain = torch_logits(write_hf(base, llama_config(tie_word_embeddings=tied)), IDS)
-    model = randomise_b(load(base, lora=LORA))
-    expected = np.asarray(model(IDS))
-    assert np.abs(expected - plain).max() > 0.1
-    save_pretrained(model, tmp_path / "merged", format="merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    np.testing.assert_allclose(torch_logits(merged, IDS), expected, atol=1e-4, rtol=0)
-    save_pretrained(model, tmp_path / "adapter", format="adapter")
-    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    np.testing.assert_allclose(torch_logits(wrapped, IDS), expected, atol=1e-4, rtol=0)
-
-
-def test_trained_weights_are_exported(tmp_path, write_hf):
-    write_hf(tmp_path / "base", llama_config(), dtype="bfloat16")
+def test_trained_weights_are_exported(tmp_path, write_hf, hf_config):
+    write_hf(tmp_path / "base", hf_config("llama"), dtype="bfloat16")
     model = load(tmp_path / "base")
     kernel = model.stacks[0][0].mlp.up_proj.kernel
     kernel.set_value(kernel[...] * 1.1)
@@ -133,9 +125,9 @@ def test_trained_weights_are_exported(tmp_path, write_hf):
         assert torch.equal(after[name], expected), name
 
 
-def test_exports_take_the_tokenizer_along(tmp_path, write_hf, small_tokenizer):
+def test_exports_take_the_tokenizer_along(tmp_path, write_hf, hf_config, small_tokenizer):
     base = tmp_path / "base"
-    write_hf(base, llama_config())
+    write_hf(base, hf_config("llama"))
     small_tokenizer.save_pretrained(base)
     model = randomise_b(load(base, lora=LORA))
     for kind in ("merged", "adapter"):
@@ -146,10 +138,10 @@ def test_exports_take_the_tokenizer_along(tmp_path, write_hf, small_tokenizer):
     assert not (tmp_path / "adapter" / "config.json").exists()
 
 
-def test_config_is_written_in_both_spellings(tmp_path, write_hf):
+def test_config_is_written_in_both_spellings(tmp_path, write_hf, hf_config):
     base = tmp_path / "base"
     rope = {"rope_type": "linear", "rope_theta": 70.0, "factor": 3.0}
-    write_hf(base, llama_config(rope_parameters=rope))
+    write_hf(base, hf_config("llama", rope_parameters=rope))
     save_pretrained(load(base), tmp_path / "out", format="merged")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == 70.0
@@ -157,8 +149,8 @@ def test_config_is_written_in_both_spellings(tmp_path, write_hf):
     assert written["rope_parameters"] == rope
 
 
-def test_exports_that_would_mislead_are_refused(tmp_path, write_hf):
-    write_hf(tmp_path / "base", llama_config())
+def test_exports_that_would_mislead_are_refused(tmp_path, write_hf, hf_config):
+    write_hf(tmp_path / "base", hf_config("llama"))
     model = load(tmp_path / "base", lora=LORA)
     for kind in ("merged", "adapter"):
         with pytest.raises(UserError, match="changes nothing"):

@@ -1,4 +1,4 @@
-"""PEFT adapters: reading and writing adapter_config.json and adapter_model.safetensors."""
+"""Writing PEFT adapters: adapter_config.json and adapter_model.safetensors."""
 
 import json
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from cft_jax.models.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FLOAT32 = np.dtype(np.float32)
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
 # The published Gemma 3 wrapper holds the language model under another name; adapters are keyed for both.
-_WRAPPED = ("model.", "model.language_model.")
+WRAPPED = ("model.", "model.language_model.")
 
 
 class Exporter:
@@ -27,7 +27,7 @@ class Exporter:
         if model.source is None or model.lora_spec is None:
             raise ValueError("only a model with a source and adapters can be exported as an adapter")
         self.source, self.spec = model.source, model.lora_spec
-        self.weights, self.targets = HostWeights(model), adapter_tensors(model)
+        self.weights, self.targets = HostWeights(model), adapter_tensors(model.config, self.spec)
         self.multimodal = is_multimodal(model.source.config)
 
     def write(self, place: Path | None) -> None:
@@ -38,8 +38,8 @@ class Exporter:
         if self.multimodal:
             inside = dict(tensors)
             tensors = {
-                key.replace(_ROOT + _WRAPPED[0], _ROOT + prefix, 1): value
-                for prefix in _WRAPPED
+                key.replace(ROOT + WRAPPED[0], ROOT + prefix, 1): value
+                for prefix in WRAPPED
                 for key, value in inside.items()
             }
         with (place / WEIGHTS).open("wb") as file:
@@ -54,8 +54,8 @@ class Exporter:
             a, b = a.transpose(0, 2, 1).reshape(-1, a.shape[1]), b.transpose(2, 1, 0).reshape(b.shape[2], -1)
         else:
             a, b = a.T, b.T
-        yield f"{_ROOT}{target.module}.lora_A.weight", np.ascontiguousarray(a)
-        yield f"{_ROOT}{target.module}.lora_B.weight", np.ascontiguousarray(b)
+        yield f"{ROOT}{target.module}.lora_A.weight", np.ascontiguousarray(a)
+        yield f"{ROOT}{target.module}.lora_B.weight", np.ascontiguousarray(b)
 
     def _config(self) -> dict[str, Any]:
         alpha = self.spec.alpha
