@@ -89,6 +89,7 @@ class DataConfig:
     custom: str = ""
     duplicate_bos: bool = False
     readable_parameters: bool = False
+    parameter_digits: int = 6
     grid_points: int = 0
     max_length: int = 256
     cache_dir: str = ""
@@ -99,7 +100,9 @@ class DataConfig:
 class TrainConfig:
     """Objective, optimizer and schedule.
 
-    `exact_max_nodes` bounds the trie prefixes in one row of `exact`; a longer trie becomes several rows.
+    `exact_max_nodes` bounds the trie prefixes in one block of `exact`; a longer trie becomes several. `exact` packs
+    blocks of several prompts into rows of `row_tokens` (at least the longest block); the other objectives give each
+    block a row of its own unless `row_tokens` is set.
     """
 
     objective: str = "path"
@@ -110,6 +113,7 @@ class TrainConfig:
     samples_per_prompt_per_epoch: int = 1
     paths_per_prompt: int = 1
     exact_max_nodes: int = 2048
+    row_tokens: int = 0
     grad_accum_steps: int = 1
     learning_rate: float = 2e-4
     weight_decay: float = 0.01
@@ -299,6 +303,7 @@ def _ranges(config: Config) -> list[str]:
         ("model.lora.rank", lora.rank, 1),
         ("data.num_decimals", data.num_decimals, 0),
         ("data.max_bins", data.max_bins, 2),
+        ("data.parameter_digits", data.parameter_digits, 1),
         ("data.grid_points", data.grid_points, 0),
         ("data.max_length", data.max_length, 8),
         ("train.batch_size", train.batch_size, 1),
@@ -307,6 +312,7 @@ def _ranges(config: Config) -> list[str]:
         ("train.samples_per_prompt_per_epoch", train.samples_per_prompt_per_epoch, 1),
         ("train.paths_per_prompt", train.paths_per_prompt, 1),
         ("train.exact_max_nodes", train.exact_max_nodes, 2),
+        ("train.row_tokens", train.row_tokens, 0),
         ("train.grad_accum_steps", train.grad_accum_steps, 1),
         ("train.weight_decay", train.weight_decay, 0),
         ("train.max_grad_norm", train.max_grad_norm, 0),

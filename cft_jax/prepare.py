@@ -39,8 +39,8 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     Returns:
       The figures, and one example in words. `prompts`, `values`, `prefixes`, `max_children` and `bytes` count what is
       cached, `seconds` the work up to there, loading the tokenizer included. Hard targets cache nothing: they have
-      `prompts`, and `seconds` up to the first batch. `padding_fraction` and `shapes` (tokens, steps, target entries)
-      are those of the first batches.
+      `prompts`, and `seconds` up to the first batch. `padding_fraction` and `shapes` (rows, tokens, steps, target
+      entries) are those of the first batches.
 
     Raises:
       UserError: see `configured_tasks`, `load_tokenizer`, `prepare` and `training_dataset`.
@@ -56,7 +56,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     if config.data.target == "soft":
         figures = prepare(tokenizer, tasks[TRAIN], config.data).figures()
         figures["seconds"] = round(time.monotonic() - start, 3)
-    dataset = training_dataset(config, tokenizer, tasks[TRAIN])
+    dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=1, share_beginning=False)
     batch = dataset.batch(0)
     figures.setdefault("seconds", round(time.monotonic() - start, 3))
     figures["tokenizer_seconds"] = round(tokenizer_seconds, 3)

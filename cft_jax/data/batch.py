@@ -9,9 +9,10 @@ from jaxtyping import Float32, Int32
 class TargetBatch(NamedTuple):
     """B rows of T tokens with P steps and K target entries each; NumPy here, the same tree of arrays on devices.
 
-    A row is a prompt and a part of its trie in depth-first order. Query i of a row sees key j exactly if
-    j <= i < until[j]; for plain text, `until` is the length of the row. The step at a prefix predicts the next token
-    from the hidden state at the prefix's last token, the step of the empty prefix from the prompt's last.
+    A row holds one or several blocks, each a prompt and a part of its trie in depth-first order. Query i of a row
+    sees key j exactly if j <= i < until[j]; for plain text, `until` is the length of the row. The step at a prefix
+    predicts the next token from the hidden state at the prefix's last token, the step of the empty prefix from the
+    prompt's last.
 
     loss = Σ step_weight · L(step) / Σ row_weight, with L the divergence from the model's to the target distribution
     (soft targets) or the cross-entropy between them (hard targets).

@@ -1,4 +1,4 @@
-"""Rows of hard targets: strings drawn from any spaces; only what is drawn is written and tokenised."""
+"""Blocks of hard targets: strings drawn from any spaces; only what is drawn is written and tokenised."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from cft_jax.data.rows import Rows, rows_of_strings
+from cft_jax.data.blocks import Blocks, blocks_of_strings
 from cft_jax.data.spaces import SpaceTable
 from cft_jax.text.trie import grow_forest
 from cft_jax.text.values import ValueEncoder
@@ -16,7 +16,7 @@ from cft_jax.text.values import ValueEncoder
 class DrawnStrings:
     """Strings drawn from output spaces, scored by the cross-entropy of their own tokens.
 
-    A row with several strings holds their common beginnings once. Its target at a prefix is then the empirical
+    A block with several strings holds their common beginnings once. Its target at a prefix is then the empirical
     distribution of the next token, and the step weighs as many strings as pass, which gives the same sum.
 
     Attributes:
@@ -35,8 +35,8 @@ class DrawnStrings:
     encoder: ValueEncoder
     terminator_id: int
 
-    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
-        """A row per task with as many drawn strings as there are uniform numbers.
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+        """A block per task with as many drawn strings as there are uniform numbers.
 
         Raises:
           UserError: two drawn values of a task have the same tokens, or one contains the terminator.
@@ -46,24 +46,24 @@ class DrawnStrings:
         is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         distinct = np.flatnonzero(is_new)
         counts = np.diff(np.append(distinct, drawn.size)).astype(np.float64)
-        row, codes = distinct // drawn.shape[1], drawn.ravel()[distinct]
-        tokens, lengths = self.spaces.encode(self.encoder, tasks[row], codes)
+        block, codes = distinct // drawn.shape[1], drawn.ravel()[distinct]
+        tokens, lengths = self.spaces.encode(self.encoder, tasks[block], codes)
         forest = grow_forest(
             tokens,
             lengths,
-            row,
+            block,
             counts / drawn.shape[1],
             terminator_id=self.terminator_id,
-            describe=lambda index: self._describe(int(tasks[row[index]]), int(codes[index])),
+            describe=lambda index: self._describe(int(tasks[block[index]]), int(codes[index])),
         )
-        return rows_of_strings(
+        return blocks_of_strings(
             forest,
             [self.prompts[task] for task in tasks.tolist()],
             np.arange(tasks.size),
-            row,
-            np.arange(row.size) - forest.leaf_starts[row],
-            counts * self.task_weights[tasks][row],
-            np.bincount(row, weights=counts * (lengths + 1), minlength=tasks.size),
+            block,
+            np.arange(block.size) - forest.leaf_starts[block],
+            counts * self.task_weights[tasks][block],
+            np.bincount(block, weights=counts * (lengths + 1), minlength=tasks.size),
             per_step=False,
         )
 

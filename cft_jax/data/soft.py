@@ -1,4 +1,4 @@
-"""Rows of soft targets: drawn strings or whole tries, of listed spaces or at full resolution."""
+"""Blocks of soft targets: drawn strings or whole tries, of listed spaces or at full resolution."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from cft_jax.data.rows import Rows, rows_of_strings, rows_of_tries, split_rows
+from cft_jax.data.blocks import Blocks, blocks_of_strings, blocks_of_tries, split_blocks
 from cft_jax.data.spaces import draw_indices
 from cft_jax.text.full_trie import FullTrie, drawn_forest
 from cft_jax.text.trie import Forest
@@ -32,18 +32,18 @@ class DrawnPaths:
     task_weights: Float64[np.ndarray, "G"]
     per_step: bool
 
-    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
-        """A row per task with as many drawn strings as there are uniform numbers."""
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+        """A block per task with as many drawn strings as there are uniform numbers."""
         drawn = [draw_indices(self._cumulative[task], row) for task, row in zip(tasks.tolist(), uniforms, strict=True)]
-        num_rows, per_row = uniforms.shape
-        return rows_of_strings(
+        num_blocks, per_block = uniforms.shape
+        return blocks_of_strings(
             self.forest,
             [self.prompts[task] for task in tasks.tolist()],
             tasks,
-            np.repeat(np.arange(num_rows), per_row),
+            np.repeat(np.arange(num_blocks), per_block),
             np.concatenate(drawn),
-            np.repeat(self.task_weights[tasks], per_row),
-            np.full(num_rows, float(per_row)),
+            np.repeat(self.task_weights[tasks], per_block),
+            np.full(num_blocks, float(per_block)),
             per_step=self.per_step,
         )
 
@@ -59,7 +59,7 @@ class WholeTries:
 
     Attributes:
       forest, prompts, task_weights, per_step: as in `DrawnPaths`.
-      max_nodes: prefixes in one row; longer tries become several rows.
+      max_nodes: prefixes in one block; longer tries become several blocks.
     """
 
     forest: Forest
@@ -68,24 +68,24 @@ class WholeTries:
     per_step: bool
     max_nodes: int
 
-    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
-        """At least a row per task; the uniform numbers are not needed."""
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+        """At least a block per task; the uniform numbers are not needed."""
         starts = self.forest.leaf_starts
         leaves = [self.forest.arrays["leaf_probs"][starts[task] : starts[task + 1]] for task in tasks]
         strings = [np.flatnonzero(probabilities) for probabilities in leaves]
-        string_row = np.repeat(np.arange(tasks.size), [found.size for found in strings])
+        string_block = np.repeat(np.arange(tasks.size), [found.size for found in strings])
         probabilities = np.concatenate([leaf[found] for leaf, found in zip(leaves, strings, strict=True)])
-        rows = rows_of_strings(
+        blocks = blocks_of_strings(
             self.forest,
             [self.prompts[task] for task in tasks.tolist()],
             tasks,
-            string_row,
+            string_block,
             np.concatenate(strings),
-            probabilities * self.task_weights[tasks][string_row],
+            probabilities * self.task_weights[tasks][string_block],
             np.ones(tasks.size),
             per_step=self.per_step,
         )
-        return split_rows(rows, self.max_nodes)
+        return split_blocks(blocks, self.max_nodes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,19 +102,19 @@ class FullPaths:
     task_weights: Float64[np.ndarray, "G"]
     per_step: bool
 
-    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
-        """A row per task with as many drawn strings as there are uniform numbers."""
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+        """A block per task with as many drawn strings as there are uniform numbers."""
         tries = [self.tries[task] for task in tasks.tolist()]
         drawn = [trie.space.draw(row) for trie, row in zip(tries, uniforms, strict=True)]
-        num_rows, per_row = uniforms.shape
-        return rows_of_strings(
+        num_blocks, per_block = uniforms.shape
+        return blocks_of_strings(
             drawn_forest(tries, drawn),
             [self.prompts[task] for task in tasks.tolist()],
-            np.arange(num_rows),
-            np.repeat(np.arange(num_rows), per_row),
-            np.tile(np.arange(per_row), num_rows),
-            np.repeat(self.task_weights[tasks], per_row),
-            np.full(num_rows, float(per_row)),
+            np.arange(num_blocks),
+            np.repeat(np.arange(num_blocks), per_block),
+            np.tile(np.arange(per_block), num_blocks),
+            np.repeat(self.task_weights[tasks], per_block),
+            np.full(num_blocks, float(per_block)),
             per_step=self.per_step,
         )
 
@@ -125,7 +125,7 @@ class FullTries:
 
     Attributes:
       tries, prompts, task_weights, per_step: as in `FullPaths`.
-      max_nodes: prefixes in one row, and how many of the most probable prefixes are taken.
+      max_nodes: prefixes in one block, and how many of the most probable prefixes are taken.
     """
 
     tries: Sequence[FullTrie]
@@ -134,8 +134,8 @@ class FullTries:
     per_step: bool
     max_nodes: int
 
-    def rows(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Rows:
-        """At least a row per task, with a drawn string per uniform number."""
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+        """At least a block per task, with a drawn string per uniform number."""
         tries, weights = [], []
         for task, row in zip(tasks.tolist(), uniforms, strict=True):
             full = self.tries[task]
@@ -144,7 +144,7 @@ class FullTries:
             step_weights = part.mean_weights if self.per_step else part.sequence_weights
             weights.append(step_weights * self.task_weights[task])
         prompts = [self.prompts[task] for task in tasks.tolist()]
-        return split_rows(rows_of_tries(tries, prompts, weights, np.ones(tasks.size)), self.max_nodes)
+        return split_blocks(blocks_of_tries(tries, prompts, weights, np.ones(tasks.size)), self.max_nodes)
 
 
 # Deeper than any number: a sign, a point and 18 digits.

@@ -8,27 +8,37 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config, TrainConfig
-from cft_jax.data.dataset import Dataset, Mixture, Source
+from cft_jax.data.dataset import Dataset, Layout, Mixture, Source, common_beginning
 from cft_jax.data.hard import DrawnStrings
 from cft_jax.data.prepared import Prepared, check_lengths, encode_prompts, prepare
-from cft_jax.data.soft import DrawnPaths, FullPaths, FullTries, WholeTries
+from cft_jax.data.soft import DrawnPaths, FullPaths, FullTries, Prompts, WholeTries
 from cft_jax.data.spaces import SpaceTable, task_space
 from cft_jax.distributions.tasks import Task
 from cft_jax.text.chat import terminator_id
 from cft_jax.text.values import ValueEncoder
 
 
-def training_dataset(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> Dataset:
+def training_dataset(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    *,
+    row_multiple: int,
+    share_beginning: bool,
+) -> Dataset:
     """The batches of a run.
 
     `path` and hard targets visit a prompt `samples_per_prompt_per_epoch` times an epoch, each time with one drawn
     string; `paths` puts `paths_per_prompt` of an epoch's strings of a prompt into each visit (hard targets too), and
-    at least draws that many; `exact` visits every prompt once.
+    at least draws that many; `exact` visits every prompt once. `exact`, and everything with `row_tokens`, packs
+    several prompts into a row.
 
     Args:
       config: a checked configuration.
       tokenizer: of the model.
       tasks: the training split.
+      row_multiple: batches have a multiple of so many rows; the rows beyond the data are padding.
+      share_beginning: whether batches leave out the tokens that all prompts begin with (`Dataset.beginning`).
 
     Raises:
       UserError: the counts do not divide, there are no tasks, or see `prepare`.
@@ -36,55 +46,54 @@ def training_dataset(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: 
     if not tasks:
         raise UserError("there is nothing to train on; give config.data.custom rows with split train, or families")
     train = config.train
-    packed = 1 if train.objective == "path" else train.paths_per_prompt
-    visits, tasks_per_step = _counts(train, packed)
     weights = np.array([task.weight for task in tasks], dtype=np.float64)
     weights /= weights.mean()
     if config.data.target == "hard":
-        source = _hard_source(config, tokenizer, tasks, weights)
+        source, prompts = _hard_source(config, tokenizer, tasks, weights)
     else:
-        source = _soft_source(config, prepare(tokenizer, tasks, config.data), weights)
+        prepared = prepare(tokenizer, tasks, config.data)
+        source, prompts = _soft_source(config, prepared, weights), prepared.prompts
     return Dataset(
         source,
+        _layout(train, row_multiple),
+        beginning=common_beginning(prompts) if share_beginning else np.zeros(0, dtype=np.int32),
         groups=[task.group for task in tasks],
         names=[task.task_id for task in tasks],
         seed=config.seed,
-        visits=visits,
-        strings_per_row=packed,
-        tasks_per_step=tasks_per_step,
         epsilon=None if config.data.target == "hard" else train.epsilon_smoothing,
-        rows_vary=train.objective == "exact",
     )
 
 
-def _counts(train: TrainConfig, packed: int) -> tuple[int, int]:
-    """Visits of a task per epoch, and tasks per step."""
+def _layout(train: TrainConfig, row_multiple: int) -> Layout:
     if train.objective == "exact":
-        return 1, train.batch_size
+        # A trie's strings are drawn only at full resolution, below its most probable prefixes.
+        return Layout(1, train.paths_per_prompt, train.batch_size, train.row_tokens, True, row_multiple)
+    strings = 1 if train.objective == "path" else train.paths_per_prompt
     samples = train.samples_per_prompt_per_epoch
-    if train.batch_size % packed:
+    if train.batch_size % strings:
         raise UserError(
             f"config.train.batch_size={train.batch_size} counts strings and is not divisible by "
-            f"config.train.paths_per_prompt={packed}, the strings of one prompt in a row"
+            f"config.train.paths_per_prompt={strings}, the strings drawn at each visit of a prompt"
         )
-    if samples > packed and samples % packed:
+    if samples > strings and samples % strings:
         raise UserError(
             f"config.train.samples_per_prompt_per_epoch={samples} is not divisible by "
-            f"config.train.paths_per_prompt={packed}, the strings drawn at each visit of a prompt"
+            f"config.train.paths_per_prompt={strings}, the strings drawn at each visit of a prompt"
         )
-    return max(1, samples // packed), train.batch_size // packed
+    row_tokens = train.row_tokens if train.row_tokens > 0 else None
+    return Layout(max(1, samples // strings), strings, train.batch_size // strings, row_tokens, False, row_multiple)
 
 
 def _hard_source(
     config: Config, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], weights: np.ndarray
-) -> Source:
+) -> tuple[Source, Prompts]:
     end = terminator_id(tokenizer, config.data.terminator)
     prompts = encode_prompts(tokenizer, tasks, config.data)
     encoder = ValueEncoder(tokenizer)
     spaces = SpaceTable(task_space(task, config.data) for task in tasks)
     depths = _longest_values(spaces, encoder, prompts, config.data.max_length)
     check_lengths(tasks, prompts, depths, config.data.max_length)
-    return DrawnStrings(spaces, [task.task_id for task in tasks], prompts, weights, encoder, end)
+    return DrawnStrings(spaces, [task.task_id for task in tasks], prompts, weights, encoder, end), prompts
 
 
 def _longest_values(

@@ -5,9 +5,17 @@ import zlib
 import numpy as np
 import pytest
 
+from cft_jax.data.blocks import blocks_of_strings
+from cft_jax.data.collate import collate, row_sizes
 from cft_jax.text.trie import grow_forest, token_matrix
 
 END = 90
+PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([50, 51, 52], [60], [70, 71, 72, 73, 74])]
+SPACES = (
+    {(1, 2): 0.5, (1,): 0.125, (1, 2, 3): 0.25, (4,): 0.125},
+    {(): 0.25, (5, 6): 0.75},
+    {(7, 8, 9, 7): 0.1, (7, 8, 9, 8): 0.2, (7, 9): 0.7},
+)
 
 
 def _forest(*spaces):
@@ -24,21 +32,55 @@ def _forest(*spaces):
     )
 
 
-def _steps(batch, prompts):
-    """(row, prefix, weight, {token: probability}) of every step, from what its query can see."""
+def _blocks(forest, strings, *, per_step=True, prompts=PROMPTS):
+    return blocks_of_strings(
+        forest,
+        prompts,
+        np.arange(len(strings)),
+        np.repeat(np.arange(len(strings)), [len(chosen) for chosen in strings]),
+        np.array([number for chosen in strings for number in chosen]),
+        np.array([weight for chosen in strings for weight in chosen.values()], dtype=np.float64),
+        np.ones(len(strings)),
+        per_step=per_step,
+    )
+
+
+def _batch(blocks, *, rows=None, epsilon: float | None = 1e-8, shared=0, num_rows=None, shape=None):
+    """A batch of all blocks, by default each in a row of its own and padded no further than needed."""
+    rows = np.arange(len(blocks)) if rows is None else np.array(rows)
+    chosen = np.argsort(rows, kind="stable")
+    sizes = row_sizes(blocks.sizes() - [shared, 0, 0], rows)
+    return collate(
+        blocks,
+        chosen,
+        rows[chosen],
+        num_rows=num_rows or int(rows.max()) + 1,
+        shape=shape or tuple(sizes.tolist()),
+        epsilon=epsilon,
+        shared=shared,
+    )
+
+
+def _steps(batch, prompts, shared=0):
+    """(prompt, prefix, weight, {token: probability}) of every step, from what its query can see.
+
+    No prompt may begin another, so that what a query sees tells which prompt it belongs to.
+    """
     found = []
-    for row, prompt in enumerate(prompts):
-        for step in np.flatnonzero(batch.step_weight[row] > 0):
-            query = batch.step_index[row, step]
-            keys = np.flatnonzero((np.arange(query + 1) <= query) & (query < batch.until[row, : query + 1]))
-            tokens = batch.tokens[row, keys]
-            assert tokens[: prompt.size].tolist() == prompt.tolist()
-            assert batch.positions[row, keys].tolist() == list(range(keys.size))
-            entries = (batch.target_step[row] == step) & (batch.target_probs[row] > 0)
-            targets = dict(
-                zip(batch.target_ids[row, entries].tolist(), batch.target_probs[row, entries].tolist(), strict=True)
-            )
-            found.append((row, tuple(tokens[prompt.size :].tolist()), float(batch.step_weight[row, step]), targets))
+    for row, step in np.argwhere(batch.step_weight > 0):
+        query = batch.step_index[row, step]
+        keys = np.flatnonzero(query < batch.until[row, : query + 1])
+        tokens = tuple(batch.tokens[row, keys].tolist())
+        (prompt,) = {
+            number for number, ids in enumerate(prompts) if tokens[: ids.size - shared] == tuple(ids[shared:].tolist())
+        }
+        assert batch.positions[row, keys].tolist() == list(range(shared, shared + keys.size))
+        entries = (batch.target_step[row] == step) & (batch.target_probs[row] > 0)
+        targets = dict(
+            zip(batch.target_ids[row, entries].tolist(), batch.target_probs[row, entries].tolist(), strict=True)
+        )
+        prefix = tokens[prompts[prompt].size - shared :]
+        found.append((prompt, prefix, float(batch.step_weight[row, step]), targets))
     return found
 
 
@@ -61,8 +103,32 @@ def forest_of():
 
 
 @pytest.fixture
+def spaces():
+    """Three spaces as {token sequence: probability}: values that begin others, an empty one, long common beginnings."""
+    return SPACES
+
+
+@pytest.fixture
+def prompts():
+    """A prompt for each of the three spaces."""
+    return PROMPTS
+
+
+@pytest.fixture
+def blocks_for():
+    """Makes a block per trie of a forest with strings given as {string number: weight}; each block counts 1."""
+    return _blocks
+
+
+@pytest.fixture
+def batch_of():
+    """Makes a `TargetBatch` of all given blocks."""
+    return _batch
+
+
+@pytest.fixture
 def steps_of():
-    """Reads a batch's steps back: (row, prefix, weight, {token: probability}); takes the batch and its prompts."""
+    """Reads a batch's steps back: (prompt, prefix, weight, {token: probability}); takes the batch and the prompts."""
     return _steps
 
 

@@ -1,0 +1,262 @@
+"""From tries to blocks: a prompt with some of its trie's prefixes, their targets, and what their steps weigh.
+
+One builder serves every objective. `path` is a block with one drawn string, `paths` and packed hard targets are blocks
+with several, whose common beginnings appear once, and `exact` is a block with all strings and their probabilities. The
+weight of a step at prefix n is Σ weight(s) / T(s) over the block's strings s that begin with n, where T counts the
+tokens of s and its terminator (arXiv 2605.11845: mean over steps); or Σ weight(s) for the divergence of sequences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int32, Int64
+
+from cft_jax.text.trie import Forest, Trie
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """B blocks before padding, with N prefixes and K target entries in all.
+
+    Attributes:
+      prompts: token ids of each block's prompt.
+      node_starts: int64[B + 1]; the prefixes of block b are node_starts[b] to node_starts[b + 1], depth-first, the
+        empty prefix first.
+      token: last token of the prefix; -1 for the empty one.
+      depth: its number of tokens.
+      end: one past the last prefix below it, counted from the block's first.
+      weight: of its step; 0 where the step is not counted.
+      target_starts: int64[N + 1]; where the entries of each prefix begin.
+      target_ids, target_probs: tokens that can follow the prefix and their probabilities.
+      mean_weight: what each block counts in the mean.
+      task: which of the tasks that blocks were asked for each block belongs to, ascending.
+    """
+
+    prompts: Sequence[Int32[np.ndarray, "_"]]
+    node_starts: Int64[np.ndarray, "_"]
+    token: Int32[np.ndarray, "N"]
+    depth: Int32[np.ndarray, "N"]
+    end: Int64[np.ndarray, "N"]
+    weight: Float64[np.ndarray, "N"]
+    target_starts: Int64[np.ndarray, "_"]
+    target_ids: Int32[np.ndarray, "K"]
+    target_probs: Float64[np.ndarray, "K"]
+    mean_weight: Float64[np.ndarray, "B"]
+    task: Int64[np.ndarray, "B"]
+
+    def __len__(self) -> int:
+        return self.mean_weight.size
+
+    def sizes(self) -> Int64[np.ndarray, "B 3"]:
+        """Tokens, steps and target entries of each block."""
+        prompt_lengths = np.array([prompt.size for prompt in self.prompts], dtype=np.int64)
+        counted = self.weight > 0
+        num_targets = np.where(counted, np.diff(self.target_starts), 0)
+        sums = np.zeros((2, self.token.size + 1), dtype=np.int64)
+        np.cumsum(counted, out=sums[0, 1:])
+        np.cumsum(num_targets, out=sums[1, 1:])
+        steps, targets = np.diff(sums[:, self.node_starts], axis=1)
+        return np.stack([prompt_lengths + np.diff(self.node_starts) - 1, steps, targets], axis=1)
+
+
+def blocks_of_strings(
+    forest: Forest,
+    prompts: Sequence[Int32[np.ndarray, "_"]],
+    tries: Int64[np.ndarray, "B"],
+    string_block: Int64[np.ndarray, "S"],
+    strings: Int64[np.ndarray, "S"],
+    weights: Float64[np.ndarray, "S"],
+    mean_weight: Float64[np.ndarray, "B"],
+    *,
+    per_step: bool,
+) -> Blocks:
+    """Blocks that hold the prefixes of given strings, each prefix once.
+
+    Args:
+      forest: tries that hold the strings.
+      prompts: of each block.
+      tries: which trie each block's strings belong to.
+      string_block: the block of each string; every block needs one.
+      strings: number of each string in its output space; a string may occur several times.
+      weights: of each string, positive.
+      mean_weight: what each block counts in the mean.
+      per_step: whether a string's weight is divided among its steps (mean over steps) or given to each.
+    """
+    arrays = forest.arrays
+    trie = tries[string_block]
+    first_prefix = forest.prefix_starts[trie]
+    prefix = arrays["leaf_prefix"][forest.leaf_starts[trie] + strings].astype(np.int64)
+    num_steps = arrays["depth"][first_prefix + prefix].astype(np.int64) + 1
+    step_weight = weights / num_steps if per_step else weights
+    # The prefixes of all strings, from the whole string up, as keys that sort by block and depth-first within it.
+    stride = np.int64(int(np.diff(forest.prefix_starts).max()) + 1)
+    keys, key_weights = [], []
+    active = np.arange(strings.size)
+    while active.size:
+        keys.append(string_block[active] * stride + prefix[active])
+        key_weights.append(step_weight[active])
+        active = active[prefix[active] > 0]
+        prefix[active] = arrays["parent"][first_prefix[active] + prefix[active]]
+    kept, which = np.unique(np.concatenate(keys), return_inverse=True)
+    weight = np.bincount(which, weights=np.concatenate(key_weights), minlength=kept.size)
+
+    block, local = np.divmod(kept, stride)
+    node_starts = np.searchsorted(block, np.arange(tries.size + 1)).astype(np.int64)
+    source = forest.prefix_starts[tries[block]] + local
+    end = np.searchsorted(kept, block * stride + arrays["subtree_end"][source]) - node_starts[block]
+    # Offsets of children have one entry more per trie than there are prefixes.
+    offset = source + tries[block]
+    child_base = forest.child_starts[tries[block]]
+    first_child = child_base + arrays["child_offsets"][offset]
+    num_children = arrays["child_offsets"][offset + 1] - arrays["child_offsets"][offset]
+    entries = ranges(first_child, num_children)
+    return Blocks(
+        prompts=prompts,
+        node_starts=node_starts,
+        token=arrays["token"][source],
+        depth=arrays["depth"][source],
+        end=end.astype(np.int64),
+        weight=weight,
+        target_starts=np.append(0, num_children.cumsum()),
+        target_ids=arrays["child_ids"][entries],
+        target_probs=arrays["child_probs"][entries],
+        mean_weight=mean_weight,
+        task=np.arange(tries.size),
+    )
+
+
+def blocks_of_tries(
+    tries: Sequence[Trie],
+    prompts: Sequence[Int32[np.ndarray, "_"]],
+    weights: Sequence[Float64[np.ndarray, "_"]],
+    mean_weight: Float64[np.ndarray, "B"],
+) -> Blocks:
+    """A block per trie with all its prefixes and a given weight for each prefix's step."""
+    sizes = [trie.num_prefixes for trie in tries]
+    num_children = np.concatenate([np.diff(trie.child_offsets) for trie in tries])
+    return Blocks(
+        prompts=prompts,
+        node_starts=np.append(0, np.cumsum(sizes)),
+        token=np.concatenate([trie.token for trie in tries]),
+        depth=np.concatenate([trie.depth for trie in tries]),
+        end=np.concatenate([trie.subtree_end for trie in tries]).astype(np.int64),
+        weight=np.concatenate(weights),
+        target_starts=np.append(0, num_children.cumsum()),
+        target_ids=np.concatenate([trie.child_ids for trie in tries]),
+        target_probs=np.concatenate([trie.child_probs for trie in tries]),
+        mean_weight=mean_weight,
+        task=np.arange(mean_weight.size),
+    )
+
+
+def joined_blocks(parts: Sequence[Blocks], tasks: Sequence[Int64[np.ndarray, "_"]]) -> Blocks:
+    """The blocks of several sources as one, in the order of their tasks.
+
+    Args:
+      parts: the blocks of each source.
+      tasks: for each source, the numbers that its tasks have among all.
+    """
+    names = ("token", "depth", "end", "weight", "target_ids", "target_probs", "mean_weight")
+    joined = Blocks(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        node_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.node_starts) for part in parts]))),
+        target_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.target_starts) for part in parts]))),
+        task=np.concatenate([numbers[part.task] for part, numbers in zip(parts, tasks, strict=True)]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+    )
+    order = np.argsort(joined.task, kind="stable")
+    num_nodes = np.diff(joined.node_starts)[order]
+    nodes = ranges(joined.node_starts[order], num_nodes)
+    return _gathered(joined, order, num_nodes, nodes, joined.end[nodes], None, joined.mean_weight[order])
+
+
+def split_blocks(blocks: Blocks, max_nodes: int) -> Blocks:
+    """Blocks of at most `max_nodes` prefixes beside the empty one; longer blocks become several over the same prompt.
+
+    Each part continues the block where the part before stopped and repeats the ancestors of its first prefix, whose
+    steps, like the empty prefix's, are counted in the part that has them first. Only the first part has the block's
+    weight in the mean, so sums over blocks stay the same.
+
+    Raises:
+      ValueError: `max_nodes` is not larger than the longest string.
+    """
+    longest = int(blocks.depth.max(initial=0))
+    if max_nodes <= longest:
+        raise ValueError(f"max_nodes={max_nodes} must be greater than {longest}, the tokens of the longest string")
+    parts = [part for block in range(len(blocks)) for part in _parts(blocks, block, max_nodes)]
+    return _gathered(
+        blocks,
+        np.array([part.block for part in parts]),
+        np.array([part.nodes.size for part in parts]),
+        np.concatenate([part.nodes for part in parts]),
+        np.concatenate([part.end for part in parts]),
+        np.concatenate([part.counted for part in parts]),
+        np.array([blocks.mean_weight[part.block] if part.is_first else 0.0 for part in parts]),
+    )
+
+
+def _gathered(
+    blocks: Blocks,
+    source: np.ndarray,
+    num_nodes: np.ndarray,
+    nodes: np.ndarray,
+    end: np.ndarray,
+    counted: np.ndarray | None,
+    mean_weight: np.ndarray,
+) -> Blocks:
+    """Blocks made of prefixes of others: of block `source[i]` the next `num_nodes[i]` of `nodes`, with new ends.
+
+    Prefixes that are not `counted` lose their weight and their targets.
+    """
+    counted = np.ones(nodes.size, dtype=bool) if counted is None else counted
+    num_targets = np.where(counted, np.diff(blocks.target_starts)[nodes], 0)
+    entries = ranges(blocks.target_starts[nodes], num_targets)
+    return Blocks(
+        prompts=[blocks.prompts[block] for block in source.tolist()],
+        node_starts=np.append(0, num_nodes.cumsum()),
+        token=blocks.token[nodes],
+        depth=blocks.depth[nodes],
+        end=end,
+        weight=np.where(counted, blocks.weight[nodes], 0.0),
+        target_starts=np.append(0, num_targets.cumsum()),
+        target_ids=blocks.target_ids[entries],
+        target_probs=blocks.target_probs[entries],
+        mean_weight=mean_weight,
+        task=blocks.task[source],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A part of a split block; `nodes` are numbers in the arrays of all blocks, `end` counts from the part's first."""
+
+    block: int
+    nodes: np.ndarray
+    end: np.ndarray
+    counted: np.ndarray
+    is_first: bool
+
+
+def _parts(blocks: Blocks, block: int, max_nodes: int) -> list[_Part]:
+    start, stop = blocks.node_starts[block : block + 2].tolist()
+    ends = blocks.end[start:stop]
+    parts = []
+    first = 1
+    while first == 1 or first < ends.size:
+        # Without the empty prefix, whose place is the prompt's last token in every part.
+        ancestors = 1 + np.flatnonzero(ends[1:first] > first)
+        last = min(ends.size, first + max_nodes - ancestors.size)
+        nodes = np.concatenate([[0], ancestors, np.arange(first, last)])
+        # A repeated ancestor goes on to the end of its subtree or of the part, whichever comes first.
+        end = 1 + ancestors.size + np.minimum(ends[nodes], last) - first
+        is_first = first == 1
+        parts.append(_Part(block, start + nodes, end, (nodes >= first) | is_first, is_first))
+        first = max(last, 2)
+    return parts
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + count - 1 of every pair, one after another."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
