@@ -24,6 +24,7 @@ def configured_tasks(data: DataConfig) -> dict[str, list[Task]]:
         unseen=data.unseen,
         grid_points=data.grid_points,
         readable_parameters=data.readable_parameters,
+        parameter_digits=data.parameter_digits,
     )
     return {split: [task_from_spec(spec) for spec in specs] for split, specs in splits.items()}
 

@@ -64,19 +64,20 @@ def resampled(family: Family, axes: tuple[Axis, ...], num_points: int) -> tuple[
 
 
 def between(family: Family, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    """The grid of midpoints: every parameter lies strictly between two neighbouring values of `axes`.
+    """The grid of midpoints: every parameter lies half-way between two neighbouring values of `axes`.
+
+    A parameter that must be whole keeps the values of `axes` where no whole numbers lie between them.
 
     Raises:
-      UserError: an axis has no room between its values.
+      UserError: no parameter has room between its values.
     """
     middle = tuple(axis.midpoints(whole=whole) for axis, whole in _with_whole(family, axes))
-    for name, axis in zip(family.grid_parameter_names, middle, strict=True):
-        if not axis.values:
-            raise UserError(
-                f"{family.family_id}: no value lies between the grid's values of {name}; "
-                "take fewer grid points, or unseen=outside"
-            )
-    return middle
+    if not any(axis.values for axis in middle):
+        raise UserError(
+            f"{family.family_id}: no value lies between the grid's values of "
+            f"{', '.join(family.grid_parameter_names)}; take fewer grid points, or unseen=outside"
+        )
+    return tuple(new if new.values else old for new, old in zip(middle, axes, strict=True))
 
 
 def _with_whole(family: Family, axes: tuple[Axis, ...]) -> list[tuple[Axis, bool]]:

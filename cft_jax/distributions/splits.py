@@ -38,6 +38,7 @@ def build_splits(
     unseen: str = "outside",
     grid_points: int = 0,
     readable_parameters: bool = False,
+    parameter_digits: int = 6,
     max_prompts_per_split: int = 0,
 ) -> dict[str, list[PromptSpec]]:
     """The prompts of the three splits `train`, `test_unseen_params` and `test_ood_family`.
@@ -51,8 +52,9 @@ def build_splits(
       unseen: where the unseen parameters of the trained families lie: `outside` the trained ranges (the paper's), or
         `inside` them, half-way between neighbouring values of the training grid in every parameter.
       grid_points: values per axis of the training grid, over the paper's ranges; 0 for the paper's own.
-      readable_parameters: round parameters to 6 significant digits and print them in the shortest form; the
-        distribution is that of the printed values. Otherwise they print as Python's repr (the paper's prompts).
+      readable_parameters: round parameters and print them in the shortest form; the distribution is that of the
+        printed values. Otherwise they print as Python's repr (the paper's prompts).
+      parameter_digits: significant digits that the rounding keeps.
       max_prompts_per_split: cap on each of the two test splits, shared out over its families; 0 for none.
 
     Raises:
@@ -62,22 +64,23 @@ def build_splits(
     _check_choice("unseen", unseen, ("outside", "inside"))
     if selection == "paper_selected" and unseen == "inside":
         raise UserError("selection=paper_selected lists parameters outside the trained ranges; set unseen=outside")
+    digits = parameter_digits if readable_parameters else None
     trained, held_out = _roles(train_families, heldout_families)
     selected = selection == "paper_selected"
     splits: dict[str, list[PromptSpec]] = {TRAIN: [], UNSEEN: [], OOD: []}
     for family in trained:
         grids = GRIDS[family.family_id]
         main = resampled(family, grids.main, grid_points) if grid_points else grids.main
-        splits[TRAIN] += _specs(TRAIN, family, _points(main), readable_parameters)
+        splits[TRAIN] += _specs(TRAIN, family, _points(main), digits)
         if selected:
             points = list(grids.selected)
         else:
             points = _points(between(family, main) if unseen == "inside" else _beyond(family))
-        splits[UNSEEN] += _specs(UNSEEN, family, points, readable_parameters)
+        splits[UNSEEN] += _specs(UNSEEN, family, points, digits)
     for family in held_out:
         grids = GRIDS[family.family_id]
         points = list(grids.selected) if selected else _points(grids.main)
-        splits[OOD] += _specs(OOD, family, points, readable_parameters)
+        splits[OOD] += _specs(OOD, family, points, digits)
     _check_distinct(splits)
     for name in (UNSEEN, OOD):
         if max_prompts_per_split:
@@ -85,9 +88,12 @@ def build_splits(
     return splits
 
 
-def prompt_text(family: Family, parameters: Mapping[str, float | int], *, readable: bool = False) -> str:
-    """The paper's user message asking for one number."""
-    show = readable_number if readable else repr
+def prompt_text(family: Family, parameters: Mapping[str, float | int], *, digits: int | None = None) -> str:
+    """The paper's message asking for one number; parameters print as repr, or with `digits` significant digits."""
+
+    def show(value: float) -> str:
+        return repr(value) if digits is None else readable_number(value, digits)
+
     shown = ", ".join(f"{name}={show(float(parameters[name]))}" for name in family.parameter_names)
     return (
         f"Generate exactly ONE random number from a {family.display_name} distribution with parameters {shown}. "
@@ -105,9 +111,9 @@ def distribution_id(family: Family, parameters: Mapping[str, float | int]) -> st
     return "".join(parts)
 
 
-def readable_number(value: float) -> str:
-    """The shortest form of a number: whole ones without a point, others with at most 6 significant digits."""
-    return str(int(value)) if value.is_integer() else f"{value:.6g}"
+def readable_number(value: float, digits: int) -> str:
+    """The shortest form of a number: whole ones without a point, others with at most so many significant digits."""
+    return str(int(value)) if value.is_integer() else f"{value:.{digits}g}"
 
 
 def spread(items: Sequence[_T], limit: int, group: Callable[[_T], str]) -> list[_T]:
@@ -160,15 +166,15 @@ def _points(axes: tuple[Axis, ...]) -> list[tuple[float, ...]]:
     return list(itertools.product(*(axis.values for axis in axes)))
 
 
-def _specs(split: str, family: Family, points: list[tuple[float, ...]], readable: bool) -> list[PromptSpec]:
+def _specs(split: str, family: Family, points: list[tuple[float, ...]], digits: int | None) -> list[PromptSpec]:
     specs = []
     for point in points:
         parameters = family.prompt_parameters(dict(zip(family.grid_parameter_names, point, strict=True)))
-        if readable:
-            parameters = {name: float(readable_number(value)) for name, value in parameters.items()}
+        if digits is not None:
+            parameters = {name: float(readable_number(value, digits)) for name, value in parameters.items()}
         name = distribution_id(family, parameters)
         specs.append(
-            PromptSpec(split, family.family_id, name, parameters, prompt_text(family, parameters, readable=readable))
+            PromptSpec(split, family.family_id, name, parameters, prompt_text(family, parameters, digits=digits))
         )
     return specs
 

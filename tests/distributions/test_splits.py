@@ -97,8 +97,20 @@ def test_grid_points_keep_the_ranges():
     gaussian = [spec.parameters for spec in splits["train"] if spec.family_id == "gaussian"]
     assert [(p["mu"], p["sigma"]) for p in gaussian[:3]] == [(-2.0, 0.5), (-2.0, pytest.approx(1.0)), (-2.0, 2.0)]
     assert len(splits["train"]) == 9 + 27
-    with pytest.raises(UserError, match="no value lies between the grid's values of n"):
-        build_splits(train_families=("beta_binomial",), grid_points=40, unseen="inside")
+
+
+def test_whole_parameters_without_room_between_them_stay():
+    splits = build_splits(train_families=("binomial",), grid_points=16, unseen="inside")
+    train, unseen = ([spec.parameters for spec in splits[name]] for name in ("train", "test_unseen_params"))
+    # The range 5 to 20 of n is full of whole numbers; p lies between.
+    assert {p["n"] for p in unseen} == {p["n"] for p in train} == set(range(5, 21))
+    assert not {p["p"] for p in unseen} & {p["p"] for p in train}
+
+
+def test_parameter_digits():
+    splits = build_splits(train_families=("gaussian",), readable_parameters=True, parameter_digits=2)
+    assert splits["train"][1].parameters == {"mu": -2.0, "sigma": 0.57}  # 0.5 * 4**0.1 = 0.5743
+    assert "mu=-2, sigma=0.57." in splits["train"][1].prompt
 
 
 def test_readable_parameters():
