@@ -88,6 +88,34 @@ class FullTrie:
         per_step = _along_paths(trie, 1.0 / (max(drawn.size, 1) * (string_lengths + 1.0)))
         return Expansion(trie, exact, np.where(exact, weights, per_step), np.where(exact, trie.reach, visits))
 
+    def child_numbers(self, trie: Trie, children: Int[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
+        """The mean of the numbers below some children of a trie of this space, weighed by their probabilities.
+
+        An interval of strings counts with its middle.
+
+        Args:
+          trie: of an `Expansion` of this trie.
+          children: places in `trie.child_ids`; a terminator stands for its string.
+        """
+        grammar = NumberGrammar(self.tokens, [self.space])
+        slots = np.full(trie.num_prefixes, -1)
+        slots[1:] = self.tokens.slots(trie.token[1:])
+        states = _states(grammar, np.zeros(trie.num_prefixes, dtype=np.int64), trie.parent, trie.depth, slots)
+        parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))[children]
+        ends = trie.child_ids[children] == trie.terminator_id
+        integers = np.empty(children.size)
+        whole = states.take(parents[ends])
+        integers[ends] = np.where(whole.negative, -whole.value, whole.value)
+        open_slots = self.tokens.slots(trie.child_ids[children[~ends]])
+        prefix, start, stop = grammar.intervals(states.take(parents[~ends]).extended(open_slots, self.tokens))
+        # A little more than their masses, so that intervals without any have a mean too.
+        weights = self.space.interval_masses(start, stop) + np.finfo(np.float64).tiny
+        sums = [
+            np.bincount(prefix, weights=w, minlength=open_slots.size) for w in (weights, weights * (start + stop - 1))
+        ]
+        integers[~ends] = sums[1] / (2 * sums[0])
+        return integers / 10.0**self.space.num_decimals
+
     def _find(self, grammar: NumberGrammar, prefix: Sequence[int]) -> Prefixes:
         found = Prefixes.empty(np.zeros(1, dtype=np.int64))
         for token in prefix:

@@ -313,3 +313,31 @@ def test_prefix_of_no_probability_has_children_of_none():
     prefix = [int(numbers.runs[0][0]), numbers.point, int(numbers.runs[0][9])]
     ids, probabilities = trie.children(prefix)
     assert ids.size == 10 and not probabilities.any()
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("name", ["gaussian-400", "uniform-four-decimals", "skellam", "binomial-5000"])
+def test_numbers_below_children(name, group):
+    spec, decimals = CASES[name]
+    space = full_space(spec, num_decimals=decimals, quantile=1e-6)
+    full = FullTrie(space, TOKENS[group])
+    trie = full.expand(60, 20, NO_DRAWS).trie
+    parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))
+    cut = np.flatnonzero(trie.child_prefix < 0)
+    numbers = full.child_numbers(trie, cut)
+    # The cut children and the terminators share out all strings.
+    integers, masses = naive_masses(spec, space)
+    mean = (integers / 10.0**space.num_decimals) @ masses
+    got = numbers @ (trie.reach[parents[cut]] * trie.child_probs[cut])
+    assert got == pytest.approx(mean, abs=1e-3 * (space.upper_bound - space.lower_bound))
+    tokens = {0: ()}
+    for prefix in range(1, trie.num_prefixes):
+        tokens[prefix] = (*tokens[int(trie.parent[prefix])], int(trie.token[prefix]))
+    for place in np.random.default_rng(1).choice(cut.size, 40):
+        child = int(trie.child_ids[cut[place]])
+        if child == trie.terminator_id:
+            continue
+        starts, stops, weights = full.intervals((*tokens[int(parents[cut[place]])], child))
+        if weights.sum() > 0:
+            expected = np.average((starts + stops - 1) / 2, weights=weights) / 10.0**space.num_decimals
+            assert numbers[place] == pytest.approx(expected, rel=1e-9, abs=1e-9)
