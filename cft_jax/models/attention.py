@@ -154,7 +154,7 @@ class Attention(nnx.Module):
         cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         positions: Int[Array, "B T"],
         visible: Bool[Array, "B T T"],
-        context: tuple[tuple[Segment, Int[Array, "R S"]], ...],
+        context: tuple[tuple[Segment, Int[Array, "_ _"]], ...],
         *,
         key: Key[Array, ""] | None,
         mesh: Mesh | None,
