@@ -1,11 +1,11 @@
 """Arrays on disk, found by what shaped them, verified before use, mapped into memory instead of read.
 
-An entry is a directory named by its key. It holds one file of raw little-endian numbers per array and a manifest with
-every file's type, length and SHA-256. It is built under another name and renamed when whole, so that a killed process
-or two processes at once leave either nothing or a whole entry.
+An entry is a directory named by its key and a random part. It holds one file of raw little-endian numbers per array
+and a manifest with every file's type, length and SHA-256. It is built under another name and renamed when whole, and
+never changed after that: a killed process leaves nothing that counts, and processes that build the same at once make
+an entry each, of which the first stays.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -31,6 +31,8 @@ _BUILDING = ".building-"
 # What killed processes left behind is removed after this long; no build takes as long.
 _ABANDONED_SECONDS = 24 * 3600
 _BLOCK = 1 << 22
+# How a damaged entry shows: files missing or cut, a manifest that cannot be read or lacks something.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError)
 
 
 def default_directory() -> Path:
@@ -47,14 +49,12 @@ def key_of(content: Mapping[str, Any]) -> str:
 
 def load(root: Path, key: str) -> Arrays | None:
     """The arrays of an entry, mapped read-only; None where there is no such entry or it is damaged, which is logged."""
-    directory = root / key
-    if not directory.is_dir():
-        return None
-    try:
-        return _verified(directory, key)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logging.warning("the data cache %s is damaged (%s) and is built anew", directory, error)
-        return None
+    for directory in _entries(root, key):
+        try:
+            return _verified(directory, key)
+        except _DAMAGE as error:
+            logging.warning("the data cache %s is damaged (%s) and is built anew", directory, error)
+    return None
 
 
 def store(root: Path, key: str, pieces: Iterable[Mapping[str, np.ndarray]]) -> Arrays:
@@ -62,7 +62,7 @@ def store(root: Path, key: str, pieces: Iterable[Mapping[str, np.ndarray]]) -> A
 
     Args:
       root: directory of the cache; made where it is missing.
-      key: name of the entry; a damaged entry of this name is replaced.
+      key: name of the entry; damaged entries of this name are removed.
       pieces: consecutive parts of the arrays, all with the same names and types.
 
     Raises:
@@ -74,15 +74,48 @@ def store(root: Path, key: str, pieces: Iterable[Mapping[str, np.ndarray]]) -> A
         building = Path(tempfile.mkdtemp(dir=root, prefix=_BUILDING))
         try:
             _write(building, key, pieces)
-            _publish(building, root / key, key)
+            entry = root / f"{key}-{building.name.removeprefix(_BUILDING)}"
+            building.rename(entry)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+        return _settled(root, key, entry)
     except OSError as error:
         raise UserError(
             f"cannot write the data cache in {str(root)!r}: {error.strerror or error}; "
             "free some space or set config.data.cache_dir to a writable directory"
         ) from error
-    return _verified(root / key, key)
+
+
+def _entries(root: Path, key: str) -> list[Path]:
+    """The directories of a key, the oldest first."""
+    found = []
+    for directory in root.glob(f"{key}-*"):
+        try:
+            found.append((directory.stat().st_mtime_ns, directory))
+        except FileNotFoundError:
+            # Another process has just removed it.
+            continue
+    return [directory for _, directory in sorted(found)]
+
+
+def _settled(root: Path, key: str, own: Path) -> Arrays:
+    """The arrays of the oldest good entry, after removing damaged ones and, if another process was first, our own."""
+    kept: Arrays | None = None
+    for directory in _entries(root, key):
+        if kept is not None and directory != own:
+            continue
+        try:
+            arrays = _verified(directory, key)
+        except _DAMAGE:
+            shutil.rmtree(directory, ignore_errors=True)
+            continue
+        if kept is not None:
+            shutil.rmtree(own, ignore_errors=True)
+        else:
+            kept = arrays
+    if kept is None:
+        raise OSError(f"what was written to {own} does not read back")
+    return kept
 
 
 def _write(directory: Path, key: str, pieces: Iterable[Mapping[str, np.ndarray]]) -> None:
@@ -109,27 +142,6 @@ def _write(directory: Path, key: str, pieces: Iterable[Mapping[str, np.ndarray]]
     for name, entry in entries.items():
         entry["sha256"] = digests[name].hexdigest()
     write_json(directory / _MANIFEST, {"key": key, "arrays": entries})
-
-
-def _publish(building: Path, directory: Path, key: str) -> None:
-    """Renames a whole entry into its place, unless another process has just put a good one there."""
-    while True:
-        try:
-            building.rename(directory)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        if load(directory.parent, key) is not None:
-            return
-        damaged = Path(tempfile.mkdtemp(dir=directory.parent, prefix=_BUILDING))
-        try:
-            directory.rename(damaged / "damaged")
-        except FileNotFoundError:
-            # Another process was faster.
-            pass
-        finally:
-            shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _verified(directory: Path, key: str) -> Arrays:
