@@ -4,6 +4,7 @@ A user's mistake (`UserError`, an unknown flag or config field, a wrong type) pr
 other exception is our own mistake: it keeps its stack trace and exits with 1.
 """
 
+import logging as stdlib_logging
 import os
 import re
 import sys
@@ -14,6 +15,9 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cft_jax.common.errors import UserError
+
+# Not resolved: a record names its file as the import system found it.
+_PACKAGE = Path(__file__).parents[1]
 
 Main = Callable[[flags.FlagValues], None]
 
@@ -108,9 +112,15 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
     logging.set_stderrthreshold("debug" if verbose else "warning" if quiet else "info")
     handler = logging.get_absl_handler()
     handler.setFormatter(None if verbose else _Plain())
+    handler.filters = [] if verbose else [_is_ours]
     # XLA's and transformers' own chatter is of no use to a reader of the run's log.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if verbose else "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _is_ours(record) -> bool:
+    """Warnings, and what this package says: orbax reports every file it writes through the same logger."""
+    return record.levelno >= stdlib_logging.WARNING or Path(record.pathname).is_relative_to(_PACKAGE)
 
 
 class _Plain(logging.PythonFormatter):
@@ -118,7 +128,7 @@ class _Plain(logging.PythonFormatter):
 
     def format(self, record):
         text = record.getMessage()
-        return text if record.levelno < 30 else f"{record.levelname.lower()}: {text}"
+        return text if record.levelno < stdlib_logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
 def _red(text: str) -> str:

@@ -1,0 +1,62 @@
+"""The JAX model as a backend of the suites."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.checkpoints.fingerprint import fingerprint
+from cft_jax.generate import Sampler, Scorer, TrieScore
+from cft_jax.models.transformer import Transformer
+from cft_jax.text.trie import Trie
+
+
+class JaxBackend:
+    """Samples from and scores with a model that does not change while this object lives.
+
+    Args:
+      model: the language model.
+      tokenizer: of the model.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._fingerprint = fingerprint(nnx.state(model, nnx.Param))
+        self._sampler = Sampler(model, tokenizer)
+        self._scorer = Scorer(model, stop_ids=self._sampler.stop_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all weights, adapters included."""
+        return self._fingerprint
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[list[str]]:
+        """See `Backend.sample`."""
+        return self._sampler.sample(
+            prompts,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            seed=seeds,
+            temperature=temperature,
+            top_p=top_p,
+        )
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tries: Sequence[Trie],
+        *,
+        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
+    ) -> list[TrieScore]:
+        """See `Backend.score`."""
+        return self._scorer.score(prompts, tries, prefixes=prefixes)

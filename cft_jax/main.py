@@ -1,0 +1,195 @@
+"""Calibration fine-tuning, end to end: data, training, evaluation before and after, export, report.
+
+    python -m cft_jax.main --config=configs/demo.py
+    python -m cft_jax.main --config=configs/llama.py:3b --workdir=runs/llama-3b [--config.train.max_steps=100 ...]
+
+The same command on the same workdir resumes an interrupted run; a finished one says so and does nothing.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags, logging
+from jax.experimental import multihost_utils
+
+from cft_jax.base import base_checkpoint, base_tokenizer, load_model
+from cft_jax.checkpoints import save_pretrained
+from cft_jax.common import cli
+from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_json
+from cft_jax.common.workdir import git_revision, open_workdir
+from cft_jax.config import Config, from_config_dict, validate
+from cft_jax.data.example import render_example
+from cft_jax.data.training import training_dataset
+from cft_jax.distributions import configured_tasks
+from cft_jax.distributions.splits import TRAIN
+from cft_jax.evaluate.model_card import model_card
+from cft_jax.evaluate.report import write_report
+from cft_jax.evaluate.structured import SUITE
+from cft_jax.evaluation import check_suites, evaluate_stage
+from cft_jax.models.transformer import Transformer
+from cft_jax.sharding import distributed
+from cft_jax.sharding.mesh import make_mesh
+from cft_jax.train.loop import train
+
+# 128 + SIGTERM, as a shell reports a process that the signal ended.
+PREEMPTED = 143
+
+
+def run(config: Config, workdir: Path) -> Mapping[str, Any]:
+    """The whole job; returns what `summary.json` holds, or what it held if the run was finished.
+
+    Raises:
+      UserError: a mistake of the user's, before anything is overwritten.
+      SystemExit: after SIGTERM, with the state saved.
+    """
+    start = time.monotonic()
+    validate(config)
+    check_suites(config)
+    writes = jax.process_index() == 0
+    open_workdir(workdir, config, devices=_devices(), write=writes)
+    finished = _finished(workdir, config)
+    if finished is not None:
+        logging.info("%s is finished (step %d); name a new --workdir for another run", workdir, finished["step"])
+        return finished
+    tasks = configured_tasks(config.data)
+    base = base_checkpoint(config, tasks, workdir)
+    tokenizer = base_tokenizer(config.model, base)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+    dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
+    logging.info("%s", render_example(tokenizer, dataset.batch(0)))
+    model = load_model(config, base, mesh)
+    summaries: dict[str, Any] = {}
+    if config.eval.enabled:
+        summaries["before"] = evaluate_stage(config, model, tokenizer, tasks, workdir, stage="before", checkpoint=base)
+    result = train(
+        model,
+        dataset,
+        target=config.data.target,
+        seed=config.seed,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        log=config.log,
+        workdir=workdir,
+        identity={"seed": config.seed, "lora": str(model.lora_spec)},
+    )
+    if result.preempted:
+        raise SystemExit(PREEMPTED)
+    if config.eval.enabled:
+        name = f"{workdir}, step {result.step}"
+        summaries["after"] = evaluate_stage(config, model, tokenizer, tasks, workdir, stage="after", checkpoint=name)
+    prompt = tasks[TRAIN][0].messages[-1]["content"]
+    exported = _export(config, model, workdir, summaries, base, prompt) if config.export.enabled else None
+    summary = {
+        "checkpoint": base,
+        "step": result.step,
+        "total_steps": dataset.steps_per_epoch * config.train.epochs,
+        "skipped_steps": result.skipped,
+        "seconds": round(time.monotonic() - start, 1),
+        "evaluations": _by_suite(summaries),
+    }
+    if writes:
+        report = write_report(workdir)
+        write_json(workdir / "summary.json", summary)
+        _say_where(workdir, report, exported, summary["evaluations"])
+    return summary
+
+
+def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has done all the steps it is asked for."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        step, total = summary["step"], summary["total_steps"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it and repeat the command") from None
+    wanted = min(total, config.train.max_steps) if config.train.max_steps else total
+    return summary if step >= wanted else None
+
+
+def _export(
+    config: Config,
+    model: Transformer,
+    workdir: Path,
+    summaries: Mapping[str, Mapping[str, Any]],
+    base: str,
+    prompt: str,
+) -> Path:
+    """Writes the trained weights in HF format, in place of what an earlier part of this run exported."""
+    directory = workdir / "export"
+    structured = {stage: summary[SUITE] for stage, summary in summaries.items()}
+    named = "" if config.model.scratch.enabled else base
+    card = model_card(config, base=named, prompt=prompt, summaries=structured, revision=git_revision())
+    if jax.process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    multihost_utils.sync_global_devices("export")
+    save_pretrained(model, directory, format=config.export.format, tokenizer=config.model.tokenizer or None, card=card)
+    return directory
+
+
+def _by_suite(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stage → suite → summary, as suite → stage → figures by split."""
+    suites = dict.fromkeys(suite for stage in summaries.values() for suite in stage)
+    return {
+        suite: {stage: by_suite[suite]["splits"] for stage, by_suite in summaries.items() if suite in by_suite}
+        for suite in suites
+    }
+
+
+def _say_where(workdir: Path, report: Path, exported: Path | None, evaluations: Mapping[str, Any]) -> None:
+    """The last words of a run: its headline figures, where everything is, what to do next."""
+    lines = [*_headline(evaluations.get(SUITE, {})), f"report      {report}", f"figures     {workdir / 'summary.json'}"]
+    if exported is not None:
+        lines.append(f"weights     {exported} (Hugging Face format; README.md there says how to load them)")
+    sys.stdout.write("\n".join(["", *lines, ""]))
+
+
+def _headline(stages: Mapping[str, Any]) -> list[str]:
+    figures = (
+        ("exact", "kl", "KL, nats"),
+        ("exact", "total_variation", "total var."),
+        ("sampled", "valid_rate", "valid"),
+    )
+    lines = []
+    for split in dict.fromkeys(name for splits in stages.values() for name in splits):
+        for section, name, title in figures:
+            values = [splits.get(split, {}).get(section, {}).get(name) for splits in stages.values()]
+            if None not in values:
+                lines.append(f"{split:20} {title:11} " + " -> ".join(f"{value:.3f}" for value in values))
+    return [*lines, ""] if lines else []
+
+
+def _devices() -> str:
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} processes"
+
+
+def _main(values: flags.FlagValues) -> None:
+    config = from_config_dict(cli.config_of(values))
+    validate(config)
+    distributed.start()
+    use_compilation_cache()
+    run(config, Path(values["workdir"].value or f"runs/{cli.config_name(values)}"))
+
+
+def main() -> None:
+    """The command line."""
+    values = cli.new_flags(config=True)
+    flags.DEFINE_string(
+        "workdir", None, "Directory of the run; runs/<name of the config> by default.", flag_values=values
+    )
+    cli.run(_main, values, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()
