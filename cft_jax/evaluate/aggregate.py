@@ -14,9 +14,18 @@ Record = Mapping[str, Any]
 AGGREGATION = "equal_family_weight"
 SIGNIFICANCE = 0.05
 # Sections of a prompt's record whose figures are averaged, and the names they have in a summary.
-SECTIONS = ("path", "exact", "sampled", "exact_scaled", "sampled_scaled", "ideal", "other_stops")
-_FAMILY_SECTIONS = ("path", "exact", "sampled")
-_MEDIAN_SECTIONS = ("path", "exact", "sampled")
+SECTIONS = (
+    "path",
+    "exact",
+    "exact_cells",
+    "sampled",
+    "exact_scaled",
+    "exact_cells_scaled",
+    "sampled_scaled",
+    "ideal",
+    "other_stops",
+)
+_FAMILY_SECTIONS = _MEDIAN_SECTIONS = ("path", "exact", "exact_cells", "sampled")
 _TESTS = ("ks_randomised", "anderson_darling", "chi_square_pooled")
 _Z95 = 1.959963984540054
 

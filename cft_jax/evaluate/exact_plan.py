@@ -7,16 +7,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int
 
+from cft_jax.distributions.full_space import FullSpace, full_space
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import SpaceSettings, Task
 from cft_jax.evaluate import prompt_figures as figures
+from cft_jax.evaluate.full_figures import cell_sections
 from cft_jax.evaluate.metrics import paths
+from cft_jax.evaluate.metrics.target import FamilyTarget
 from cft_jax.generate import TrieScore
+from cft_jax.text.full_trie import Expansion, FullTrie
 from cft_jax.text.trie import Trie
 
 # The paper scores its path KL at 2 decimals, whatever the training resolution, on 4 strings per prompt.
 PAPER_PATH_DECIMALS = 2
 PAPER_PATH_DRAWS = 4
+# A full-resolution space of up to so many strings is listed; of a larger one so many of the most probable prefixes are
+# scored, and for what lies below them so many drawn strings.
+MAX_LISTED = 4096
+MAX_PREFIXES = 1024
+DRAWN_STRINGS = 64
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -28,68 +37,114 @@ class PromptCodec:
     Attributes:
       encode: messages → token ids of the prompt.
       build_trie: output space → trie, in the model's tokens with the trained terminator.
-      name: identifies both: part of a result's fingerprint.
+      full_trie: the same for a space at full resolution.
+      name: identifies all of them: part of a result's fingerprint.
     """
 
     encode: Callable[[Messages], list[int]]
     build_trie: Callable[[OutputSpace], Trie]
+    full_trie: Callable[[FullSpace], FullTrie]
     name: str
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The values whose probabilities are compared: as in training.
+
+    Attributes:
+      grid: how the paper's grid discretises the families.
+      full_quantile: 0 for the grid; else every string of the grid's decimals counts, and an unbounded support is cut
+        at this quantile.
+      epsilon: floor of the targets in the path KL.
+    """
+
+    grid: SpaceSettings
+    full_quantile: float
+    epsilon: float
+
+
+@dataclass(frozen=True, eq=False)
+class PaperPath:
+    """The paper's path KL: a few drawn strings at the paper's resolution."""
+
+    trie: Trie
+    draws: Int[np.ndarray, "S"]
+    epsilon: float
+
+    @classmethod
+    def of(cls, task: Task, codec: PromptCodec, resolution: Resolution, seed: int) -> "PaperPath":
+        """The draws depend on the seed and the task alone."""
+        space = task.output_space(replace(resolution.grid, num_decimals=PAPER_PATH_DECIMALS))
+        draws = figures.path_draws(space, PAPER_PATH_DRAWS, task_rng(task, seed, "path"))
+        return cls(codec.build_trie(space), draws, resolution.epsilon)
+
+    @property
+    def prefixes(self) -> Int[np.ndarray, "R"]:
+        """The prefixes that must be scored."""
+        return paths.path_prefixes(self.trie, self.draws)
+
+    def logit_kl(self, score: TrieScore) -> float:
+        """The figure, in nats."""
+        return figures.mean_path_kl(self.trie, score, self.draws, self.epsilon)
 
 
 @dataclass(frozen=True, eq=False)
 class ListedPlan:
-    """Exact figures over listed values, and the path KL at the paper's resolution and at that of training.
-
-    Attributes:
-      task: the task.
-      space, trie: its listed values at the resolution of training.
-      paper_trie: its values at the paper's resolution.
-      paper_draws: the values of `paper_trie` whose paths are scored.
-      settings: the resolution of training.
-      epsilon: floor of the targets in the path KL.
-    """
+    """Exact figures over listed values; the model must score the whole of `trie`."""
 
     task: Task
     space: OutputSpace
     trie: Trie
-    paper_trie: Trie
-    paper_draws: Int[np.ndarray, "S"]
-    settings: SpaceSettings
-    epsilon: float
+    resolution: Resolution
 
-    @classmethod
-    def of(cls, task: Task, codec: PromptCodec, settings: SpaceSettings, *, epsilon: float, seed: int) -> "ListedPlan":
-        """The plan of a task; its draws depend on the seed and the task alone."""
-        space = task.output_space(settings)
-        paper_space = task.output_space(replace(settings, num_decimals=PAPER_PATH_DECIMALS))
-        draws = figures.path_draws(paper_space, PAPER_PATH_DRAWS, task_rng(task, seed, "path"))
-        tries = codec.build_trie(space), codec.build_trie(paper_space)
-        return cls(task, space, *tries, draws, settings, epsilon)
+    def sections(self, score: TrieScore, *, keep_distribution: bool) -> figures.Figures:
+        """The sections of the prompt's record; with `distribution`, what plots need, where it is to be kept."""
+        target = figures.target_of_task(self.task, self.space, self.resolution.grid.num_decimals)
+        sections = figures.exact_section(self.space, score, target)
+        expected = figures.expected_path_kl(self.space, self.trie, score, self.resolution.epsilon)
+        sections["path"] = figures.finite({"logit_kl_as_trained": expected})
+        if keep_distribution:
+            sections["distribution"] = figures.distribution_section(self.task, self.space, score)
+        return sections
+
+
+@dataclass(frozen=True, eq=False)
+class FullPlan:
+    """Figures of a space at full resolution; the model must score the whole of `trie`, the most probable prefixes."""
+
+    task: Task
+    full: FullTrie
+    expansion: Expansion
+    resolution: Resolution
 
     @property
-    def paper_prefixes(self) -> Int[np.ndarray, "R"]:
-        """The prefixes of `paper_trie` that `sections` needs scored; of `trie` it needs all."""
-        return paths.path_prefixes(self.paper_trie, self.paper_draws)
+    def trie(self) -> Trie:
+        return self.expansion.trie
 
-    def sections(self, whole: TrieScore, drawn: TrieScore, *, keep_distribution: bool) -> figures.Figures:
-        """The sections of the prompt's record; with `distribution`, what plots need, where it is to be kept.
-
-        Args:
-          whole: of `trie`.
-          drawn: of `paper_trie` at `paper_prefixes`.
-          keep_distribution: whether to keep it.
-        """
-        target = figures.target_of_task(self.task, self.space, self.settings.num_decimals)
-        sections = figures.exact_section(self.space, whole, target)
-        sections["path"] = figures.finite(
-            {
-                "logit_kl": figures.mean_path_kl(self.paper_trie, drawn, self.paper_draws, self.epsilon),
-                "logit_kl_as_trained": figures.expected_path_kl(self.space, self.trie, whole, self.epsilon),
-            }
-        )
+    def sections(self, score: TrieScore, *, keep_distribution: bool) -> figures.Figures:
+        """As `ListedPlan.sections`."""
+        assert self.task.spec is not None
+        target = FamilyTarget(self.task.spec.family_id, self.task.spec.parameters, self.full.space.num_decimals)
+        sections = cell_sections(self.full, self.expansion, score, target, self.resolution.epsilon)
+        distribution = sections.pop("distribution")
         if keep_distribution:
-            sections["distribution"] = figures.distribution_section(self.task, self.space, whole)
+            sections["distribution"] = figures.named(self.task) | distribution
         return sections
+
+
+def plan_of(task: Task, codec: PromptCodec, resolution: Resolution, seed: int) -> ListedPlan | FullPlan:
+    """The plan of a task; what is drawn depends on the seed and the task alone."""
+    if task.spec is None or not resolution.full_quantile:
+        space = task.output_space(resolution.grid)
+        return ListedPlan(task, space, codec.build_trie(space), resolution)
+    full = full_space(task.spec, num_decimals=resolution.grid.num_decimals, quantile=resolution.full_quantile)
+    if full.num_values <= MAX_LISTED:
+        integers = np.arange(full.first, full.last + 1)
+        space = OutputSpace(tuple(full.strings(integers)), full.interval_masses(integers, integers + 1))
+        return ListedPlan(task, space, codec.build_trie(space), resolution)
+    trie = codec.full_trie(full)
+    drawn = full.draw(task_rng(task, seed, "full").random(DRAWN_STRINGS))
+    return FullPlan(task, trie, trie.expand(MAX_PREFIXES, _longest(trie), drawn), resolution)
 
 
 def task_rng(task: Task, seed: int, purpose: str) -> np.random.Generator:
@@ -100,3 +155,8 @@ def task_rng(task: Task, seed: int, purpose: str) -> np.random.Generator:
 def task_number(task: Task, purpose: str) -> int:
     """A number in [0, 2**32) that tells tasks and purposes apart."""
     return zlib.crc32(f"{purpose}/{task.split}/{task.task_id}".encode())
+
+
+def _longest(trie: FullTrie) -> int:
+    """Tokens of the longest string: one of the two ends."""
+    return int(trie.encode(np.array([trie.space.first, trie.space.last]))[1].max())

@@ -47,14 +47,21 @@ def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) 
 
 def distribution_section(task: Task, space: OutputSpace, scores: TrieScore) -> Figures:
     """What plots of one prompt need: its name, the values, the target and the model's probabilities, to 6 digits."""
+    model = np.exp(scores.string_log_probs)
     if task.spec is not None:
-        family = find_family(task.spec.family_id)
-        named = {"title": family.display_name, "parameters": dict(task.spec.parameters), "kind": family.kind}
+        kind = find_family(task.spec.family_id).kind
     else:
         kind = "text" if exact.as_numbers(space.values) is None else "discrete"
-        named = {"title": task.messages[-1]["content"], "parameters": {}, "kind": kind}
-    model = np.exp(scores.string_log_probs)
-    return {**named, "values": list(space.values), "target": rounded(space.probabilities), "model": rounded(model)}
+    values = {"values": list(space.values), "target": rounded(space.probabilities), "model": rounded(model)}
+    return named(task) | {"kind": kind} | values
+
+
+def named(task: Task) -> Figures:
+    """A prompt's name for plots: `title` and `parameters`."""
+    if task.spec is None:
+        return {"title": task.messages[-1]["content"], "parameters": {}}
+    title = find_family(task.spec.family_id).display_name
+    return {"title": title, "parameters": dict(task.spec.parameters)}
 
 
 def path_draws(space: OutputSpace, count: int, rng: np.random.Generator) -> Int[np.ndarray, "S"]:

@@ -23,6 +23,7 @@ from cft_jax.evaluate.report_tables import (
     split_table,
     split_title,
     tests_table,
+    total_variation,
 )
 from cft_jax.evaluate.store import Record
 from cft_jax.evaluate.structured import SUITE, read_results
@@ -164,7 +165,7 @@ def _legend(data: ReportData) -> str:
 
 def _panel_figures(records: Mapping[str, Sequence[Record]], key: tuple[str, str]) -> str:
     values = [
-        f'<span class="{stage}">{number(record["exact"]["total_variation"])}</span>'
+        f'<span class="{stage}">{number(total_variation(record))}</span>'
         for stage, rows in records.items()
         for record in rows
         if figure_key(record) == key

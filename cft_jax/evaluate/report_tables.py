@@ -64,6 +64,11 @@ def percent(value: float | int | None) -> str:
     return f"{100 * value:.1f} %" if 0 < value < 1 else f"{100 * value:.0f} %"
 
 
+def total_variation(figures: Mapping[str, Any]) -> float | None:
+    """The total variation of a prompt's record, of a family or of a split."""
+    return _figure(figures, "exact", "total_variation")
+
+
 def cards(stages: Stages, title: str) -> str:
     """The headline figures of a split: large what is now, small what was."""
     return (
@@ -173,6 +178,11 @@ def definitions() -> str:
             "Wasserstein-1",
             "How far probability has to travel on the number line: exactly between p and q/Σq, or from samples.",
         ),
+        (
+            "Full resolution",
+            "Where every string of the given decimals counts, KL is over strings; other exact figures are over cells, "
+            "sets of strings with a common beginning: total variation and mass are then bounds, from below and above.",
+        ),
         ("Path KL", "The paper's estimate: four drawn answers per prompt, mean over their steps."),
         (
             "Valid",
@@ -207,7 +217,9 @@ def _change(was: float, now: float) -> str:
 
 
 def _figure(figures: Mapping[str, Any], section: str, name: str) -> float | None:
-    return figures.get(section, {}).get(name)
+    """A figure; of a space too large to list the one over its cells, where there is none over strings."""
+    cells = figures.get(section.replace("exact", "exact_cells"), {}).get(name)
+    return figures.get(section, {}).get(name, cells)
 
 
 def _prompts(stages: Stages) -> str:

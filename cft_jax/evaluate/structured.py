@@ -18,11 +18,11 @@ from typing import Any
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.progress import Progress
-from cft_jax.distributions.tasks import SpaceSettings, Task
+from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate import prompt_figures as figures
 from cft_jax.evaluate.aggregate import SECTIONS, summarise_split
 from cft_jax.evaluate.backend import Backend
-from cft_jax.evaluate.exact_plan import ListedPlan, Messages, PromptCodec, task_number, task_rng
+from cft_jax.evaluate.exact_plan import Messages, PaperPath, PromptCodec, Resolution, plan_of, task_number, task_rng
 from cft_jax.evaluate.store import Record, ResultStore, read_records
 
 SUITE = "structured"
@@ -37,8 +37,7 @@ class StructuredSettings:
     """What is measured.
 
     Attributes:
-      space: how the families are discretised for the exact figures: as in training.
-      epsilon: floor of the targets in the path KL, as in training.
+      resolution: the values whose probabilities are compared.
       num_samples: answers per prompt and seed; 0 samples nothing.
       seeds: one set of samples for each.
       max_new_tokens: per answer.
@@ -47,8 +46,7 @@ class StructuredSettings:
         comma-separated numbers and nothing but samples is measured.
     """
 
-    space: SpaceSettings
-    epsilon: float
+    resolution: Resolution
     num_samples: int
     seeds: tuple[int, ...]
     max_new_tokens: int
@@ -151,17 +149,14 @@ def measure(
         {"split": task.split, "task_id": task.task_id, "group": task.group, "weight": task.weight} for task in tasks
     ]
     if settings.numbers_per_completion == 1:
-        plans = [
-            ListedPlan.of(task, codec, settings.space, epsilon=settings.epsilon, seed=settings.seeds[0])
-            for task in tasks
-        ]
+        plans = [plan_of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
+        papers = [PaperPath.of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
         whole = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
-        drawn = backend.score(
-            prompts, [plan.paper_trie for plan in plans], prefixes=[plan.paper_prefixes for plan in plans]
-        )
-        for record, plan, *scores in zip(records, plans, whole, drawn, strict=True):
+        drawn = backend.score(prompts, [p.trie for p in papers], prefixes=[p.prefixes for p in papers])
+        for i, record in enumerate(records):
             keep = (record["split"], record["task_id"]) in shown
-            record |= plan.sections(*scores, keep_distribution=keep)
+            record |= plans[i].sections(whole[i], keep_distribution=keep)
+            record["path"] = figures.finite({"logit_kl": papers[i].logit_kl(drawn[i])}) | record["path"]
     if settings.num_samples:
         for record, sections in zip(records, _sample(backend, tasks, prompts, settings), strict=True):
             record |= sections
@@ -184,8 +179,8 @@ def _sample(
         for seed in settings.seeds
     }
     for i, task in enumerate(tasks):
-        space = task.output_space(settings.space)
-        target = figures.target_of_task(task, space, settings.space.num_decimals)
+        space = task.output_space(settings.resolution.grid)
+        target = figures.target_of_task(task, space, settings.resolution.grid.num_decimals)
         sections = []
         for seed in settings.seeds:
             answers = figures.read_answers(completions[seed][i], task, space, per_completion=per_completion)
@@ -231,7 +226,7 @@ def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
 
 def _table(records: Sequence[Record]) -> str:
     """One row per prompt, a column per figure."""
-    sections = (*SECTIONS, "tests", "paper_gof")
+    sections = (*SECTIONS, "estimate", "tests", "paper_gof")
     rows = [
         {"split": r["split"], "family": r["group"], "task_id": r["task_id"]}
         | {f"{section}.{name}": value for section in sections for name, value in r.get(section, {}).items()}

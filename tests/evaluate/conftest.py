@@ -14,6 +14,9 @@ import pytest
 from cft_jax.evaluate.exact_plan import PromptCodec
 from cft_jax.generate import TrieScore
 from cft_jax.text import paths
+from cft_jax.text.digits import DigitTokens
+from cft_jax.text.full_trie import FullTrie
+from cft_jax.text.number_prefixes import NumberTokens
 from cft_jax.text.trie import grow_forest, token_matrix
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -41,6 +44,11 @@ def _numbers(value: Any) -> Any:
 
 TERMINATOR = 0
 VOCAB_SIZE = 256
+
+
+NUMBERS = NumberTokens(
+    DigitTokens(1, (np.array([ord(digit) for digit in "0123456789"], np.int32),), ord("-"), ord(".")), TERMINATOR
+)
 
 
 class CharacterModel:
@@ -129,4 +137,4 @@ def character_model() -> type[CharacterModel]:
 
 @pytest.fixture(scope="session")
 def character_codec() -> PromptCodec:
-    return PromptCodec(encode_characters, character_trie, "characters")
+    return PromptCodec(encode_characters, character_trie, lambda space: FullTrie(space, NUMBERS), "characters")

@@ -9,12 +9,15 @@ import pytest
 
 from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits, task_from_spec
 from cft_jax.evaluate import plots
+from cft_jax.evaluate.exact_plan import Resolution
 from cft_jax.evaluate.panels import choose_panels
 from cft_jax.evaluate.report import ReportData, read_report_data, render_report, write_report
 from cft_jax.evaluate.report_tables import number, percent
 from cft_jax.evaluate.structured import StructuredSettings, run_structured
 
-SETTINGS = StructuredSettings(SpaceSettings(num_decimals=1, max_bins=61), 1e-8, 50, (11,), 8, 1.0, 1.0, 1)
+SETTINGS = StructuredSettings(
+    Resolution(SpaceSettings(num_decimals=1, max_bins=61), 0.0, 1e-8), 50, (11,), 8, 1.0, 1.0, 1
+)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -65,7 +68,7 @@ def workdir(tmp_path_factory, character_model, character_codec):
     space = OutputSpace(("<b>a & b</b>", "$1 and $2", "ätsch"), np.array([0.5, 0.3, 0.2]))
     prompt = ({"role": "user", "content": "Pick <script>alert(1)</script> one of \\1"},)
     tasks.append(Task("test_unseen_params", "custom", "custom_1", prompt, space=space))
-    spaces = {tuple(character_codec.encode(t.messages)): t.output_space(SETTINGS.space) for t in tasks}
+    spaces = {tuple(character_codec.encode(t.messages)): t.output_space(SETTINGS.resolution.grid) for t in tasks}
     for stage, off in (("before", 0.9), ("after", 0.05)):
         model = character_model(spaces, off=off, tilt=0.0)
         path = directory / "eval/structured" / stage

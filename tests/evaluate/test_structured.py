@@ -12,11 +12,11 @@ import pytest
 from cft_jax.common.errors import UserError
 from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits, task_from_spec
 from cft_jax.evaluate import metrics
+from cft_jax.evaluate.exact_plan import Resolution
 from cft_jax.evaluate.structured import StructuredSettings, read_results, run_structured
 
 SETTINGS = StructuredSettings(
-    space=SpaceSettings(num_decimals=1, max_bins=41),
-    epsilon=1e-8,
+    resolution=Resolution(SpaceSettings(num_decimals=1, max_bins=41), full_quantile=0.0, epsilon=1e-8),
     num_samples=200,
     seeds=(11,),
     max_new_tokens=8,
@@ -44,7 +44,7 @@ def tasks():
 def model_of(character_model, character_codec):
     """A model whose answers to every task follow its target, but for what `off` and `tilt` spoil."""
 
-    def make(tasks, *, space=SETTINGS.space, **faults):
+    def make(tasks, *, space=SETTINGS.resolution.grid, **faults):
         spaces = {tuple(character_codec.encode(task.messages)): task.output_space(space) for task in tasks}
         return character_model(spaces, **{"off": 0.0, "tilt": 0.0, **faults})
 

@@ -32,6 +32,13 @@ def exact_figures(
       `wasserstein_1`: between p and q / sum q on the number line, in the units of the values; absent unless every
         value is a finite number, or when q is 0 everywhere.
     """
+    return distances(target, log_probs, as_numbers(values))
+
+
+def distances(
+    target: Float[np.ndarray, "N"], log_probs: Float[np.ndarray, "N"], numbers: Float[np.ndarray, "N"] | None
+) -> dict[str, float]:
+    """`exact_figures` of values that stand for these numbers, or of values that are no numbers (None)."""
     model = np.exp(log_probs)
     mass = float(model.sum())
     positive = target > 0
@@ -40,7 +47,6 @@ def exact_figures(
         "total_variation": 0.5 * (float(np.abs(target - model).sum()) + max(1.0 - mass, 0.0)),
         "support_mass": mass,
     }
-    numbers = as_numbers(values)
     if numbers is not None and mass > 0:
         figures["wasserstein_1"] = wasserstein_on_line(numbers, target, model / mass)
     return figures

@@ -18,11 +18,12 @@ def step_kl(trie: Trie, child_log_probs: Float[np.ndarray, "K"], epsilon: float)
     training at temperature 1. Prefixes without probability have no target and count 0; no path of a drawn string
     passes through them. NaN where the model was not asked.
     """
-    starts = trie.child_offsets[:-1]
+    starts, sizes = trie.child_offsets[:-1], np.diff(trie.child_offsets)
     clamped = np.maximum(trie.child_probs, epsilon)
-    sizes = np.diff(trie.child_offsets)
-    clamped = clamped / np.repeat(np.add.reduceat(clamped, starts), sizes)
-    kl = np.add.reduceat(clamped * (np.log(clamped) - child_log_probs), starts)
+    total = np.repeat(np.add.reduceat(clamped, starts), sizes)
+    q = np.divide(clamped, total, out=np.zeros_like(clamped), where=total > 0)
+    log_q = np.log(q, out=np.zeros_like(q), where=q > 0)
+    kl = np.add.reduceat(q * (log_q - child_log_probs), starts)
     return np.where(trie.reach > 0, kl, 0.0)
 
 
