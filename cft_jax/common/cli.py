@@ -16,9 +16,6 @@ from ml_collections import ConfigDict, config_flags
 
 from cft_jax.common.errors import UserError
 
-# Not resolved: a record names its file as the import system found it.
-_PACKAGE = Path(__file__).parents[1]
-
 Main = Callable[[flags.FlagValues], None]
 
 
@@ -112,15 +109,15 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
     logging.set_stderrthreshold("debug" if verbose else "warning" if quiet else "info")
     handler = logging.get_absl_handler()
     handler.setFormatter(None if verbose else _Plain())
-    handler.filters = [] if verbose else [_is_ours]
+    handler.filters = [] if verbose else [_worth_reading]
     # XLA's and transformers' own chatter is of no use to a reader of the run's log.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if verbose else "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _is_ours(record) -> bool:
-    """Warnings, and what this package says: orbax reports every file it writes through the same logger."""
-    return record.levelno >= stdlib_logging.WARNING or Path(record.pathname).is_relative_to(_PACKAGE)
+def _worth_reading(record) -> bool:
+    """Warnings, and all but orbax's account of every file it writes, which comes through the same logger."""
+    return record.levelno >= stdlib_logging.WARNING or "orbax" not in Path(record.pathname).parts
 
 
 class _Plain(logging.PythonFormatter):
