@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cft_jax.common.rng import fold_in, make_key
+from cft_jax.models.transformer import KVCache, Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, batch_loss
 from cft_jax.objectives.head import HeadOptions
 from cft_jax.sharding.rules import constrain
@@ -42,6 +43,7 @@ class StepOptions:
 
     Attributes:
       loss: of the head.
+      beginning: tokens that every row's prompt begins with and that the batches leave out.
       micro_batches: parts of the batch whose gradients are added up.
       seed: of the dropout.
       optimizer: up to the learning rate.
@@ -49,6 +51,7 @@ class StepOptions:
     """
 
     loss: HeadOptions
+    beginning: tuple[int, ...]
     micro_batches: int
     seed: int
     optimizer: optax.GradientTransformation
@@ -101,7 +104,8 @@ def _loss_and_gradient(
 
     def share_of_loss(weights: Weights, rows: DeviceBatch, key: Key[Array, ""]) -> Float[Array, ""]:
         model = parts.merge(weights, frozen)
-        hidden, _ = model.hidden(rows.tokens, rows.positions, rows.until, key=key)
+        context = _beginning(model, options.beginning, fold_in(key, 0))
+        hidden, _ = model.hidden(rows.tokens, rows.positions, rows.until, context=context, key=fold_in(key, 1))
         return batch_loss(hidden, model.head_kernel(), rows, options.loss)[0] / total
 
     differentiate = jax.value_and_grad(share_of_loss)
@@ -115,6 +119,14 @@ def _loss_and_gradient(
     parts_of_batch = (jnp.arange(options.micro_batches), _microbatches(batch, options))
     nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
     return jax.lax.scan(add, nothing, parts_of_batch)[0]
+
+
+def _beginning(model: Transformer, tokens: tuple[int, ...], key: Key[Array, ""]) -> tuple[KVCache, ...]:
+    """Keys and values of the tokens that all rows share, computed once, gradients included."""
+    if not tokens:
+        return ()
+    places = jnp.arange(len(tokens))[None]
+    return (model.hidden(jnp.asarray(tokens)[None], places, jnp.full_like(places, len(tokens)), key=key)[1],)
 
 
 def _microbatches(batch: DeviceBatch, options: StepOptions) -> DeviceBatch:

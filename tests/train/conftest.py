@@ -1,5 +1,6 @@
 """A tiny model and tiny batches for the tests of training."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, head_options
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.sharding.rules import sharding
+from cft_jax.train.loop import train
 from cft_jax.train.optimizer import adamw, warmup_cosine
 from cft_jax.train.state import initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step
@@ -89,7 +92,7 @@ def on_devices(batch: TargetBatch, mesh=None) -> DeviceBatch:
 
 
 @functools.cache
-def compiled(model_options, mesh_shape, kind, micro_batches, seed, rate):
+def compiled(model_options, mesh_shape, kind, beginning, micro_batches, seed, rate):
     """Model, parts, start and step, shared by the tests that need the same."""
     mesh = make_mesh(*mesh_shape, devices=jax.devices()[: math.prod(mesh_shape)])
     model = tiny_model(mesh=mesh, **dict(model_options))
@@ -100,7 +103,7 @@ def compiled(model_options, mesh_shape, kind, micro_batches, seed, rate):
         schedule = lambda step: jnp.float32(rate)  # noqa: E731
     parts, weights, frozen = split_model(model)
     loss = head_options(kind, tau=1.0, softcap=None, mesh=mesh)
-    options = StepOptions(loss, micro_batches, seed, optimizer, schedule)
+    options = StepOptions(loss, beginning, micro_batches, seed, optimizer, schedule)
     step = make_train_step(parts, options, state_shardings(weights, optimizer))
     return model, parts, optimizer, weights, frozen, step
 
@@ -108,9 +111,11 @@ def compiled(model_options, mesh_shape, kind, micro_batches, seed, rate):
 class Trainer:
     """A fresh state of a tiny model, and its step."""
 
-    def __init__(self, *, mesh=(1, 1, 1), kind="soft", micro_batches=1, seed=11, rate=None, **model_options):
+    def __init__(
+        self, *, mesh=(1, 1, 1), kind="soft", beginning=(), micro_batches=1, seed=11, rate=None, **model_options
+    ):
         self.model, self.parts, optimizer, weights, self.frozen, self.step = compiled(
-            tuple(sorted(model_options.items())), mesh, kind, micro_batches, seed, rate
+            tuple(sorted(model_options.items())), mesh, kind, beginning, micro_batches, seed, rate
         )
         self.mesh = self.model.mesh
         self.state = initial_state(jax.tree.map(jnp.copy, weights), optimizer)
@@ -122,6 +127,60 @@ class Trainer:
     @property
     def weights(self):
         return jax.device_get(self.state.weights)
+
+
+class TinyBatches:
+    """Five batches an epoch of eight rows; the batch of a step depends on the step alone."""
+
+    def __init__(self, change=lambda step, batch: batch, beginning=()):
+        self.beginning = np.array(beginning, np.int32)
+        self.steps_per_epoch, self.num_examples = 5, 40
+        self._change = change
+
+    def batch(self, step):
+        batch = tiny_batch(step)
+        return self._change(step, batch._replace(positions=batch.positions + self.beginning.size))
+
+    def task_names(self, step):
+        return [f"task-{step}-{row}" for row in range(10)]
+
+
+def run_training(workdir, dataset=None, *, mesh=(1, 1, 1), seed=11, identity=None, model_seed=0, **fields):
+    """Trains a fresh tiny model with adapters for three epochs of five steps; returns result and weights.
+
+    `fields` go to the records that have them: TrainConfig, CheckpointConfig, LogConfig.
+    """
+    records = []
+    settings = {"learning_rate": 1e-2, "epochs": 3, "every_steps": 4, "warmup_ratio": 0.1} | fields
+    for record in (TrainConfig, CheckpointConfig):
+        names = {field.name for field in dataclasses.fields(record)}
+        records.append(record(**{name: value for name, value in settings.items() if name in names}))
+    mesh = make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
+    model = tiny_model(mesh=mesh, dropout=0.1, seed=model_seed)
+    result = train(
+        model,
+        dataset or TinyBatches(),
+        target="soft",
+        seed=seed,
+        train=records[0],
+        checkpoint=records[1],
+        log=LogConfig(every_steps=3, profile=settings.get("profile", "")),
+        workdir=workdir,
+        identity=identity or {"config": "abc"},
+    )
+    return result, jax.device_get(split_model(model)[1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The same few programs are compiled for many runs: keep them."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.3), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")
@@ -140,3 +199,15 @@ def make_batch():
 def new_trainer():
     """`Trainer`."""
     return Trainer
+
+
+@pytest.fixture(scope="session")
+def tiny_batches():
+    """`TinyBatches`."""
+    return TinyBatches
+
+
+@pytest.fixture(scope="session")
+def run():
+    """`run_training`."""
+    return run_training

@@ -117,6 +117,26 @@ def test_rows_of_padding_change_nothing(new_trainer, make_batch):
     assert_same(with_padding.weights, plain.weights, 1e-4)
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_shared_beginning_changes_nothing(lora, new_trainer, make_batch):
+    """Three tokens before every row, given once, against the same tokens in every row; two microbatches."""
+    beginning = (7, 3, 60)
+    batch = make_batch(4)
+    real = batch.until > 0
+    wide = {name: np.pad(getattr(batch, name), ((0, 0), (3, 0))) for name in ("tokens", "positions", "until")}
+    wide["tokens"][:, :3] = beginning
+    wide["positions"] = np.pad(np.where(real, batch.positions + 3, 0), ((0, 0), (3, 0)))
+    wide["positions"][:, :3] = np.arange(3)
+    wide["until"] = np.pad(np.where(real, batch.until + 3, 0), ((0, 0), (3, 0)))
+    wide["until"][:, :3] = batch.until[:, :1] + 3
+    step_index = np.where(batch.step_weight > 0, batch.step_index + 3, 0)
+    apart, within = new_trainer(lora=lora, beginning=beginning, micro_batches=2), new_trainer(lora=lora)
+    got = apart.run(batch._replace(positions=np.where(real, batch.positions + 3, 0)))
+    want = within.run(batch._replace(**wide, step_index=step_index.astype(np.int32)))
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    assert_same(*(jax.device_get(trainer.state.optimizer[0].mu) for trainer in (apart, within)))
+
+
 def test_dropout_depends_on_seed_and_step_alone(new_trainer, make_batch):
     batch = make_batch(0)
 

@@ -1,0 +1,248 @@
+"""The training loop: batches in, checkpoints and metrics out, the same weights whatever interrupts it."""
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Int32
+
+from cft_jax.checkpoints.fingerprint import fingerprint
+from cft_jax.checkpoints.orbax_io import Checkpoints
+from cft_jax.common.errors import UserError
+from cft_jax.common.progress import Progress
+from cft_jax.common.writer import MetricsWriter
+from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
+from cft_jax.data.batch import TargetBatch
+from cft_jax.models.transformer import Transformer
+from cft_jax.objectives.batch_loss import head_options
+from cft_jax.train.ledger import Ledger, NotFiniteError
+from cft_jax.train.optimizer import adamw, warmup_cosine
+from cft_jax.train.preemption import PreemptionWatch
+from cft_jax.train.prefetch import Prefetcher
+from cft_jax.train.profile import ProfileWindow
+from cft_jax.train.state import TrainState, Weights, abstract_state, initial_state, split_model, state_shardings
+from cft_jax.train.step import StepOptions, TrainStep, make_train_step
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """The data of a run; `cft_jax.data.dataset.Dataset` is one.
+
+    Attributes:
+      beginning: tokens that all prompts begin with and that the batches leave out.
+    """
+
+    beginning: Int32[np.ndarray, "_"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """Strings (prompts for `exact`) in an epoch."""
+        ...
+
+    def batch(self, step: int) -> TargetBatch:
+        """The batch of a step, counted from 0 through all epochs; a function of the step alone."""
+        ...
+
+    def task_names(self, step: int) -> Sequence[str]:
+        """The tasks that a step visits."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended.
+
+    Attributes:
+      step: number of steps done.
+      stop: number that were to be done.
+      preempted: whether SIGTERM stopped it before; the state was saved.
+      skipped: updates left out because loss or gradient was not finite.
+    """
+
+    step: int
+    stop: int
+    preempted: bool
+    skipped: int
+
+
+class NonFiniteLossError(UserError):
+    """The loss or its gradient was not finite; the message names the step, its examples and the last checkpoint."""
+
+
+def train(
+    model: Transformer,
+    dataset: Batches,
+    *,
+    target: str,
+    seed: int,
+    train: TrainConfig,
+    checkpoint: CheckpointConfig,
+    log: LogConfig,
+    workdir: Path,
+    identity: Mapping[str, Any],
+) -> TrainResult:
+    """Trains the model's adapters, or all its weights if it has none, and leaves it with the trained weights.
+
+    Goes on from the newest whole checkpoint in `workdir/checkpoints`. A run that was interrupted and goes on with the
+    same mesh and processes gives the same weights, bit for bit, as one left alone: a step is a function of the state
+    and the step's number. The schedule spans all epochs; `train.max_steps` only stops earlier.
+
+    Args:
+      model: on a mesh. Its trained weights are used up while this runs, and gone if it raises.
+      dataset: see `Batches`.
+      target: "soft" or "hard".
+      seed: of the dropout.
+      train: objective, optimizer, schedule.
+      checkpoint: when to save, and how many to keep.
+      log: when to log.
+      workdir: of the run; gets `checkpoints/` and `metrics.jsonl`.
+      identity: whatever tells this run from others (JSON); a checkpoint that records something else is refused.
+
+    Raises:
+      UserError: the checkpoints belong to another run or other base weights, or all are damaged; the disk is full;
+        the devices' memory is.
+      NonFiniteLossError: the loss or its gradient was not finite and `train.on_nonfinite` is "stop".
+    """
+    if model.mesh is None:
+        raise ValueError("the model must lie on a mesh")
+    per_epoch = dataset.steps_per_epoch
+    total = per_epoch * train.epochs
+    stop = min(total, train.max_steps) if train.max_steps else total
+    profile = ProfileWindow(log.profile, workdir / "profile")
+    parts, weights, frozen = split_model(model)
+    optimizer = adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm)
+    options = StepOptions(
+        loss=head_options(target, tau=train.tau, softcap=model.config.final_softcap, mesh=model.mesh),
+        beginning=tuple(dataset.beginning.tolist()),
+        micro_batches=train.grad_accum_steps,
+        seed=seed,
+        optimizer=optimizer,
+        learning_rate=functools.partial(
+            warmup_cosine, peak=train.learning_rate, warmup_ratio=train.warmup_ratio, total_steps=total
+        ),
+    )
+    step_function = make_train_step(parts, options, state_shardings(weights, optimizer))
+    record = {**identity, "steps_per_epoch": per_epoch, "base_weights": fingerprint(frozen)}
+    with (
+        _clear_memory_errors(),
+        PreemptionWatch(enabled=checkpoint.on_preemption) as watch,
+        Checkpoints(workdir / "checkpoints", keep=checkpoint.keep) as checkpoints,
+    ):
+        restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(_check_same, record))
+        state = initial_state(weights, optimizer) if restored is None else restored.state
+        done = 0 if restored is None else restored.step
+        _announce(weights, done=done, stop=stop, per_epoch=per_epoch)
+        run = _Run(
+            step_function, frozen, dataset, model.mesh, checkpoints, record, checkpoint.every_steps or per_epoch, stop
+        )
+        with (
+            Progress("train", total=stop, unit="step", done=done) as progress,
+            Ledger(
+                MetricsWriter(workdir / "metrics.jsonl", after_step=done, enabled=jax.process_index() == 0),
+                progress,
+                every=log.every_steps,
+                done=done,
+                stop=stop,
+                steps_per_epoch=per_epoch,
+                examples_per_step=dataset.num_examples / per_epoch,
+                stop_on_nonfinite=train.on_nonfinite == "stop",
+            ) as ledger,
+            profile,
+        ):
+            state, done = run.go_on(state, done, ledger, profile, watch)
+    parts.update(model, state.weights)
+    return TrainResult(done, stop, preempted=done < stop, skipped=int(jax.device_get(state.skipped)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What stays the same from step to step."""
+
+    step_function: TrainStep
+    frozen: dict[str, Array]
+    dataset: Batches
+    mesh: Mesh
+    checkpoints: Checkpoints
+    record: Mapping[str, Any]
+    save_every: int
+    stop: int
+
+    def go_on(
+        self, state: TrainState, done: int, ledger: Ledger, profile: ProfileWindow, watch: PreemptionWatch
+    ) -> tuple[TrainState, int]:
+        """Steps until the last one or until SIGTERM; returns the state, which is saved, and the steps done."""
+        try:
+            with Prefetcher(self.dataset.batch, self.mesh, start=done, stop=self.stop) as batches:
+                for batch in batches:
+                    done += 1
+                    profile.before(done)
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = self.step_function(state, self.frozen, batch)
+                    ledger.add(done, metrics)
+                    profile.after(done, metrics)
+                    stopping = watch.asked_to_stop(done)
+                    if stopping or done == self.stop or done % self.save_every == 0:
+                        # Read first: a state saved here has no loss behind it that was not finite.
+                        ledger.drain()
+                        self.checkpoints.save(done, state, self.record)
+                    if stopping:
+                        logging.warning("SIGTERM: saving step %d of %d, then stopping", done, self.stop)
+                        break
+        except NotFiniteError as error:
+            raise NonFiniteLossError(self._explain(error)) from error
+        return state, done
+
+    def _explain(self, error: NotFiniteError) -> str:
+        names = self.dataset.task_names(error.step - 1)
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        saved = self.checkpoints.steps
+        last = f"the last checkpoint is of step {saved[-1]}" if saved else "no checkpoint was saved yet"
+        return (
+            f"loss {error.loss} at step {error.step} or its gradient is not finite (examples {shown}); {last}. Lower "
+            "config.train.learning_rate in a new --workdir, or set config.train.on_nonfinite=skip there"
+        )
+
+
+def _announce(weights: Weights, *, done: int, stop: int, per_epoch: int) -> None:
+    count = sum(math.prod(weight.shape) for weight in weights.values())
+    if done:
+        logging.info("going on after step %d", done)
+    logging.info("training %s weights for %d steps, %d an epoch", f"{count:,}", stop, per_epoch)
+
+
+def _check_same(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of another run."""
+    for name, value in json.loads(json.dumps(record)).items():
+        if metadata.get(name) != value:
+            what = "trained on other base weights" if name == "base_weights" else "of another run"
+            raise UserError(
+                f"the checkpoints in this workdir are {what} ({name} was {metadata.get(name)!r} and is {value!r}); "
+                "name a new --workdir"
+            )
+
+
+@contextlib.contextmanager
+def _clear_memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the devices ran out of memory; raise config.train.grad_accum_steps, set config.model.remat=full, or cut "
+            f"the weights over more devices with config.mesh.fsdp ({' '.join(str(error).split())[:200]})"
+        ) from error
