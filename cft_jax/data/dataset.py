@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
@@ -19,6 +19,7 @@ _TASKS_AT_ONCE = 2048
 _SAMPLED_STEPS = 16
 
 
+@runtime_checkable
 class Source(Protocol):
     """Makes blocks; `cft_jax.data.soft` and `cft_jax.data.hard` have them."""
 

@@ -1,0 +1,74 @@
+"""The command that prepares the data."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cft_jax.config import Config, DataConfig, ModelSettings, ScratchConfig, TrainConfig
+from cft_jax.prepare import prepare_data
+
+
+def small_config(tmp_path, **data):
+    return Config(
+        model=ModelSettings(scratch=ScratchConfig(enabled=True)),
+        data=DataConfig(
+            num_decimals=1,
+            max_bins=30,
+            train_families=("geometric", "binomial"),
+            heldout_families=("poisson",),
+            cache_dir=str(tmp_path / "cache"),
+            **data,
+        ),
+        train=TrainConfig(batch_size=4),
+    )
+
+
+def test_figures_count_the_training_split(tmp_path):
+    figures, example = prepare_data(small_config(tmp_path))
+    # tests/golden/sampling_order.json: the training split has 13 geometric and 44 binomial prompts.
+    assert figures["prompts"] == 57
+    assert figures["max_children"] <= 11
+    assert 0 < figures["padding_fraction"] < 1
+    assert figures["values"] > figures["prompts"] and figures["prefixes"] > figures["values"]
+    assert "loss at" in example
+    again, _ = prepare_data(small_config(tmp_path))
+    assert {**again, "seconds": 0, "tokenizer_seconds": 0} == {**figures, "seconds": 0, "tokenizer_seconds": 0}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_hard_targets_prepare_without_tries(tmp_path):
+    figures, _ = prepare_data(small_config(tmp_path, target="hard"))
+    assert figures["prompts"] == 57 and "prefixes" not in figures
+
+
+def run(*arguments, cwd):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "xdg")}
+    command = [sys.executable, "-m", "cft_jax.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_the_command_writes_its_figures(tmp_path, request):
+    config = f"--config={request.config.rootpath / 'configs' / 'demo.py'}"
+    done = run(config, f"--output={tmp_path / 'out'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert {"prompts", "values", "prefixes", "max_children", "bytes", "seconds"} <= figures.keys()
+    assert f"{figures['prefixes']:,}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.scratch.enabled=False", "--config.model.checkpoint=/no/where"], "no such directory"),
+        (["--config.data.max_length=9"], "config.data.max_length=9"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, request, arguments, message):
+    config = f"--config={request.config.rootpath / 'configs' / 'demo.py'}"
+    done = run(config, f"--output={tmp_path / 'out'}", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
