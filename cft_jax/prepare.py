@@ -64,7 +64,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     figures["padding_fraction"] = round(float(np.mean([padding_fraction(dataset.batch(step)) for step in steps])), 4)
     figures["shapes"] = [list(shape) for shape in dataset.shapes]
     figures["steps_per_epoch"] = dataset.steps_per_epoch
-    return figures, render_example(tokenizer, batch)
+    return figures, render_example(tokenizer, batch, dataset.beginning)
 
 
 def _saved(tokenizer: Any, config: Config) -> PreTrainedTokenizerBase:

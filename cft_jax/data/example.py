@@ -1,6 +1,7 @@
 """One whole example in words, for the log at the start of a run."""
 
 import numpy as np
+from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.data.batch import TargetBatch
@@ -8,33 +9,42 @@ from cft_jax.data.batch import TargetBatch
 _SHOWN = 6
 
 
-def render_example(tokenizer: PreTrainedTokenizerBase, batch: TargetBatch, row: int = 0) -> str:
-    """A row of a batch as the model sees it.
+def render_example(
+    tokenizer: PreTrainedTokenizerBase, batch: TargetBatch, beginning: Int32[np.ndarray, "_"], row: int = 0
+) -> str:
+    """The first block of a row of a batch, as the model sees it.
 
-    Shows the prompt's text, the first and last token ids, the strings in the row (some of many), and which positions
+    Shows the prompt's text, its first and last token ids, the strings in the block (some of many), and which positions
     carry loss.
+
+    Args:
+      tokenizer: of the model.
+      batch: from `Dataset.batch`.
+      beginning: the tokens that its prompts begin with and that it leaves out (`Dataset.beginning`).
+      row: which row.
     """
-    steps = np.flatnonzero(batch.step_weight[row] > 0)
-    if not steps.size:
+    size = int(batch.until[row, 0])
+    places = batch.step_index[row, batch.step_weight[row] > 0]
+    places = places[places < size]
+    if not places.size:
         return "a row of padding"
-    positions = batch.step_index[row, steps]
-    num_tokens = int((batch.until[row] > 0).sum())
-    tokens, until = batch.tokens[row, :num_tokens], batch.until[row, :num_tokens]
-    # The tokens that all later ones see, in places of their own, are the prompt; the first step is at its last.
-    prompt = tokens[: positions[0] + 1]
-    inner = np.arange(positions[0] + 1, num_tokens)
+    tokens, until = batch.tokens[row, :size], batch.until[row, :size]
+    # The first step is that of the empty prefix, at the prompt's last token.
+    start = int(places[0]) + 1
+    prompt = np.concatenate([beginning, tokens[:start]])
+    inner = np.arange(start, size)
     ends = inner[until[inner] == inner + 1]
-    strings = [_string(tokenizer, tokens, until, prompt.size, int(end)) for end in ends[:_SHOWN]] or [""]
+    strings = [_string(tokenizer, tokens, until, start, int(end)) for end in ends[:_SHOWN]] or [""]
     more = f" and {ends.size - _SHOWN} more" if ends.size > _SHOWN else ""
-    ids = ", ".join(map(str, tokens[:_SHOWN].tolist()))
-    last = ", ".join(map(str, prompt[-_SHOWN:].tolist()))
+    first, last = (", ".join(map(str, ids.tolist())) for ids in (prompt[:_SHOWN], prompt[-_SHOWN:]))
+    scored = _ranges_in_words((places + beginning.size).tolist())
     return "\n".join(
         [
             "one example, as the model sees it:",
             "  prompt: " + repr(_text(tokenizer, prompt)),
-            f"  its token ids: {ids}, ..., {last} ({prompt.size} tokens)",
+            f"  its token ids: {first}, ..., {last} ({prompt.size} tokens)",
             "  answers: " + ", ".join(map(repr, strings)) + more,
-            f"  loss at {steps.size} of {num_tokens} positions: {_ranges_in_words(positions.tolist())}",
+            f"  loss at {places.size} of {beginning.size + size} positions: {scored}",
         ]
     )
 
