@@ -196,6 +196,12 @@ def make_batch():
 
 
 @pytest.fixture(scope="session")
+def put():
+    """`on_devices`."""
+    return on_devices
+
+
+@pytest.fixture(scope="session")
 def new_trainer():
     """`Trainer`."""
     return Trainer
