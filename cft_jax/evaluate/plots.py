@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from cft_jax.evaluate.metrics.exact import as_numbers
 
@@ -210,7 +210,9 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float]) -> Figure:
         ax.plot(steps, smooth, color=AFTER, linewidth=1.8)
     if values.min() > 0 and values.max() > 20 * values.min():
         ax.set_yscale("log")
-        ax.grid(True, which="major", axis="y")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 1000 * values.min() else (1,)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     else:
         ax.set_ylim(bottom=0)
     ax.set(xlabel="step", ylabel="loss")

@@ -11,6 +11,7 @@ from typing import Any
 
 from cft_jax.common.files import write_atomically
 from cft_jax.common.writer import read_metrics
+from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
 from cft_jax.evaluate import plots
 from cft_jax.evaluate.panels import choose_panels, figure_key
 from cft_jax.evaluate.report_tables import (
@@ -31,7 +32,7 @@ from cft_jax.evaluate.structured import SUITE, read_results
 STAGES = ("before", "after")
 _MAX_PANELS = 10
 # The split whose figures come first: what the method is for.
-_SPLIT_ORDER = ("test_unseen_params", "test_ood_family", "train")
+_SPLIT_ORDER = (UNSEEN, OOD, TRAIN)
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,11 @@ def _gallery(data: ReportData) -> str:
         caption = f"<span><b>{html.escape(panel.title)}</b>{html.escape(panel.subtitle)}</span>"
         caption += f'<span class="figures">{_panel_figures(records, key)}</span>'
         figures.append(f"<figure><figcaption>{caption}</figcaption>{image}</figure>")
+    unseen = "" if TRAIN in _splits(data) else ", on prompts it was not trained on"
     return (
         "<h2>What the model would answer</h2>"
-        '<p class="note">The whole distribution of the model over the answers, computed exactly, not sampled, on '
-        "prompts it was not trained on. Left, probabilities or densities; right, their cumulative sums, which end at "
+        '<p class="note">The whole distribution of the model over the answers, computed exactly, not sampled'
+        f"{unseen}. Left, probabilities or densities; right, their cumulative sums, which end at "
         "the share of answers that are possible at all.</p>"
         f"{_legend(data)}"
         f'<div class="gallery">{"".join(figures)}</div>'

@@ -190,7 +190,7 @@ def rate_interval(hits: int, count: int) -> Interval:
     half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
     low = 0.0 if hits == 0 else centre - half
     high = 1.0 if hits == count else centre + half
-    return Interval(low, high, math.sqrt(rate * (1 - rate) / count))
+    return Interval(low, high, (high - low) / (2 * z))
 
 
 def ideal_figures(target: Target, count: int, rng: np.random.Generator) -> dict[str, float]:
