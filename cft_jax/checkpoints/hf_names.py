@@ -86,6 +86,11 @@ class Layout:
         """Our axis along which rows of the file's first axis can be told apart."""
         return self.our_letters.index(self.file_axes[0][0])
 
+    def permutation(self) -> tuple[int, ...]:
+        """For each of our axes, its place among the letters of the file's axes."""
+        letters = "".join(self.file_axes)
+        return tuple(letters.index(letter) for letter in self.our_letters)
+
     def to_ours(self, rows: Shaped[np.ndarray, "..."], shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
         """Some rows of the file's tensor in our layout; a view.
 
@@ -96,7 +101,7 @@ class Layout:
         sizes = self._sizes(shape)
         letters = "".join(self.file_axes)
         full = rows.reshape(-1, *(sizes[letter] for letter in letters[1:]))
-        return full.transpose([letters.index(letter) for letter in self.our_letters])
+        return full.transpose(self.permutation())
 
     def to_file(self, ours: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """A tensor of ours in the file's layout."""

@@ -7,8 +7,11 @@ from huggingface_hub import errors
 
 from cft_jax.common.errors import UserError
 
-# No pickles (.bin, .pth) and no code.
+# No pickles (.bin, .pth) and no code; nothing of subdirectories, where gpt-oss keeps its weights a second time.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+# Of requests or of httpx, as the version has it; httpx's connection errors are no OSErrors.
+_HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 
 
 def resolve(path_or_id: str, *, revision: str, local_files_only: bool) -> tuple[Path, str]:
@@ -23,17 +26,21 @@ def resolve(path_or_id: str, *, revision: str, local_files_only: bool) -> tuple[
       UserError: there is no such directory or id, it is gated, or the hub cannot be reached.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if path_or_id and path.is_dir():
         return path.resolve(), ""
-    if path.exists():
+    if path_or_id and path.exists():
         raise UserError(f"checkpoint {path_or_id!r} is a file; give the directory that holds it")
     if not path_or_id or path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~")):
         raise UserError(f"checkpoint {path_or_id!r}: no such directory; give a directory in HF format or a hub id")
     try:
         found = huggingface_hub.snapshot_download(
-            path_or_id, revision=revision, local_files_only=local_files_only, allow_patterns=list(_PATTERNS)
+            path_or_id,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=list(_PATTERNS),
+            ignore_patterns=["*/*"],
         )
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except (_HTTP_ERROR, errors.HFValidationError, OSError, ValueError) as error:
         raise UserError(_problem(path_or_id, revision, local_files_only, error)) from error
     return Path(found), Path(found).name
 

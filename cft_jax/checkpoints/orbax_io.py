@@ -36,18 +36,22 @@ class Checkpoints:
     is compared when it is read. All processes call every method.
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int, read_only: bool = False) -> None:
         """Opens the directory, making it if absent, and removes what an interrupted save left behind.
 
         Args:
           directory: of the checkpoints.
           keep: how many of the newest are kept.
+          read_only: change nothing there, not even damaged checkpoints: the run may be under way.
         """
-        self._directory = directory.absolute()
+        self._directory, self._read_only = directory.absolute(), read_only
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=None if read_only else keep,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                enable_async_checkpointing=not read_only,
             ),
         )
 
@@ -134,6 +138,8 @@ class Checkpoints:
         if np.all(multihost_utils.process_allgather(np.array(found is not None))):
             return found
         logging.warning("checkpoint %s is damaged (%s); trying the one before", self._directory / str(step), reason)
+        if self._read_only:
+            return None
         if jax.process_index() == 0:
             aside = self._directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)

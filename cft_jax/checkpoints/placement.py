@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from cft_jax.checkpoints.tensor_files import Rows
 from cft_jax.sharding.rules import sharding
 
 # Bytes of a tensor that are in host memory at a time while it is loaded.
-PIECE_BYTES = 64 * 2**20
+PIECE_BYTES = 8 * 2**20
 
 
 def weight_sharding(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | None) -> Sharding:
@@ -46,56 +46,73 @@ def place_stack(
       piece_bytes: of the file's tensor that may be in host memory at a time.
     """
     one = shape[1:] if stacked else shape
-    axis = layout.split_axis()
-    block = math.prod(tensors[0].shape[1:]) * (tensors[0].shape[0] // one[axis]) * tensors[0].dtype.itemsize
-    step = max(1, piece_bytes // block)
     if math.prod(shape) * dtype.itemsize <= piece_bytes:
         whole = np.empty(shape, dtype)
         for layer, tensor in enumerate(tensors):
             whole[layer if stacked else ...] = layout.to_ours(tensor.read(0, tensor.shape[0]), one)
-        return jax.make_array_from_callback(shape, where, lambda index: whole[index])
-    indices = {device: index or () for device, index in where.addressable_devices_indices_map(shape).items()}
-    shards = {device: jnp.zeros(where.shard_shape(shape), dtype, device=device) for device in indices}
+        return jax.make_array_from_callback(shape, where, whole.__getitem__)
+    axis = layout.split_axis()
+    rows = tensors[0].shape[0] // one[axis]
+    step = max(1, piece_bytes // (math.prod(tensors[0].shape[1:]) * rows * tensors[0].dtype.itemsize))
+    shards = _Shards(shape, dtype, where, layout.permutation())
     for layer, tensor in enumerate(tensors):
         for start in range(0, one[axis], step):
             stop = min(start + step, one[axis])
-            lead = (slice(layer, layer + 1),) if stacked else ()
-            region = (*lead, *(slice(start, stop) if i == axis else slice(0, n) for i, n in enumerate(one)))
-            _place_piece(shards, indices, shape, region, functools.partial(_read, tensor, layout, one, start, stop))
-    return jax.make_array_from_single_device_arrays(shape, where, list(shards.values()))
+            region = [range(start, stop) if i == axis else range(n) for i, n in enumerate(one)]
+            shards.write([range(layer, layer + 1), *region] if stacked else region, _Piece(tensor, layout, one, rows))
+    return shards.array()
 
 
-def _read(tensor: Rows, layout: Layout, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-    per = tensor.shape[0] // shape[layout.split_axis()]
-    return layout.to_ours(tensor.read(start * per, stop * per), shape)
+@dataclass(frozen=True)
+class _Piece:
+    """Reads a region of one layer's tensor, in our layout."""
+
+    tensor: Rows
+    layout: Layout
+    shape: tuple[int, ...]
+    rows: int
+
+    def read(self, region: Sequence[range]) -> Shaped[np.ndarray, "..."]:
+        along = region[len(region) - len(self.shape) + self.layout.split_axis()]
+        data = self.tensor.read(along.start * self.rows, along.stop * self.rows)
+        # JAX has no float64 by default and would narrow it with a warning.
+        data = data.astype(np.float32) if data.dtype == np.float64 else data
+        return self.layout.to_ours(data, self.shape)
 
 
-def _place_piece(
-    shards: dict[Any, Array],
-    indices: dict[Any, tuple[slice, ...]],
-    shape: tuple[int, ...],
-    region: tuple[slice, ...],
-    read: Callable[[], np.ndarray],
-) -> None:
-    """Writes one region of the array, as far as local devices hold it, into their shards (by device)."""
-    piece = None
-    for device, index in indices.items():
-        own = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-        cut = [range(max(o.start, r.start), min(o.stop, r.stop)) for o, r in zip(own, region, strict=True)]
-        if not all(cut):
-            continue
-        if piece is None:
-            piece = read()
-        lead = len(region) - piece.ndim
-        inner = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(cut, region, strict=True))[lead:]
-        target = shards[device]
-        update = np.ascontiguousarray(piece[inner], dtype=target.dtype).reshape([len(c) for c in cut])
-        start = tuple(np.int32(c.start - o.start) for c, o in zip(cut, own, strict=True))
-        shards[device] = _write(target, jax.device_put(update, device), start)
-    # Transfers run in the background and keep their buffers: wait, or the pieces pile up on the host.
-    jax.block_until_ready(list(shards.values()))
+class _Shards:
+    """An array in the making: one buffer per local device, written region by region."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, where: Sharding, permutation: tuple[int, ...]) -> None:
+        self.shape, self.where, self.permutation = shape, where, permutation
+        self.owned = {
+            device: [range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True)]
+            for device, index in where.addressable_devices_indices_map(shape).items()
+        }
+        self.buffers = {device: jnp.zeros(where.shard_shape(shape), dtype, device=device) for device in self.owned}
+
+    def write(self, region: Sequence[range], piece: _Piece) -> None:
+        """Writes one region as far as local devices own it; what none of them owns is not read."""
+        data = None
+        for device, own in self.owned.items():
+            cut = [range(max(o.start, r.start), min(o.stop, r.stop)) for o, r in zip(own, region, strict=True)]
+            if not all(cut):
+                continue
+            data = piece.read(region) if data is None else data
+            inner = [slice(c.start - r.start, c.stop - r.start) for c, r in zip(cut, region, strict=True)]
+            # Copied in the file's order, which is fast; the device transposes and converts.
+            part = data[tuple(inner[len(inner) - data.ndim :])].transpose(np.argsort(self.permutation))
+            start = tuple(np.int32(c.start - o.start) for c, o in zip(cut, own, strict=True))
+            sent = jax.device_put(np.ascontiguousarray(part), device)
+            self.buffers[device] = _write(self.buffers[device], sent, start, self.permutation)
+        # Transfers run in the background and keep what they read from: wait, or the pieces pile up on the host.
+        jax.block_until_ready(list(self.buffers.values()))
+
+    def array(self) -> Shaped[Array, "..."]:
+        return jax.make_array_from_single_device_arrays(self.shape, self.where, list(self.buffers.values()))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(target: Array, piece: Array, start: tuple[Array, ...]) -> Array:
-    return jax.lax.dynamic_update_slice(target, piece, start)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(target: Array, piece: Array, start: tuple[Array, ...], permutation: tuple[int, ...]) -> Array:
+    ours = jnp.transpose(piece, permutation).astype(target.dtype)
+    return jax.lax.dynamic_update_slice(target, jnp.expand_dims(ours, range(target.ndim - ours.ndim)), start)
