@@ -185,7 +185,7 @@ def _entry_log_probs(
     own = KVCache(keys, values, context.positions[prompt], context.visible[prompt])
     hidden, _ = model.hidden(tokens, positions, until, context=(own,))
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
-    masses, _ = tile_log_masses(model, asked, num_queries, jnp.float32(1))
+    masses = tile_log_masses(model, asked, num_queries, jnp.float32(1))
     normalisers = jax.nn.logsumexp(masses, axis=-1)
 
     def add_entries(i: Int[Array, ""], log_probs: Float[Array, "E"]) -> Float[Array, "E"]:

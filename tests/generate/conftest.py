@@ -50,6 +50,10 @@ CONFIGS = {
         num_layers=2, vocab_size=131, layer_pattern=_GPT_OSS, mlp=Moe(28, 5, 2, 7.0, 1.702), tie_head=False,
         attn_bias=True, attn_sinks=True, **_SIZES,
     ),
+    # So few tokens that all short texts can be listed.
+    "few_tokens": ModelConfig(
+        num_layers=1, vocab_size=13, layer_pattern=(_QWEN,), mlp=GatedMlp(52, "silu"), tie_head=False, **_SIZES
+    ),
 }  # fmt: skip
 
 

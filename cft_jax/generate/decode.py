@@ -1,0 +1,156 @@
+"""The decode's programs: one jitted step, and the moves of the rows' caches between steps.
+
+A row is a prefix: tokens drawn so far, by one sample or by many. Its cache holds the keys and values of its own tokens;
+those of the prompt lie in a cache that all rows of the prompt share. All rows write at the same column of their caches,
+step after step, round and round; which columns a row may see is part of the cache.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cft_jax.generate.prefill import constrain_cache, write_columns
+from cft_jax.generate.sampling import Draws, draw_tokens
+from cft_jax.generate.split_model import SplitModel
+from cft_jax.models.transformer import KVCache
+from cft_jax.sharding.rules import constrain
+
+# Steps of one call where every row has a single sample, so that nothing branches.
+MAX_STEPS = 8
+
+
+class Rows(NamedTuple):
+    """What the rows do in the next step.
+
+    Attributes:
+      tokens, positions: to be fed.
+      alive: rows in use.
+      fresh: rows that begin, and must not see what others left in their cache.
+      draw: the draw that continues the row; of interest where a call takes several steps.
+      asked: rows whose next token is drawn, before all others.
+    """
+
+    tokens: Int[Array, "B"]
+    positions: Int[Array, "B"]
+    alive: Bool[Array, "B"]
+    fresh: Bool[Array, "B"]
+    draw: Int[Array, "B"]
+    asked: Int[Array, "B"]
+
+
+@partial(jax.jit, static_argnames="method", donate_argnames="own")
+def decode(
+    split: SplitModel,
+    prompt: KVCache,
+    own: KVCache,
+    column: Int[Array, ""],
+    rows: Rows,
+    num_asked: Int[Array, ""],
+    draws: Draws,
+    num_draws: Int[Array, ""],
+    stop_ids: Int[Array, "O"],
+    steps: Int[Array, ""],
+    *,
+    method: str,
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+) -> tuple[KVCache, Int[Array, "N X"], Int[Array, ""]]:
+    """Feeds every row its token and draws the next ones; repeats that with the drawn tokens where asked to.
+
+    Args:
+      split: the model.
+      prompt: cache of the prompts; row p serves the rows p*B/P ... (p+1)*B/P - 1.
+      own: the rows' caches.
+      column: where the rows write.
+      rows: see `Rows`.
+      num_asked: how many of `rows.asked` count.
+      draws: `draws.row` counts within `rows.asked`.
+      num_draws: how many of them count.
+      stop_ids: tokens that end a sample.
+      steps: at most `MAX_STEPS`; more than 1 only where every row has exactly one draw. The call ends early when an
+        eighth of the draws have drawn a stop id.
+      method: see `draw_tokens`.
+      temperature: likewise.
+      top_p: likewise.
+
+    Returns:
+      The rows' caches, the tokens of every draw, and the number of steps taken.
+    """
+    model = split.merge()
+    own = own._replace(visible=own.visible & ~rows.fresh[:, None, None])
+    counts = jnp.arange(draws.row.shape[0]) < num_draws
+    out = jnp.zeros((draws.row.shape[0], MAX_STEPS), jnp.int32)
+
+    def unfinished(carry) -> Bool[Array, ""]:
+        step, done = carry[0], carry[-1]
+        return (step == 0) | ((step < steps) & (8 * jnp.sum(done & counts) < num_draws))
+
+    def one_step(carry):
+        step, own, tokens, positions, alive, out, done = carry
+        hidden, new = model.hidden(
+            tokens[:, None], positions[:, None], alive[:, None].astype(jnp.int32), context=(prompt, own)
+        )
+        own = write_columns(own, new, (column + step) % own.positions.shape[1])
+        asked = constrain(hidden[rows.asked, 0], ("batch", "act_embed"), model.mesh)
+        drawn = draw_tokens(
+            model, asked, num_asked, draws._replace(step=draws.step + step), num_draws,
+            method=method, temperature=temperature, top_p=top_p,
+        )  # fmt: skip
+        drawn = constrain(drawn, (None,), model.mesh)
+        done = done | jnp.isin(drawn, stop_ids)
+        out = jax.lax.dynamic_update_slice_in_dim(out, drawn[:, None], step, axis=1)
+        return step + 1, own, drawn[rows.draw], positions + 1, alive & ~done[rows.draw], out, done
+
+    start = (jnp.int32(0), own, rows.tokens, rows.positions, rows.alive, out, jnp.zeros(counts.shape, bool))
+    taken, own, *_, out, _ = jax.lax.while_loop(unfinished, one_step, start)
+    return constrain_cache(own, model), out, taken
+
+
+@partial(jax.jit, static_argnames="length")
+def move_rows(
+    split: SplitModel, own: KVCache, source: Int[Array, "C"], oldest: Int[Array, ""], *, length: int
+) -> KVCache:
+    """Caches of other rows, or of other lengths.
+
+    Args:
+      split: the model.
+      own: the rows' caches.
+      source: the row that each new row continues; -1 for those that begin.
+      oldest: the column to come first. The others follow it round, so that the oldest tokens come first.
+      length: columns per row, not fewer than before.
+    """
+    held = own.positions.shape[1]
+    columns = (oldest + jnp.arange(held)) % held
+
+    def moved(x: Array, row_axis: int) -> Array:
+        x = jnp.take(x, jnp.maximum(source, 0), axis=row_axis)
+        if length == held:
+            return x
+        axis = min(x.ndim - 1, 2)
+        widths = [(0, length - held) if place == axis else (0, 0) for place in range(x.ndim)]
+        return jnp.pad(jnp.take(x, columns, axis=axis), widths)
+
+    keys, values = jax.tree.map(lambda x: moved(x, 1), (own.keys, own.values))
+    visible = moved(own.visible, 0) & (source >= 0)[:, None, None]
+    return constrain_cache(KVCache(keys, values, moved(own.positions, 0), visible), split.merge())
+
+
+@partial(jax.jit, donate_argnames="prompt")
+def replace_prompts(split: SplitModel, prompt: KVCache, new: KVCache, places: Int[Array, "Q"]) -> KVCache:
+    """The cache of the prompts with some of them replaced; a place out of range replaces none."""
+
+    def put(old: Array, part: Array, axis: int) -> Array:
+        where = (slice(None),) * axis + (places,)
+        return old.at[where].set(part, mode="drop")
+
+    keys, values = (
+        jax.tree.map(lambda old, part: put(old, part, 1), old, part)
+        for old, part in ((prompt.keys, new.keys), (prompt.values, new.values))
+    )
+    return constrain_cache(
+        KVCache(keys, values, put(prompt.positions, new.positions, 0), put(prompt.visible, new.visible, 0)),
+        split.merge(),
+    )

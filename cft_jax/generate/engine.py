@@ -1,0 +1,311 @@
+"""The sampler: prompts prefilled once, samples that share a beginning decoded as one row, rows refilled as they end."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.common.errors import UserError
+from cft_jax.generate.decode import MAX_STEPS, Rows, decode, move_rows, replace_prompts
+from cft_jax.generate.prefill import bucket, cache_bytes_per_token, check_prompts, empty_cache, prefill
+from cft_jax.generate.prefixes import Completion, Limits, Prefix, Request, advance
+from cft_jax.generate.rows import Grid, Slot
+from cft_jax.generate.sampling import Draws, SamplingSettings, request_key
+from cft_jax.generate.split_model import SplitModel
+from cft_jax.generate.stops import StopStrings, model_stop_ids
+from cft_jax.models.transformer import Transformer
+from cft_jax.text.chat import ChatOptions, Messages, encode_chats
+
+# Tokens of prompts in one forward pass.
+_PREFILL_TOKENS = 8192
+# Columns of the rows' caches at the start; they grow fourfold.
+_FIRST_COLUMNS = 16
+
+
+class Sampler:
+    """Draws completions from a model.
+
+    A completion depends on the request alone: its seed, its prompt and the sample's number. Batch size, order and
+    company change only how numbers are rounded, and a draw differs only where its random number lies within rounding
+    of the boundary between two tokens.
+
+    Args:
+      model: the language model, merged or with adapters, on one device or on a mesh.
+      tokenizer: of the model.
+      stop_ids: tokens that end a text; None for all that the checkpoint, the tokenizer and the chat template name.
+      batch_size: rows decoded at a time.
+      cache_bytes: memory for keys and values, over all devices; fewer rows are decoded where it is short.
+      chat: how messages become token ids.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        batch_size: int = 1024,
+        cache_bytes: int = 2 << 30,
+        chat: ChatOptions | None = None,
+    ) -> None:
+        self.stop_ids = model_stop_ids(model, tokenizer) if stop_ids is None else tuple(stop_ids)
+        self._split, self._tokenizer = SplitModel.of(model), tokenizer
+        self._vocab_size, self._bytes_per_token = model.config.vocab_size, cache_bytes_per_token(model)
+        self._batch_size, self._cache_bytes = batch_size, cache_bytes
+        self._chat = ChatOptions() if chat is None else chat
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int] | Messages],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        seed: int | Sequence[int],
+        temperature: float | int = 1.0,
+        top_p: float | int = 1.0,
+        stop: str | Sequence[str] | None = None,
+    ) -> list[list[str]]:
+        """Completions of every prompt as text.
+
+        Args:
+          prompts: each a list of token ids, or of messages (records with "role" and "content").
+          num_samples: completions per prompt.
+          max_new_tokens: the longest completion, in tokens.
+          seed: one for all prompts, or one for each. With the same seed, different prompts get independent draws.
+          temperature: divides the logits; 0 is greedy.
+          top_p: see `SamplingSettings`.
+          stop: texts that end a completion; they and what follows are cut off.
+
+        Returns:
+          For each prompt its texts, without stop token and special tokens.
+
+        Raises:
+          UserError: an argument is out of its range, a prompt is empty, or a token is not in the vocabulary.
+        """
+        completions = self.complete(
+            prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, seed=seed,
+            temperature=temperature, top_p=top_p, stop=stop,
+        )  # fmt: skip
+        strings = StopStrings(self._tokenizer, stop)
+        texts: dict[Completion, str] = {}
+        for item in {item for items in completions for item in items}:
+            texts[item] = strings.cut(strings.text(item.tokens))
+        return [[texts[item] for item in items] for items in completions]
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int] | Messages],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        seed: int | Sequence[int],
+        temperature: float | int = 1.0,
+        top_p: float | int = 1.0,
+        stop: str | Sequence[str] | None = None,
+    ) -> list[list[Completion]]:
+        """As `sample`, but tokens and how each completion ended."""
+        settings = SamplingSettings(temperature, top_p)
+        for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        ids = self._token_ids(prompts)
+        check_prompts(ids, self._vocab_size)
+        limits = Limits(frozenset(self.stop_ids), StopStrings(self._tokenizer, stop), max_new_tokens)
+        results: list[list[Any]] = [[None] * num_samples for _ in ids]
+        lengths: dict[int, list[Request]] = {}
+        for request in _requests(ids, seed):
+            lengths.setdefault(bucket(len(request.prompt) - 1, least=32), []).append(request)
+        for length, requests in lengths.items():
+            sizes = self._sizes(length, len(requests), num_samples, max_new_tokens)
+            run = _Decode(self._split, requests, num_samples, limits, settings, sizes)
+            for index, samples, completion in run.completions():
+                for sample in samples.tolist():
+                    results[index][sample] = completion
+        return results
+
+    def _token_ids(self, prompts: Sequence[Sequence[int] | Messages]) -> list[list[int]]:
+        if any(isinstance(prompt, str) for prompt in prompts) or isinstance(prompts, str):
+            raise UserError("a prompt is a list of token ids or of messages, not a text; give [{'role': ..., ...}]")
+        ids: list[list[int]] = [[] for _ in prompts]
+        chats = [i for i, prompt in enumerate(prompts) if len(prompt) and isinstance(prompt[0], Mapping)]
+        if chats:
+            encoded = encode_chats(self._tokenizer, [prompts[i] for i in chats], self._chat)  # type: ignore[misc]
+            for i, chat in zip(chats, encoded, strict=True):
+                ids[i] = chat
+        for i in set(range(len(prompts))) - set(chats):
+            ids[i] = [int(token) for token in prompts[i]]  # type: ignore[arg-type]
+        return ids
+
+    def _sizes(self, length: int, requests: int, num_samples: int, max_new_tokens: int) -> "_Sizes":
+        """As many prompts and rows at a time as batch size and memory hold."""
+        # Moving rows takes a second array beside the first.
+        tokens = self._cache_bytes // (2 * self._bytes_per_token)
+        rows = min(max(tokens // max_new_tokens, 1), self._batch_size)
+        per_slot = min(bucket(num_samples, least=1), 1 << (rows.bit_length() - 1))
+        slots = min(max(rows // per_slot, 1), requests, max(tokens // length, 1))
+        growing = [4**power for power in range(16) if 16 <= slots * 4**power and 4**power < per_slot]
+        return _Sizes(length, slots, (*growing, per_slot), bucket(slots * num_samples, least=16, factor=4))
+
+
+def _requests(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> Iterator[Request]:
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise UserError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts; give one, or one for each")
+    seen: Counter[tuple[int, ...]] = Counter()
+    for index, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
+        same = (own, *prompt)
+        yield Request(index, prompt, request_key(own, prompt, seen[same]))
+        seen[same] += 1
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Shapes of one run.
+
+    Attributes:
+      prompt_length: columns of a prompt's cache.
+      slots: prompts at a time.
+      rows: numbers of rows per prompt to choose from, ascending.
+      draws: draws at a time.
+    """
+
+    prompt_length: int
+    slots: int
+    rows: tuple[int, ...]
+    draws: int
+
+
+class _Decode:
+    """One run over requests whose prompts fit the same cache."""
+
+    def __init__(
+        self,
+        split: SplitModel,
+        requests: Sequence[Request],
+        num_samples: int,
+        limits: Limits,
+        settings: SamplingSettings,
+        sizes: _Sizes,
+    ) -> None:
+        self._split, self._queue, self._num_samples = split, deque(requests), num_samples
+        self._limits, self._settings, self._sizes = limits, settings, sizes
+        self._grid = Grid(sizes.slots, sizes.rows)
+        self._columns = min(_FIRST_COLUMNS, limits.max_new_tokens)
+        # Steps since column 0 was last the oldest.
+        self._clock = 0
+        self._prompt = empty_cache(split, rows=sizes.slots, length=sizes.prompt_length)
+        self._own = empty_cache(split, rows=sizes.slots * self._grid.size, length=self._columns)
+        self._stop_ids = np.array(sorted(limits.stop_ids), np.int32)
+
+    def completions(self) -> Iterator[tuple[int, Int[np.ndarray, "_"], Completion]]:
+        """What finished samples are: index of the prompt, numbers of the samples, what they drew."""
+        while True:
+            self._take_up()
+            if all(slot.request is None for slot in self._grid.slots):
+                return
+            fresh = self._arrange()
+            asked = [item for item in self._grid.prefixes() if item[2].draws]
+            drawn = self._step(asked, fresh)
+            done = 0
+            for _, _, prefix in self._grid.prefixes():
+                if not prefix.draws:
+                    prefix.fed += 1
+            for row, slot, prefix in asked:
+                assert slot.request is not None
+                index, count = slot.request.index, prefix.samples.size
+                going_on, finished = advance(prefix, drawn[done : done + count], self._limits)
+                done += count
+                if not going_on:
+                    slot.rows[row % self._grid.size] = None
+                slot.branches += going_on[1:]
+                yield from ((index, samples, completion) for samples, completion in finished)
+            for slot in self._grid.slots:
+                if slot.request is not None and slot.wanted == 0:
+                    slot.request = None
+
+    def _take_up(self) -> None:
+        """Fills empty slots with requests from the queue."""
+        empty = [place for place, slot in enumerate(self._grid.slots) if slot.request is None]
+        at_a_time = max(_PREFILL_TOKENS // self._sizes.prompt_length, 1)
+        while empty and self._queue:
+            places = empty[: min(at_a_time, len(self._queue))]
+            empty = empty[len(places) :]
+            prompts = []
+            for place in places:
+                slot = self._grid.slots[place]
+                slot.request = self._queue.popleft()
+                slot.waiting = [Prefix([], np.arange(self._num_samples), fed=0, source=-1)]
+                prompts.append(slot.request.prompt)
+            rows = min(bucket(len(places), least=1, factor=4), self._sizes.slots)
+            new = prefill(self._split, prompts, rows=rows, length=self._sizes.prompt_length)
+            where = np.full(rows, self._sizes.slots, np.int32)
+            where[: len(places)] = places
+            self._prompt = replace_prompts(self._split, self._prompt, new, where)
+
+    def _arrange(self) -> np.ndarray:
+        """Gives prefixes rows and rows columns; returns which rows begin anew."""
+        source, moves = self._grid.arrange()
+        longest = max(prefix.fed for _, _, prefix in self._grid.prefixes())
+        columns = self._columns
+        while longest + 1 > columns:
+            columns = min(4 * columns, self._limits.max_new_tokens)
+        if moves or columns != self._columns:
+            oldest = np.int32(self._clock % self._columns)
+            self._own = move_rows(self._split, self._own, source, oldest, length=columns)
+        if columns != self._columns:
+            self._columns, self._clock = columns, self._columns
+        return source < 0
+
+    def _step(self, asked: Sequence[tuple[int, Slot, Prefix]], fresh: np.ndarray) -> np.ndarray:
+        """Tokens of all draws of the rows asked, [draws, steps]."""
+        rows, longest = self._rows(fresh), 0
+        draws = _no_draws(self._sizes.draws)
+        done = 0
+        for place, (row, slot, prefix) in enumerate(asked):
+            assert slot.request is not None
+            own = slice(done, done + prefix.samples.size)
+            draws.row[own], draws.key[own], draws.sample[own] = place, slot.request.key, prefix.samples
+            draws.step[own] = len(prefix.tokens)
+            rows.asked[place], rows.draw[row] = row, done
+            done = own.stop
+            longest = max(longest, prefix.fed)
+        alone = done == len(asked) == rows.alive.sum()
+        steps = min(MAX_STEPS, self._columns - longest) if alone else 1
+        self._own, out, taken = decode(
+            self._split,
+            self._prompt,
+            self._own,
+            np.int32(self._clock % self._columns),
+            rows,
+            np.int32(len(asked)),
+            draws,
+            np.int32(done),
+            self._stop_ids,
+            np.int32(steps),
+            method=self._settings.method,
+            temperature=np.float32(self._settings.temperature or 1),
+            top_p=np.float32(self._settings.top_p),
+        )
+        self._clock += int(taken)
+        return np.asarray(out)[:done, : int(taken)]
+
+    def _rows(self, fresh: np.ndarray) -> Rows:
+        count = fresh.size
+        tokens, positions, draw, asked = (np.zeros(count, np.int32) for _ in range(4))
+        alive = np.zeros(count, bool)
+        for row, slot, prefix in self._grid.prefixes():
+            assert slot.request is not None
+            prompt, fed = slot.request.prompt, prefix.fed
+            tokens[row] = prefix.tokens[fed - 1] if fed else prompt[-1]
+            positions[row] = len(prompt) - 1 + fed
+            alive[row] = True
+        return Rows(tokens, positions, alive, fresh, draw, asked)  # type: ignore[arg-type]
+
+
+def _no_draws(count: int) -> Draws:
+    row, sample, step = (np.zeros(count, np.int32) for _ in range(3))
+    return Draws(row, np.zeros((count, 2), np.uint32), sample, step)  # type: ignore[arg-type]

@@ -1,0 +1,191 @@
+"""Drawing tokens: one number per draw, float32, the same whatever else is in the batch.
+
+A draw inverts the distribution's CDF in two levels: the upper half of a 64-bit random number picks a tile of the
+vocabulary by the tiles' masses, the lower half a token of the tile. Only the masses of all tiles and the scores of the
+chosen tile are needed, and no probability is rounded to the spacing of float32 numbers near 1.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from cft_jax.common.errors import UserError
+from cft_jax.generate.vocabulary import TILE, Tiling, map_rows, tile_log_masses, token_scores
+from cft_jax.models.transformer import Transformer
+
+# Rows whose scores over the whole vocabulary exist at a time, where a draw needs them.
+_SCORE_ROWS = 16
+# Numbers gathered from the head at a time.
+_GATHERED = 1 << 23
+# Halvings of an interval of some tens of nats until its ends are neighbouring float32 numbers.
+_HALVINGS = 32
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn from the model's logits.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most probable token (of equal ones the first).
+      top_p: draws from the fewest most probable tokens that have at least this probability together, after the
+        temperature; equally probable tokens are kept together. 1 draws from all.
+    """
+
+    temperature: float | int
+    top_p: float | int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} must be a number from 0 (greedy) up")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+
+    @property
+    def method(self) -> str:
+        """What the compiled program depends on: "greedy", "top_p" or "all"."""
+        if self.temperature == 0:
+            return "greedy"
+        return "top_p" if self.top_p < 1 else "all"
+
+
+class Draws(NamedTuple):
+    """Which tokens to draw; the first so many count.
+
+    Attributes:
+      row: the row of hidden states that a draw follows.
+      key: of the draw's request (`request_key`).
+      sample: which of the request's samples it belongs to.
+      step: which token of the sample it is.
+    """
+
+    row: Int[Array, "N"]
+    key: UInt32[Array, "N 2"]
+    sample: Int[Array, "N"]
+    step: Int[Array, "N"]
+
+
+def request_key(seed: int, prompt: Sequence[int], occurrence: int) -> UInt32[np.ndarray, "2"]:
+    """Threefry key of a request's draws.
+
+    It depends on the request alone, so that neither the order nor the number of requests changes a draw. Requests of
+    one call that are equal are told apart by how many equal ones stand before.
+    """
+    content = f"sample {seed} {occurrence}:".encode() + np.asarray(prompt, np.int64).tobytes()
+    return np.frombuffer(hashlib.sha256(content).digest()[:8], np.uint32)
+
+
+def draw_tokens(
+    model: Transformer,
+    hidden: Float[Array, "R D"],
+    num_rows: Int[Array, ""],
+    draws: Draws,
+    num_draws: Int[Array, ""],
+    *,
+    method: str,
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+) -> Int[Array, "N"]:
+    """One token per draw; zero beyond `num_draws`.
+
+    Args:
+      model: the language model.
+      hidden: states after the final norm.
+      num_rows: the rows that draws refer to are among the first so many.
+      draws: what to draw; see `Draws`.
+      num_draws: how many of them count.
+      method: `SamplingSettings.method`; static.
+      temperature: as in `SamplingSettings`.
+      top_p: likewise.
+    """
+    if method == "greedy":
+        return _most_probable(model, hidden, num_rows)[draws.row]
+    floor = jnp.full(hidden.shape[0], -jnp.inf)
+    if method == "top_p":
+        floor = _nucleus_floors(model, hidden, num_rows, temperature, top_p)
+    log_masses = tile_log_masses(model, hidden, num_rows, temperature, floor)
+    masses = jnp.exp(log_masses - jnp.max(log_masses, axis=-1, keepdims=True))
+    cumulative = jnp.cumsum(masses, axis=-1)
+    tiling = Tiling.of(model)
+
+    def draw(row: Array, key: Array, sample: Array, step: Array) -> Int[Array, "n"]:
+        upper, lower = _uniforms(key, sample, step)
+        ids, exists = tiling.tokens(_invert(cumulative[row], upper))
+        scores = token_scores(model, hidden[row], ids)
+        scores = jnp.where(exists & (scores >= floor[row][:, None]), scores, -jnp.inf) / temperature
+        # Scores made again may differ in the last digits: a tile whose only token was at the floor may seem empty.
+        peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+        within = _invert(jnp.cumsum(jnp.exp(scores - peak), axis=-1), lower)
+        return jnp.take_along_axis(ids, within[:, None], axis=1)[:, 0]
+
+    at_a_time = min(max(_GATHERED // (TILE * hidden.shape[1]), 1), draws.row.shape[0])
+    return map_rows(draw, at_a_time, num_draws, *draws)
+
+
+def _uniforms(
+    key: UInt32[Array, "n 2"], sample: Int[Array, "n"], step: Int[Array, "n"]
+) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+    """Two numbers in [0, 1) for every draw: the halves of its 64 random bits, 24 bits of each."""
+
+    def bits(key: Array, sample: Array, step: Array) -> Array:
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, sample), step), (2,), jnp.uint32)
+
+    uniform = (jax.vmap(bits)(key, sample, step) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return uniform[:, 0], uniform[:, 1]
+
+
+def _invert(cumulative: Float[Array, "n S"], uniform: Float[Array, "n"]) -> Int[Array, "n"]:
+    """The first place whose cumulative mass exceeds `uniform` times the total; never one without mass."""
+    total = cumulative[:, -1:]
+    place = jnp.sum(cumulative <= uniform[:, None] * total, axis=-1)
+    # Rounding may lift uniform * total to the total.
+    last = jnp.sum(cumulative < total, axis=-1)
+    return jnp.minimum(place, last)
+
+
+def _most_probable(model: Transformer, hidden: Float[Array, "R D"], num_rows: Int[Array, ""]) -> Int[Array, "R"]:
+    def best(some: Array) -> Array:
+        return jnp.argmax(model.logits(some), axis=-1).astype(jnp.int32)
+
+    return map_rows(best, min(_SCORE_ROWS, hidden.shape[0]), num_rows, hidden)
+
+
+def _nucleus_floors(
+    model: Transformer,
+    hidden: Float[Array, "R D"],
+    num_rows: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+) -> Float[Array, "R"]:
+    """A score between the lowest that top-p keeps and the highest that it drops; far below where it drops none.
+
+    Between, because scores made again differ in the last digits from those that the choice was made with.
+    """
+
+    def floor(some: Array) -> Array:
+        scores = model.logits(some)
+        peak = jnp.max(scores, axis=-1)
+        probs = jnp.exp((scores - peak[:, None]) / temperature)
+        enough = top_p * jnp.sum(probs, axis=-1)
+        # All tokens below this have less than (1 - top_p) / e of the mass together.
+        range_ = temperature * (1 + jnp.log(scores.shape[-1] / jnp.maximum(1 - top_p, 1e-7)))
+
+        def halve(_: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            keeps = jnp.sum(jnp.where(scores >= middle[:, None], probs, 0), axis=-1) >= enough
+            return jnp.where(keeps, middle, low), jnp.where(keeps, high, middle)
+
+        low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (peak - range_, peak + temperature))
+        kept = scores >= low[:, None]
+        lowest = jnp.min(jnp.where(kept, scores, jnp.inf), axis=-1)
+        dropped = jnp.max(jnp.where(kept, -jnp.inf, scores), axis=-1)
+        return (lowest + jnp.maximum(dropped, lowest - 1)) / 2
+
+    return map_rows(floor, min(_SCORE_ROWS, hidden.shape[0]), num_rows, hidden)
