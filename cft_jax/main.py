@@ -19,21 +19,20 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from cft_jax.base import base_checkpoint, base_tokenizer, load_model
-from cft_jax.checkpoints import save_pretrained
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.workdir import git_revision, open_workdir
+from cft_jax.common.workdir import open_workdir
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.example import render_example
 from cft_jax.data.training import training_dataset
 from cft_jax.distributions import configured_tasks
 from cft_jax.distributions.splits import TRAIN
-from cft_jax.evaluate.model_card import model_card
 from cft_jax.evaluate.report import write_report
 from cft_jax.evaluate.structured import SUITE
 from cft_jax.evaluation import check_suites, evaluate_stage
+from cft_jax.export import export_model
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh
@@ -65,7 +64,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
     dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
-    logging.info("%s", render_example(tokenizer, dataset.batch(0)))
+    logging.info("%s", render_example(tokenizer, dataset.batch(0), dataset.beginning))
     model = load_model(config, base, mesh)
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
@@ -86,8 +85,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     if config.eval.enabled:
         name = f"{workdir}, step {result.step}"
         summaries["after"] = evaluate_stage(config, model, tokenizer, tasks, workdir, stage="after", checkpoint=name)
-    prompt = tasks[TRAIN][0].messages[-1]["content"]
-    exported = _export(config, model, workdir, summaries, base, prompt) if config.export.enabled else None
+    exported = _export(config, model, workdir, summaries, base) if config.export.enabled else None
     summary = {
         "checkpoint": base,
         "step": result.step,
@@ -117,23 +115,14 @@ def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     return summary if step >= wanted else None
 
 
-def _export(
-    config: Config,
-    model: Transformer,
-    workdir: Path,
-    summaries: Mapping[str, Mapping[str, Any]],
-    base: str,
-    prompt: str,
-) -> Path:
+def _export(config: Config, model: Transformer, workdir: Path, summaries: Mapping[str, Any], base: str) -> Path:
     """Writes the trained weights in HF format, in place of what an earlier part of this run exported."""
     directory = workdir / "export"
-    structured = {stage: summary[SUITE] for stage, summary in summaries.items()}
-    named = "" if config.model.scratch.enabled else base
-    card = model_card(config, base=named, prompt=prompt, summaries=structured, revision=git_revision())
     if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     multihost_utils.sync_global_devices("export")
-    save_pretrained(model, directory, format=config.export.format, tokenizer=config.model.tokenizer or None, card=card)
+    structured = {stage: summary[SUITE] for stage, summary in summaries.items()}
+    export_model(config, model, directory, form=config.export.format, base=base, summaries=structured)
     return directory
 
 

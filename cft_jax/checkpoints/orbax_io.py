@@ -51,6 +51,8 @@ class Checkpoints:
                 max_to_keep=None if read_only else keep,
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
+                create=not read_only,
+                save_interval_steps=0 if read_only else 1,
                 enable_async_checkpointing=not read_only,
             ),
         )

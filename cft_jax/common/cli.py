@@ -116,8 +116,13 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
 
 
 def _worth_reading(record) -> bool:
-    """Warnings, and all but orbax's account of every file it writes, which comes through the same logger."""
-    return record.levelno >= stdlib_logging.WARNING or "orbax" not in Path(record.pathname).parts
+    """What this package says, and other libraries' warnings.
+
+    Of orbax, errors alone: it shares absl's logger, reports every file that it writes, and warns of what it was told.
+    """
+    if "orbax" in Path(record.pathname).parts:
+        return record.levelno >= stdlib_logging.ERROR
+    return record.name == "absl" or record.levelno >= stdlib_logging.WARNING
 
 
 class _Plain(logging.PythonFormatter):
