@@ -1,10 +1,12 @@
-"""The whole method on a laptop: no network, no weights, no accelerator, about four minutes on two cores.
+"""The whole method on a laptop: no network, no weights, no accelerator, a few minutes on two cores.
 
     python -m cft_jax.main --config=configs/demo.py
 
-A small Llama-architecture model and a tokenizer are made on the spot and trained from scratch on five families; the
-report shows their distributions on unseen parameters before and after. Expected: exact KL on unseen parameters down
-by more than 95 %, at least 97 % of samples valid, total variation below 0.2.
+A small Llama-architecture model and a tokenizer are made on the spot and trained from scratch on four families, by the
+exact objective: every step sees all answers of its prompts with their probabilities. The report shows the model's
+distributions before and after, on parameters that lie between those it was trained on. Expected there: exact KL down
+by 99 %, total variation below 0.2, all but a few samples valid. The family it never saw stays out of reach of so
+small a model.
 """
 
 from ml_collections import ConfigDict
@@ -21,16 +23,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.lora.enabled = False
     config.model.scratch.enabled = True
     config.data.num_decimals = 1
-    config.data.train_families = ("uniform", "gaussian", "exponential", "triangular", "binomial")
+    config.data.quantile_low, config.data.quantile_high = 0.005, 0.995
+    config.data.train_families = ("uniform", "gaussian", "laplace", "gumbel")
     config.data.heldout_families = ("poisson",)
     config.data.unseen = "inside"
+    config.data.grid_points = 20
     config.data.readable_parameters = True
+    config.data.parameter_digits = 3
     config.train.objective = "exact"
     config.train.batch_size = 16
-    config.train.epochs = 8
-    config.train.learning_rate = 2e-3
+    config.train.epochs = 6
+    config.train.learning_rate = 3e-3
     config.train.max_grad_norm = 1.0
-    config.eval.max_prompts_per_split = 30
-    config.eval.num_samples = 500
+    config.eval.max_prompts_per_split = 40
     config.export.format = "merged"
     return config
