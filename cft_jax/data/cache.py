@@ -87,11 +87,12 @@ def store(root: Path, key: str, pieces: Iterable[Mapping[str, np.ndarray]]) -> A
 
 
 def _entries(root: Path, key: str) -> list[Path]:
-    """The directories of a key, the oldest first."""
+    """The directories of a key, the first published first."""
     found = []
     for directory in root.glob(f"{key}-*"):
         try:
-            found.append((directory.stat().st_mtime_ns, directory))
+            # Renaming sets this time.
+            found.append((directory.stat().st_ctime_ns, directory))
         except FileNotFoundError:
             # Another process has just removed it.
             continue
@@ -99,7 +100,7 @@ def _entries(root: Path, key: str) -> list[Path]:
 
 
 def _settled(root: Path, key: str, own: Path) -> Arrays:
-    """The arrays of the oldest good entry, after removing damaged ones and, if another process was first, our own."""
+    """The arrays of the first good entry, after removing damaged ones and, if another process was first, our own."""
     kept: Arrays | None = None
     for directory in _entries(root, key):
         if kept is not None and directory != own:

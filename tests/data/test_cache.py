@@ -138,4 +138,8 @@ def test_two_processes_building_at_once_agree(tmp_path, damaged):
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     check(cache.load(tmp_path, KEY))
-    assert len(list(tmp_path.iterdir())) == 1
+    entries = list(tmp_path.iterdir())
+    # The later one removes its own, unless both were published within a tick of the file system's clock.
+    assert 1 <= len(entries) <= 2
+    for entry in entries:
+        check(cache._verified(entry, KEY))
