@@ -49,7 +49,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "cuda": ["jax[cuda12]>=0.7.2"],
-        "eval": ["lm-eval>=0.4.9", "torch"],
+        "eval": ["lm-eval>=0.4.9", "peft>=0.17", "torch"],
         "test": TEST,
         "tpu": ["jax[tpu]>=0.7.2"],
     },

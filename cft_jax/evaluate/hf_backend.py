@@ -1,0 +1,179 @@
+"""Models run by `transformers` and torch as a backend of the suites: the same figures, from exported weights.
+
+It is there to check exports and to compare speed, so it is plain: `generate` in batches, and strings scored by running
+each once behind the cached prompt.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from cft_jax.checkpoints import hub
+from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.generate import TrieScore
+from cft_jax.text.paths import prefix_log_probs, string_log_probs
+from cft_jax.text.trie import Trie
+
+# Numbers of one forward pass's logits, which exist in float32 at once.
+_LOGITS_AT_ONCE = 1 << 26
+_SAMPLES_AT_ONCE = 250
+
+
+class HfBackend:
+    """Samples from and scores with a model of `transformers`, with or without a PEFT adapter.
+
+    Args:
+      model: in eval mode.
+      tokenizer: of the model.
+      stop_ids: tokens that end a text.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]) -> None:
+        self._model, self._tokenizer, self._stop_ids = model, tokenizer, tuple(sorted(stop_ids))
+        # Checkpoints bring sampling settings of their own (top_k, top_p, penalties), which would be applied in silence.
+        model.generation_config = GenerationConfig(eos_token_id=list(self._stop_ids), pad_token_id=self._stop_ids[0])
+        self._fingerprint = _fingerprint(model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all weights, adapters included."""
+        return self._fingerprint
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[list[str]]:
+        """See `Backend.sample`; torch's generator is seeded anew for each prompt."""
+        drawing: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        found = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            torch.manual_seed(seed)
+            texts: list[str] = []
+            while len(texts) < num_samples:
+                count = min(_SAMPLES_AT_ONCE, num_samples - len(texts))
+                ids = torch.tensor([list(prompt)] * count, device=self._model.device)
+                mask = torch.ones_like(ids)
+                out = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **drawing)
+                texts += [self._text(row) for row in out[:, len(prompt) :].tolist()]
+            found.append(texts)
+        return found
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tries: Sequence[Trie],
+        *,
+        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
+    ) -> list[TrieScore]:
+        """See `Backend.score`."""
+        parts = [None] * len(tries) if prefixes is None else prefixes
+        return [self._score(*asked) for asked in zip(prompts, tries, parts, strict=True)]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        end = next((place for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        text = self._tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _score(self, prompt: Sequence[int], trie: Trie, prefixes: Int[np.ndarray, "_"] | None) -> TrieScore:
+        chosen = np.arange(trie.num_prefixes) if prefixes is None else np.asarray(prefixes)
+        others = [token for token in self._stop_ids if token != trie.terminator_id]
+        is_leaf = np.zeros(trie.num_prefixes, dtype=bool)
+        is_leaf[trie.leaf_prefix] = True
+        children = np.full(trie.child_ids.size, np.nan)
+        stops = np.full(trie.num_prefixes, np.nan)
+        for prefix, log_probs in self._next_tokens(prompt, trie, chosen):
+            entries = slice(trie.child_offsets[prefix], trie.child_offsets[prefix + 1])
+            children[entries] = log_probs[torch.from_numpy(trie.child_ids[entries].astype(np.int64))].cpu().numpy()
+            if is_leaf[prefix]:
+                stops[prefix] = torch.logsumexp(log_probs[others], 0).item() if others else -np.inf
+        whole = prefix_log_probs(trie, children)
+        strings = string_log_probs(trie, children)
+        return TrieScore(children, whole, strings, (whole + stops)[trie.leaf_prefix])
+
+    def _next_tokens(
+        self, prompt: Sequence[int], trie: Trie, chosen: Int[np.ndarray, "R"]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The log-probabilities of the next token after every chosen prefix, float32[V]."""
+        device = self._model.device
+        start = self._model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
+        yield 0, torch.log_softmax(start.logits[0, -1].float(), -1)
+        numbers = _paths(trie, chosen)
+        if not numbers.size:
+            return
+        rows = max(_LOGITS_AT_ONCE // (numbers.shape[1] * start.logits.shape[-1]), 1)
+        done = {0}
+        for first in range(0, numbers.shape[0], rows):
+            part = numbers[first : first + rows]
+            # Rows are filled up on the right, where causal attention lets nothing see it.
+            tokens = np.where(part >= 0, trie.token[part], 0)
+            cache = copy.deepcopy(start.past_key_values)
+            cache.batch_repeat_interleave(part.shape[0])
+            out = self._model(input_ids=torch.from_numpy(tokens.astype(np.int64)).to(device), past_key_values=cache)
+            for row, depth in zip(*np.nonzero(part >= 0), strict=True):
+                prefix = int(part[row, depth])
+                if prefix not in done:
+                    done.add(prefix)
+                    yield prefix, torch.log_softmax(out.logits[row, depth].float(), -1)
+
+
+def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_only: bool) -> Any:
+    """A model of `transformers` in eval mode, from a checkpoint or a PEFT adapter in HF format, without its own code.
+
+    Raises:
+      UserError: the checkpoint or its base is missing, or the adapter damaged.
+    """
+    directory, _ = hub.resolve(path_or_id, revision=revision, local_files_only=local_files_only)
+    if not is_adapter(directory):
+        return _load(directory, dtype).eval()
+    base = directory
+    if not (directory / "config.json").is_file():
+        adapter = read_adapter(str(directory), revision="", local_files_only=True)
+        base, _ = hub.resolve(adapter.base, revision=adapter.revision, local_files_only=local_files_only)
+    return PeftModel.from_pretrained(_load(base, dtype), str(directory)).eval()
+
+
+def _load(directory: Path, dtype: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _paths(trie: Trie, chosen: Int[np.ndarray, "R"]) -> Int[np.ndarray, "S T"]:
+    """Prefixes along the path to every chosen one that no other continues, the empty one left out; -1 after the end."""
+    continued = np.zeros(trie.num_prefixes, dtype=bool)
+    continued[trie.parent[chosen[chosen > 0]]] = True
+    ends = chosen[~continued[chosen] & (chosen > 0)]
+    paths = np.full((ends.size, int(trie.depth[ends].max(initial=0))), -1)
+    prefix = ends.copy()
+    while (rows := np.flatnonzero(prefix > 0)).size:
+        paths[rows, trie.depth[prefix[rows]] - 1] = prefix[rows]
+        prefix[rows] = trie.parent[prefix[rows]]
+    return paths
+
+
+def _fingerprint(model: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
