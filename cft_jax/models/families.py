@@ -1,101 +1,19 @@
 """From a checkpoint's config.json to a `ModelConfig`: the only module of the model that knows families by name.
 
-Every key of config.json is read, known to leave the mathematics alone (`_INERT`), or refused by name. Keys that a file
-leaves out take the defaults of transformers' config class, which is how transformers itself reads them.
+Every key of config.json is read, known to leave the mathematics alone (`hf_fields`), or refused by name. Keys that a
+file leaves out take the defaults of transformers' config class, which is how transformers itself reads them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from cft_jax.common.errors import UserError
-from cft_jax.models.config import GatedMlp, LayerSpec, ModelConfig, Moe, Rope
+from cft_jax.models.config import GatedMlp, LayerSpec, LinearScaling, Llama3Scaling, ModelConfig, Moe, Rope, YarnScaling
+from cft_jax.models.hf_fields import Fields
 from cft_jax.models.rope_spelling import rope_of
 
-# Bookkeeping, training, generation and output options, which change no logits of the published weights.
-_INERT = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures attention_dropout auto_map
-    bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
-    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initial_context_length initializer_range label2id length_penalty max_length max_position_embeddings min_length
-    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type quantization_config
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
-)
-# Options of other architectures that any config.json may carry; honouring them would need code that is not here.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "is_decoder": (False, True, None),
-    "is_encoder_decoder": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "pruned_heads": ({}, None),
-}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-class _Fields:
-    """The keys of one config.json record, each of which must be accounted for."""
-
-    def __init__(self, raw: Mapping[str, Any], model_type: str) -> None:
-        self.raw = raw
-        self.config_class = CONFIG_MAPPING[model_type]
-        self.defaults = self.config_class().to_dict()
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        """The file's value, or the class's default where the file has no such key."""
-        self.read.add(name)
-        return self.raw[name] if name in self.raw else self.defaults.get(name)
-
-    def number(self, name: str, kind: type, default: float | None = None) -> Any:
-        """A positive int or float; `default` is for fields that the config class of some versions lacks.
-
-        Raises:
-          UserError: the value is something else.
-        """
-        value = default if self[name] is None else self[name]
-        allowed = int if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, allowed) or value <= 0:
-            raise UserError(f"config.json: {name}={value!r} must be a positive {kind.__name__}")
-        return kind(value)
-
-    def flag(self, name: str) -> bool:
-        value = self[name]
-        if not isinstance(value, bool):
-            raise UserError(f"config.json: {name}={value!r} must be true or false")
-        return value
-
-    def only(self, name: str, allowed: Sequence[Any]) -> None:
-        """Refuses every value but those that the code honours; an absent key is always one of them."""
-        self.read.add(name)
-        if name in self.raw and self.raw[name] not in allowed:
-            raise UserError(
-                f"config.json: {name}={self.raw[name]!r} is not implemented; supported: "
-                + ", ".join(repr(value) for value in allowed)
-            )
-
-    def close(self, sizes: Mapping[str, Any]) -> Any:
-        """The config of these fields, if every key of the file is accounted for.
-
-        Raises:
-          UserError: nothing has read a key, which might change the model.
-        """
-        for name, allowed in _ONLY.items():
-            self.only(name, allowed)
-        unknown = sorted(set(self.raw) - self.read - _INERT)
-        if unknown:
-            raise UserError(
-                f"config.json: {', '.join(f'{name}={self.raw[name]!r}' for name in unknown)} "
-                "is not implemented; remove the field if it does not change the model"
-            )
-        return ModelConfig(**sizes) if sizes else None
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
@@ -127,7 +45,7 @@ def is_multimodal(raw: Mapping[str, Any]) -> bool:
     return raw.get("model_type") == "gemma3"
 
 
-def _common(f: _Fields, rope: Callable[[str], Rope], activation: str) -> dict[str, Any]:
+def _common(f: Fields, rope: Callable[[str], Rope], activation: str) -> dict[str, Any]:
     """What all families spell alike."""
     embed_dim, num_heads = f.number("hidden_size", int), f.number("num_attention_heads", int)
     num_kv_heads = num_heads if f["num_key_value_heads"] is None else f.number("num_key_value_heads", int)
@@ -153,12 +71,9 @@ def _common(f: _Fields, rope: Callable[[str], Rope], activation: str) -> dict[st
     }
 
 
-def _head_dim(f: _Fields, embed_dim: int, num_heads: int) -> int:
-    # LlamaConfig derives it, so that its own default (of another width) must not be taken.
-    derived = f.config_class.model_type == "llama" and "head_dim" not in f.raw
-    if not derived and f["head_dim"] is not None:
+def _head_dim(f: Fields, embed_dim: int, num_heads: int) -> int:
+    if f["head_dim"] is not None:
         return f.number("head_dim", int)
-    f.read.add("head_dim")
     if embed_dim % num_heads:
         raise UserError(
             f"config.json: hidden_size={embed_dim} is not a multiple of num_attention_heads={num_heads}, "
@@ -167,7 +82,7 @@ def _head_dim(f: _Fields, embed_dim: int, num_heads: int) -> int:
     return embed_dim // num_heads
 
 
-def _pattern(f: _Fields, num_layers: int, rope: Callable[[str], Rope]) -> tuple[LayerSpec, ...]:
+def _pattern(f: Fields, num_layers: int, rope: Callable[[str], Rope]) -> tuple[LayerSpec, ...]:
     """The shortest pattern that, repeated, gives every layer's type."""
     types = _layer_types(f, num_layers)
     if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
@@ -182,7 +97,7 @@ def _pattern(f: _Fields, num_layers: int, rope: Callable[[str], Rope]) -> tuple[
     raise AssertionError("a list is a repetition of itself")
 
 
-def _layer_types(f: _Fields, num_layers: int) -> list[str]:
+def _layer_types(f: Fields, num_layers: int) -> list[str]:
     family = f.config_class.model_type
     if family == "llama":
         # Llama has neither; a file that asks for windows means another architecture.
@@ -209,7 +124,7 @@ def _layer_types(f: _Fields, num_layers: int) -> list[str]:
 
 
 def _llama(raw: Mapping[str, Any]) -> ModelConfig:
-    f = _Fields(raw, "llama")
+    f = Fields(raw, "llama")
     rope = rope_of(raw, f.defaults, f.read, "full_attention")
     sizes = _common(f, lambda kind: rope, "hidden_act")
     f.only("mlp_bias", (False,))
@@ -218,13 +133,13 @@ def _llama(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _qwen3(raw: Mapping[str, Any]) -> ModelConfig:
-    f = _Fields(raw, "qwen3")
+    f = Fields(raw, "qwen3")
     rope = rope_of(raw, f.defaults, f.read, "full_attention")
     return f.close(_common(f, lambda kind: rope, "hidden_act") | {"qk_norm": True})
 
 
 def _gemma3_text(raw: Mapping[str, Any]) -> ModelConfig:
-    f = _Fields(raw, "gemma3_text")
+    f = Fields(raw, "gemma3_text")
     ropes = {kind: rope_of(raw, f.defaults, f.read, kind) for kind in ("full_attention", "sliding_attention")}
     sizes = _common(f, ropes.__getitem__, "hidden_activation")
     f.only("use_bidirectional_attention", (False, None))
@@ -262,7 +177,7 @@ def _gemma3(raw: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"config.json: text_config={text!r} must be a record")
     if text.get("model_type", "gemma3_text") != "gemma3_text":
         raise UserError(f"config.json: text_config has model_type={text['model_type']!r}; supported: gemma3_text")
-    f = _Fields(raw, "gemma3")
+    f = Fields(raw, "gemma3")
     f.read |= _IMAGES
     tied = text.get("tie_word_embeddings", True)
     f.only("tie_word_embeddings", (tied,))
@@ -276,7 +191,7 @@ def _gemma3(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _gpt_oss(raw: Mapping[str, Any]) -> ModelConfig:
-    f = _Fields(raw, "gpt_oss")
+    f = Fields(raw, "gpt_oss")
     rope = rope_of(raw, f.defaults, f.read, "full_attention")
     sizes = _common(f, lambda kind: rope, "hidden_act")
     moe = Moe(
@@ -297,6 +212,105 @@ _FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "gpt_oss": _gpt_oss,
     "llama": _llama,
     "qwen3": _qwen3,
+}
+
+
+def _published_llama(layers: int, embed: int, heads: int, head: int) -> ModelConfig:
+    scaling = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    return ModelConfig(
+        num_layers=layers,
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=head,
+        vocab_size=128_256,
+        layer_pattern=(LayerSpec(None, Rope(5e5, scaling)),),
+        mlp=GatedMlp(8192, "silu"),
+        norm_eps=1e-5,
+        attn_scale=head**-0.5,
+        tie_head=True,
+    )
+
+
+def _published_qwen3(layers: int, embed: int, heads: int, hidden: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layers,
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+        layer_pattern=(LayerSpec(None, Rope(1e6)),),
+        mlp=GatedMlp(hidden, "silu"),
+        norm_eps=1e-6,
+        attn_scale=128**-0.5,
+        tie_head=tied,
+        qk_norm=True,
+    )
+
+
+def _published_gemma3(
+    layers: int, embed: int, heads: int, kv_heads: int, head: int, hidden: int, vocab: int, *, window: int, query: int
+) -> ModelConfig:
+    # The smallest model was not stretched to 128k tokens.
+    scaling = LinearScaling(8.0) if window == 1024 else None
+    local, full = LayerSpec(window, Rope(1e4)), LayerSpec(None, Rope(1e6, scaling))
+    return ModelConfig(
+        num_layers=layers,
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head,
+        vocab_size=vocab,
+        layer_pattern=(local,) * 5 + (full,),
+        mlp=GatedMlp(hidden, "gelu_tanh"),
+        norm_eps=1e-6,
+        attn_scale=query**-0.5,
+        tie_head=True,
+        qk_norm=True,
+        post_norms=True,
+        norm_offset=1.0,
+        embed_scale=embed**0.5,
+    )
+
+
+def _published_gpt_oss() -> ModelConfig:
+    scaling = YarnScaling(
+        factor=32.0, beta_fast=32.0, beta_slow=1.0, original_length=4096, truncate=False,
+        attention_factor=0.1 * math.log(32.0) + 1.0,
+    )  # fmt: skip
+    rope = Rope(1.5e5, scaling)
+    return ModelConfig(
+        num_layers=24,
+        embed_dim=2880,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=64,
+        vocab_size=201_088,
+        layer_pattern=(LayerSpec(128, rope), LayerSpec(None, rope)),
+        mlp=Moe(hidden_dim=2880, num_experts=32, num_experts_per_token=4, swiglu_limit=7.0, swiglu_alpha=1.702),
+        norm_eps=1e-5,
+        attn_scale=64**-0.5,
+        tie_head=False,
+        attn_bias=True,
+        attn_sinks=True,
+    )
+
+
+# The paper's twelve models by hub id; Gemma 3 from 4B up: the language model alone.
+PUBLISHED: dict[str, ModelConfig] = {
+    "Qwen/Qwen3-0.6B": _published_qwen3(28, 1024, 16, 3072, True),
+    "Qwen/Qwen3-1.7B": _published_qwen3(28, 2048, 16, 6144, True),
+    "Qwen/Qwen3-4B": _published_qwen3(36, 2560, 32, 9728, True),
+    "Qwen/Qwen3-8B": _published_qwen3(36, 4096, 32, 12_288, False),
+    "Qwen/Qwen3-14B": _published_qwen3(40, 5120, 40, 17_408, False),
+    "meta-llama/Llama-3.2-1B-Instruct": _published_llama(16, 2048, 32, 64),
+    "meta-llama/Llama-3.2-3B-Instruct": _published_llama(28, 3072, 24, 128),
+    "google/gemma-3-1b-it": _published_gemma3(26, 1152, 4, 1, 256, 6912, 262_144, window=512, query=256),
+    "google/gemma-3-4b-it": _published_gemma3(34, 2560, 8, 4, 256, 10_240, 262_208, window=1024, query=256),
+    "google/gemma-3-12b-it": _published_gemma3(48, 3840, 16, 8, 256, 15_360, 262_208, window=1024, query=256),
+    "google/gemma-3-27b-it": _published_gemma3(62, 5376, 32, 16, 128, 21_504, 262_208, window=1024, query=168),
+    "openai/gpt-oss-20b": _published_gpt_oss(),
 }
 
 

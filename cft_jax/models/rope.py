@@ -12,13 +12,15 @@ from cft_jax.models.config import LinearScaling, Llama3Scaling, Rope, YarnScalin
 def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, "half"], float]:
     """Angle per position of each pair of dimensions, and the factor on cos and sin.
 
-    float32 arithmetic in HF's order of operations, so that angles at long positions agree to the last bit.
+    float32 arithmetic in HF's order of operations, so that angles at long positions agree with torch's. The power is
+    rounded once, as torch's is up to a few elements; numpy's own float32 power is off by one bit in a fifth of them.
 
     Returns:
       float32 [H/2] in radians per position, and the amplitude (1 except for YaRN).
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inverse = (np.float32(1.0) / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
+    wavelength = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1.0) / wavelength
     match rope.scaling:
         case None:
             return inverse, 1.0
@@ -27,11 +29,11 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, "h
         case Llama3Scaling() as scaling:
             return _llama3(inverse, scaling), 1.0
         case YarnScaling() as scaling:
-            return _yarn(inverse, scaling, rope.theta, head_dim), scaling.attention_factor
+            return _yarn(wavelength, scaling, rope.theta), scaling.attention_factor
 
 
-def _llama3(inverse: np.ndarray, s: Llama3Scaling) -> np.ndarray:
-    wavelength = 2 * math.pi / inverse
+def _llama3(inverse: Float[np.ndarray, "h"], s: Llama3Scaling) -> Float[np.ndarray, "h"]:
+    wavelength = np.float32(2 * math.pi) / inverse
     low, high = s.original_length / s.low_freq_factor, s.original_length / s.high_freq_factor
     smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     ramp = (1 - smooth) * inverse / s.factor + smooth * inverse
@@ -39,7 +41,9 @@ def _llama3(inverse: np.ndarray, s: Llama3Scaling) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
-def _yarn(inverse: np.ndarray, s: YarnScaling, theta: float, head_dim: int) -> np.ndarray:
+def _yarn(wavelength: Float[np.ndarray, "h"], s: YarnScaling, theta: float) -> Float[np.ndarray, "h"]:
+    head_dim = 2 * len(wavelength)
+
     def dimension_of(rotations: float) -> float:
         """Dimension whose angle makes this many turns over the original length."""
         return head_dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -51,7 +55,8 @@ def _yarn(inverse: np.ndarray, s: YarnScaling, theta: float, head_dim: int) -> n
     width = high - low if high != low else 0.001
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
     keep = np.float32(1) - ramp
-    return (inverse / np.float32(s.factor) * (np.float32(1) - keep) + inverse * keep).astype(np.float32)
+    stretched, plain = np.float32(1) / (np.float32(s.factor) * wavelength), np.float32(1) / wavelength
+    return stretched * (np.float32(1) - keep) + plain * keep
 
 
 def cos_sin(

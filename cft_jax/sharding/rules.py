@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -17,7 +17,7 @@ RULES: dict[str, tuple[str, ...]] = {
 WHOLE = frozenset({"layers", "head_dim", "rank", "experts", "length", "act_embed"})
 
 
-def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions carry the given logical axes.
 
     A dimension that its mesh axes do not divide stays whole (one key/value head under tensor=2, say), so that every

@@ -1,0 +1,94 @@
+"""The keys of a config.json, every one of which must be read, known to be inert, or refused by name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from cft_jax.common.errors import UserError
+from cft_jax.models.config import ModelConfig
+
+# Bookkeeping, training, generation and output options, which change no logits of the published weights.
+_INERT = frozenset(
+    """
+    _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures attention_dropout auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initial_context_length initializer_range label2id length_penalty max_length max_position_embeddings min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type quantization_config
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+# Options of other architectures that any config.json may carry; honouring them would need code that is not here.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False, True, None),
+    "is_encoder_decoder": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "pruned_heads": ({}, None),
+}
+_DERIVED = {"llama": ("head_dim", "num_key_value_heads")}
+
+
+class Fields:
+    """The keys of one config.json record, each of which must be accounted for."""
+
+    def __init__(self, raw: Mapping[str, Any], model_type: str) -> None:
+        self.raw = raw
+        self.config_class = CONFIG_MAPPING[model_type]
+        # What the class works out from its other fields is not a default for a file with other values there.
+        self.defaults = self.config_class().to_dict() | dict.fromkeys(_DERIVED.get(model_type, ()))
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        """The file's value, or the class's default where the file has no such key."""
+        self.read.add(name)
+        return self.raw[name] if name in self.raw else self.defaults.get(name)
+
+    def number(self, name: str, kind: type, default: float | None = None) -> Any:
+        """A positive int or float; `default` is for fields that the config class of some versions lacks.
+
+        Raises:
+          UserError: the value is something else.
+        """
+        value = default if self[name] is None else self[name]
+        allowed = int if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, allowed) or value <= 0:
+            raise UserError(f"config.json: {name}={value!r} must be a positive {kind.__name__}")
+        return kind(value)
+
+    def flag(self, name: str) -> bool:
+        value = self[name]
+        if not isinstance(value, bool):
+            raise UserError(f"config.json: {name}={value!r} must be true or false")
+        return value
+
+    def only(self, name: str, allowed: Sequence[Any]) -> None:
+        """Refuses every value but those that the code honours; an absent key is always one of them."""
+        self.read.add(name)
+        if name in self.raw and self.raw[name] not in allowed:
+            raise UserError(
+                f"config.json: {name}={self.raw[name]!r} is not implemented; supported: "
+                + ", ".join(repr(value) for value in allowed)
+            )
+
+    def close(self, sizes: Mapping[str, Any]) -> Any:
+        """The config of these fields, if every key of the file is accounted for.
+
+        Raises:
+          UserError: nothing has read a key, which might change the model.
+        """
+        for name, allowed in _ONLY.items():
+            self.only(name, allowed)
+        unknown = sorted(set(self.raw) - self.read - _INERT)
+        if unknown:
+            raise UserError(
+                f"config.json: {', '.join(f'{name}={self.raw[name]!r}' for name in unknown)} "
+                "is not implemented; remove the field if it does not change the model"
+            )
+        return ModelConfig(**sizes) if sizes else None

@@ -1,0 +1,161 @@
+"""What a model weighs, worked out from shapes alone: nothing is allocated."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
+
+from cft_jax.common.errors import UserError
+from cft_jax.models.config import GatedMlp, LoraSpec, ModelConfig
+from cft_jax.models.layers import LoraParam
+from cft_jax.models.transformer import Transformer
+from cft_jax.sharding.rules import RULES, partition_spec
+
+_FLOAT32 = 4
+# AdamW's two moments and the gradient, all float32.
+_OPTIMIZER_ARRAYS, _GRADIENT_ARRAYS = 2, 1
+# Scores and probabilities of one layer's attention.
+_ATTENTION_ARRAYS = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model at a time: `rows` of `length` tokens, over all devices."""
+
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Parameters of the whole model, and bytes on each device; activations are estimated, the rest is exact."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes per device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations")
+        sizes = ", ".join(f"{name} {_gib(getattr(self, name))}" for name in parts)
+        return (
+            f"{self.parameters:,} parameters ({self.trainable:,} trained); per device about {_gib(self.total)}: {sizes}"
+        )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def estimate_memory(
+    config: ModelConfig,
+    *,
+    lora: LoraSpec | None,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    mesh: Mesh | AbstractMesh,
+    batch: Batch,
+    remat: str,
+) -> MemoryEstimate:
+    """What training takes on each device of a mesh.
+
+    Args:
+      config: of the model.
+      lora: adapters, which are trained while the rest is frozen; None trains every weight.
+      dtype: of activations.
+      param_dtype: of the stored weights.
+      mesh: sizes of the mesh axes.
+      batch: of one forward and backward pass.
+      remat: see `Transformer`.
+    """
+    parameters = trainable = weights = trained = 0
+    for variable in _variables(config, lora, param_dtype):
+        shape, axes = variable.shape, variable.get_metadata("axes")
+        size, share = math.prod(shape), _share(shape, axes, mesh)
+        weights += share * jnp.dtype(variable.dtype).itemsize
+        if lora is None or isinstance(variable, LoraParam):
+            trainable += size
+            trained += share
+        if not isinstance(variable, LoraParam):
+            parameters += size
+    return MemoryEstimate(
+        parameters=parameters,
+        trainable=trainable,
+        weights=weights,
+        gradients=_GRADIENT_ARRAYS * trained * _FLOAT32,
+        optimizer=_OPTIMIZER_ARRAYS * trained * _FLOAT32,
+        activations=_activations(config, jnp.dtype(dtype).itemsize, mesh, batch, remat),
+    )
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model, a tied head counted once."""
+    return sum(math.prod(variable.shape) for variable in _variables(config, None, jnp.float32))
+
+
+def _variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike) -> list[nnx.Variable]:
+    model = nnx.eval_shape(lambda: Transformer(config, lora=lora, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    return [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _share(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    """Elements of a weight on one device."""
+    cut = [names if isinstance(names, tuple) else (names,) for names in partition_spec(shape, axes, mesh) if names]
+    return math.prod(shape) // math.prod(mesh.shape[name] for names in cut for name in names)
+
+
+def _activations(config: ModelConfig, itemsize: int, mesh: Mesh | AbstractMesh, batch: Batch, remat: str) -> int:
+    """Bytes kept for the backward pass and used within one layer; scores of the head are bounded apart."""
+    rows = -(-batch.rows // math.prod(mesh.shape[name] for name in RULES["batch"]))
+    tokens, tensor = rows * batch.length, mesh.shape["tensor"]
+    heads = config.num_heads * config.head_dim
+    keys = 2 * config.num_kv_heads * config.head_dim
+    mlp = config.mlp
+    # Columns between the matrices of the feed-forward layer: gate, up and their product, for every expert of a token.
+    wide = 3 * mlp.hidden_dim * (1 if isinstance(mlp, GatedMlp) else mlp.num_experts_per_token)
+    scores = _ATTENTION_ARRAYS * config.num_heads * batch.length * _FLOAT32
+    columns = {
+        "none": 6 * config.embed_dim + (2 * (heads + keys) + heads + wide) / tensor,
+        "dots": 3 * config.embed_dim + (heads + keys + wide * 2 / 3) / tensor,
+        "full": config.embed_dim,
+    }
+    whole = tokens * (columns["none"] * itemsize + scores / tensor)
+    kept = tokens * columns[remat] * itemsize
+    if remat == "none":
+        return math.ceil(config.num_layers * whole)
+    return math.ceil(config.num_layers * kept + len(config.layer_pattern) * whole)
+
+
+def require_memory(estimate: MemoryEstimate, available: int | None) -> None:
+    """Refuses what cannot fit.
+
+    Args:
+      estimate: of the run.
+      available: bytes per device; None where the device does not tell.
+
+    Raises:
+      UserError: weights, gradients and optimizer alone are more than there is.
+    """
+    needed = estimate.total - estimate.activations
+    if available is not None and needed > available:
+        raise UserError(
+            f"the model needs {_gib(needed)} per device before any activation and each has {_gib(available)}; "
+            "raise config.mesh.fsdp or config.mesh.tensor, train with LoRA, or take a smaller model"
+        )
+
+
+def device_memory() -> int | None:
+    """Bytes that the first local device can hand out; None where it does not tell, as CPUs."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
