@@ -162,9 +162,12 @@ class Dataset:
         return [self._names[int(task)] for task in tasks]
 
     def _epoch(self, epoch: int) -> Int64[np.ndarray, "_"]:
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self._groups, self._layout.visits, seed=self._seed, epoch=epoch)
-        return self._order[1]
+        # By way of a local: a thread that prefetches may be asking for another epoch.
+        order = self._order
+        if order is None or order[0] != epoch:
+            order = epoch, epoch_order(self._groups, self._layout.visits, seed=self._seed, epoch=epoch)
+            self._order = order
+        return order[1]
 
     def _placed(self, step: int) -> tuple[Blocks, np.ndarray, np.ndarray, Int64[np.ndarray, "4"]]:
         """Blocks, which of them are the step's, the row of each, and what the step needs: rows and their sizes."""
@@ -188,10 +191,12 @@ class Dataset:
         """Blocks that hold the step's, which of them those are, and their sizes without the shared tokens."""
         epoch, index = divmod(step, self.steps_per_epoch)
         chunk, within = divmod(index, self._steps_at_once)
-        if self._chunk is None or self._chunk[0] != (epoch, chunk):
+        made = self._chunk
+        if made is None or made[0] != (epoch, chunk):
             blocks = self._make_blocks(epoch, chunk)
-            self._chunk = (epoch, chunk), blocks, blocks.sizes() - np.array([self.beginning.size, 0, 0])
-        _, blocks, sizes = self._chunk
+            made = (epoch, chunk), blocks, blocks.sizes() - np.array([self.beginning.size, 0, 0])
+            self._chunk = made
+        _, blocks, sizes = made
         per_step = self._layout.tasks_per_step
         first, last = np.searchsorted(blocks.task, [within * per_step, (within + 1) * per_step]).tolist()
         return blocks, np.arange(first, last), sizes[first:last]
