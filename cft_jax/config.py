@@ -144,7 +144,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation before and after training; zero prompts per split means all of them."""
+    """Evaluation before and after training; zero prompts per split means all of them.
+
+    With more than one number per completion (the protocol `batch`) each completion is asked for so many, separated by
+    commas, and only samples are measured.
+    """
 
     enabled: bool = True
     suites: tuple[str, ...] = ("structured",)
@@ -154,6 +158,7 @@ class EvalConfig:
     max_new_tokens: int = 32
     temperature: float = 1.0
     top_p: float = 1.0
+    numbers_per_completion: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,9 +181,10 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes a run of the main job."""
+    """Everything that shapes a run of the main job; `backend` is what the evaluate command runs the model with."""
 
     seed: int = 11
+    backend: str = "jax"
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -277,6 +283,7 @@ def validate(config: Config) -> None:
 def _choices(config: Config) -> list[str]:
     data, train, model = config.data, config.train, config.model
     allowed: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("backend", config.backend, ("jax", "hf")),
         ("model.dtype", model.dtype, ("bfloat16", "float32", "float16")),
         ("model.remat", model.remat, ("none", "full", "dots")),
         ("data.target", data.target, ("soft", "hard")),
@@ -321,6 +328,7 @@ def _ranges(config: Config) -> list[str]:
         ("eval.max_prompts_per_split", config.eval.max_prompts_per_split, 0),
         ("eval.num_samples", config.eval.num_samples, 0),
         ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
+        ("eval.numbers_per_completion", config.eval.numbers_per_completion, 1),
         ("eval.temperature", config.eval.temperature, 0),
         ("log.every_steps", config.log.every_steps, 1),
     ]

@@ -58,7 +58,21 @@ def evaluate_stage(
     Returns:
       The summaries by suite.
     """
-    settings = StructuredSettings(
+    summary = run_structured(
+        JaxBackend(model, tokenizer),
+        prompt_codec(tokenizer, config.data),
+        evaluation_tasks(config, tasks),
+        structured_settings(config),
+        workdir / "eval" / SUITE / stage,
+        checkpoint=checkpoint,
+        write=jax.process_index() == 0,
+    )
+    return {SUITE: summary}
+
+
+def structured_settings(config: Config) -> StructuredSettings:
+    """What the structured suite measures: the values of training, sampled as `eval` says."""
+    return StructuredSettings(
         resolution=Resolution(
             grid=space_settings(config.data),
             full_quantile=config.data.full_quantile if config.data.space == "full" else 0.0,
@@ -69,18 +83,8 @@ def evaluate_stage(
         max_new_tokens=config.eval.max_new_tokens,
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
-        numbers_per_completion=1,
+        numbers_per_completion=config.eval.numbers_per_completion,
     )
-    summary = run_structured(
-        JaxBackend(model, tokenizer),
-        prompt_codec(tokenizer, config.data),
-        evaluation_tasks(config, tasks),
-        settings,
-        workdir / "eval" / SUITE / stage,
-        checkpoint=checkpoint,
-        write=jax.process_index() == 0,
-    )
-    return {SUITE: summary}
 
 
 def prompt_codec(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> PromptCodec:
