@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
@@ -58,12 +59,16 @@ def evaluate_stage(
     Returns:
       The summaries by suite.
     """
+    directory = workdir / "eval" / SUITE / stage
+    logging.info(
+        "evaluating %s training, %s samples a prompt, into %s", stage, f"{config.eval.num_samples:,}", directory
+    )
     summary = run_structured(
         JaxBackend(model, tokenizer),
         prompt_codec(tokenizer, config.data),
         evaluation_tasks(config, tasks),
         structured_settings(config),
-        workdir / "eval" / SUITE / stage,
+        directory,
         checkpoint=checkpoint,
         write=jax.process_index() == 0,
     )

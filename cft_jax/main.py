@@ -10,28 +10,30 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags, logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from cft_jax.base import base_checkpoint, base_tokenizer, load_model
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.workdir import open_workdir
+from cft_jax.common.workdir import check_workdir, setting_up
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.example import render_example
 from cft_jax.data.training import training_dataset
-from cft_jax.distributions import configured_tasks
+from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.evaluate.report import write_report
 from cft_jax.evaluate.structured import SUITE
-from cft_jax.evaluation import check_suites, evaluate_stage
+from cft_jax.evaluation import check_suites, evaluate_stage, evaluation_tasks
 from cft_jax.export import export_model
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding import distributed
@@ -52,20 +54,22 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     start = time.monotonic()
     validate(config)
     check_suites(config)
-    writes = jax.process_index() == 0
-    open_workdir(workdir, config, devices=_devices(), write=writes)
+    check_workdir(workdir, config)
     finished = _finished(workdir, config)
     if finished is not None:
         logging.info("%s is finished (step %d); name a new --workdir for another run", workdir, finished["step"])
         return finished
-    tasks = configured_tasks(config.data)
-    base = base_checkpoint(config, tasks, workdir)
-    tokenizer = base_tokenizer(config.model, base)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
-    dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
-    logging.info("%s", render_example(tokenizer, dataset.batch(0), dataset.beginning))
-    model = load_model(config, base, mesh)
+    writes = jax.process_index() == 0
+    with setting_up(workdir, config, devices=_devices(), write=writes):
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        tasks = configured_tasks(config.data)
+        base = base_checkpoint(config, tasks, workdir)
+        tokenizer = base_tokenizer(config.model, base)
+        _announce(config, workdir, mesh, base, tasks)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+        dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
+        logging.info("%s", render_example(tokenizer, dataset.batch(0), dataset.beginning))
+        model = load_model(config, base, mesh)
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
         summaries["before"] = evaluate_stage(config, model, tokenizer, tasks, workdir, stage="before", checkpoint=base)
@@ -81,6 +85,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         identity={"seed": config.seed, "lora": str(model.lora_spec)},
     )
     if result.preempted:
+        logging.warning("stopped after step %d of %d; the same command goes on from there", result.step, result.stop)
         raise SystemExit(PREEMPTED)
     if config.eval.enabled:
         name = f"{workdir}, step {result.step}"
@@ -101,6 +106,16 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     return summary
 
 
+def _announce(config: Config, workdir: Path, mesh: Mesh, base: str, tasks: Mapping[str, Sequence[Task]]) -> None:
+    """The first words of a run: where it happens, with what."""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    logging.info("run in %s on %s, mesh %s", workdir, _devices(), sizes)
+    logging.info("base model %s", base)
+    tested = Counter(task.split for task in evaluation_tasks(config, tasks)) if config.eval.enabled else {}
+    evaluated = ", ".join(f"{count:,} of {split}" for split, count in tested.items()) or "none"
+    logging.info("%s prompts to train on; to evaluate on: %s", f"{len(tasks[TRAIN]):,}", evaluated)
+
+
 def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """The summary of a run that has done all the steps it is asked for."""
     path = workdir / "summary.json"
@@ -119,7 +134,8 @@ def _export(config: Config, model: Transformer, workdir: Path, summaries: Mappin
     """Writes the trained weights in HF format, in place of what an earlier part of this run exported."""
     directory = workdir / "export"
     if jax.process_index() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
+        for left in (directory, *workdir.glob(".export.*.tmp")):  # the latter by a run killed while it exported
+            shutil.rmtree(left, ignore_errors=True)
     multihost_utils.sync_global_devices("export")
     structured = {stage: summary[SUITE] for stage, summary in summaries.items()}
     export_model(config, model, directory, form=config.export.format, base=base, summaries=structured)
@@ -155,7 +171,7 @@ def _headline(stages: Mapping[str, Any]) -> list[str]:
             values = [splits.get(split, {}).get(section, {}).get(name) for splits in stages.values()]
             if None not in values:
                 lines.append(f"{split:20} {title:11} " + " -> ".join(f"{value:.3f}" for value in values))
-    return [*lines, ""] if lines else []
+    return [f"{'':33}" + " -> ".join(stages), *lines, ""] if lines else []
 
 
 def _devices() -> str:

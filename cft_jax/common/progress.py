@@ -38,6 +38,7 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._first = self._done = done
         self._start = self._logged = time.monotonic()
+        self._logged_done = -1
         self._notes: dict[str, float] = {}
         shown = logging.level_info()
         self._bar: tqdm | None = None
@@ -52,7 +53,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._lines and kind is None and time.monotonic() - self._start >= LOG_SECONDS:
-            self._log()
+            if self._logged_done != self._done:
+                self._log()
 
     def advance(self, count: int = 1, **notes: float) -> None:
         """Adds finished units; `notes` are figures worth seeing beside them (the loss, say)."""
@@ -66,7 +68,7 @@ class Progress:
             self._log()
 
     def _log(self) -> None:
-        self._logged = time.monotonic()
+        self._logged, self._logged_done = time.monotonic(), self._done
         rate = (self._done - self._first) / max(self._logged - self._start, 1e-9)
         left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         notes = "".join(f", {name} {value:.4g}" for name, value in self._notes.items())

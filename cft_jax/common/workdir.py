@@ -1,11 +1,13 @@
 """A run's directory: what it was started with, and whether it may go on or is finished."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,37 @@ from cft_jax.common.files import write_json
 
 # What may differ when a run is resumed, as paths in the config; everything else shapes the weights.
 MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "export")
+RECORD = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy", "scipy")
 
 
-def open_workdir(workdir: Path, config: Any, *, devices: str, write: bool) -> None:
-    """Makes the run's directory, or checks that it holds the same run.
+def check_workdir(workdir: Path, config: Any) -> bool:
+    """Whether the run's directory is still to be made; changes nothing.
+
+    Args:
+      workdir: the directory.
+      config: a dataclass, the resolved configuration.
+
+    Raises:
+      UserError: the directory belongs to a run of another configuration (the fields are named), or holds other files.
+    """
+    if (workdir / RECORD).exists():
+        check_same_run(read_config(workdir), _plain(config), workdir)
+        return False
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a new or empty directory")
+    # Another process of the same run may be writing the record just now.
+    if workdir.exists() and any(not path.name.startswith(f".{RECORD}.") for path in workdir.iterdir()):
+        raise UserError(f"--workdir={workdir} is not empty and holds no run; name a new or empty directory")
+    return True
+
+
+@contextlib.contextmanager
+def setting_up(workdir: Path, config: Any, *, devices: str, write: bool) -> Iterator[None]:
+    """Records a run's configuration around the work that may still find a mistake in it.
+
+    A new run's record stands from the beginning, so that the same command goes on with what a kill left behind; after
+    a UserError nothing is left of the directory. A run that goes on keeps its old record until the work is done.
 
     Args:
       workdir: the directory.
@@ -27,16 +55,44 @@ def open_workdir(workdir: Path, config: Any, *, devices: str, write: bool) -> No
       write: whether this process records the configuration (process 0 does).
 
     Raises:
-      UserError: the directory belongs to a run of another configuration (the fields are named), or holds other files.
+      UserError: see `check_workdir`; or the place is not writable.
     """
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    record = workdir / "config.json"
-    if record.exists():
-        check_same_run(read_config(workdir), values, workdir)
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"--workdir={workdir} is not empty and holds no run; name a new or empty directory")
-    if write:
-        write_json(record, {"config": values, "versions": versions(), "revision": git_revision(), "devices": devices})
+    new = check_workdir(workdir, config)
+    record = {"config": _plain(config), "versions": versions(), "revision": git_revision(), "devices": devices}
+    existed = workdir.exists()
+    try:
+        if new and write:
+            _record(workdir, record)
+        yield
+        if not new and write:
+            _record(workdir, record)
+    except UserError:
+        if new and write and workdir.is_dir():
+            _empty(workdir)
+            if not existed:
+                workdir.rmdir()
+        raise
+
+
+def _record(workdir: Path, record: Mapping[str, Any]) -> None:
+    try:
+        write_json(workdir / RECORD, record)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}; name another one") from error
+
+
+def _empty(workdir: Path) -> None:
+    """Removes what is in a directory that was empty."""
+    for path in workdir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The configuration as JSON reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -45,13 +101,16 @@ def read_config(workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    record = workdir / "config.json"
+    record = workdir / RECORD
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["config"]
+        values = json.loads(record.read_text(encoding="utf-8"))["config"]
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no config.json; it is not the directory of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record} is damaged ({error}); start in a new --workdir") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{record} is damaged (its config is no record); start in a new --workdir")
+    return values
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:

@@ -200,7 +200,7 @@ class _Run:
                         ledger.drain()
                         self.checkpoints.save(done, state, self.record)
                     if stopping:
-                        logging.warning("SIGTERM: saving step %d of %d, then stopping", done, self.stop)
+                        logging.warning("SIGTERM: saving step %d of %d before stopping", done, self.stop)
                         break
         except NotFiniteError as error:
             raise NonFiniteLossError(self._explain(error)) from error
@@ -243,6 +243,7 @@ def _clear_memory_errors() -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "the devices ran out of memory; raise config.train.grad_accum_steps, set config.model.remat=full, or cut "
-            f"the weights over more devices with config.mesh.fsdp ({' '.join(str(error).split())[:200]})"
+            "the devices ran out of memory; cut the weights over more devices with config.mesh.fsdp; or, in a "
+            "new --workdir, raise config.train.grad_accum_steps or set config.model.remat=full "
+            f"({' '.join(str(error).split())[:200]})"
         ) from error

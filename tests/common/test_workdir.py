@@ -6,12 +6,15 @@ import json
 import pytest
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.workdir import MAY_CHANGE, open_workdir, read_config
+from cft_jax.common.workdir import MAY_CHANGE, check_workdir, read_config, setting_up
 from cft_jax.config import Config, MeshConfig, TrainConfig
 
 
-def opened(path, config):
-    open_workdir(path, config, devices="cpu", write=True)
+def opened(path, config, mistake=""):
+    with setting_up(path, config, devices="cpu", write=True):
+        (path / "base").mkdir(exist_ok=True)
+        if mistake:
+            raise UserError(mistake)
 
 
 def test_records_the_whole_config_with_versions(tmp_path):
@@ -26,6 +29,32 @@ def test_goes_on_where_only_free_fields_differ(tmp_path):
     opened(tmp_path, Config())
     opened(tmp_path, Config(mesh=MeshConfig(tensor=2), train=TrainConfig(max_steps=7)))
     assert read_config(tmp_path)["train"]["max_steps"] == 7
+
+
+def test_nothing_is_left_of_a_run_that_could_not_be_set_up(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for place in ("new", "empty"):
+        with pytest.raises(UserError, match="too long"):
+            opened(tmp_path / place, Config(seed=3), mistake="too long")
+        assert check_workdir(tmp_path / place, Config(seed=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_run_that_cannot_go_on_keeps_its_record(tmp_path):
+    opened(tmp_path, Config())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match="no such mesh"):
+        opened(tmp_path, Config(mesh=MeshConfig(tensor=3)), mistake="no such mesh")
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "base").exists()
+    assert not check_workdir(tmp_path, Config())
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/run"):
+        with pytest.raises(UserError, match="name a"):
+            opened(tmp_path / place, Config())
 
 
 def test_refuses_another_run_and_names_the_fields(tmp_path):
@@ -43,9 +72,10 @@ def test_refuses_a_directory_with_other_files(tmp_path):
 
 
 def test_a_damaged_record_is_said(tmp_path):
-    (tmp_path / "config.json").write_text('{"config": {')
-    with pytest.raises(UserError, match="damaged"):
-        opened(tmp_path, Config())
+    for text in ('{"config": {', '{"config": 3}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            opened(tmp_path, Config())
 
 
 def test_the_free_fields_exist():
