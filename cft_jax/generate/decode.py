@@ -49,7 +49,8 @@ def decode(
     column: Int[Array, ""],
     rows: Rows,
     num_asked: Int[Array, ""],
-    draws: Draws,
+    draw_row: Int[Array, "N"],
+    uniform: Float[Array, "N X 2"],
     num_draws: Int[Array, ""],
     stop_ids: Int[Array, "O"],
     steps: Int[Array, ""],
@@ -67,7 +68,8 @@ def decode(
       column: where the rows write.
       rows: see `Rows`.
       num_asked: how many of `rows.asked` count.
-      draws: `draws.row` counts within `rows.asked`.
+      draw_row: the row that each draw follows, counted within `rows.asked`.
+      uniform: numbers of each draw, for every step.
       num_draws: how many of them count.
       stop_ids: tokens that end a sample.
       steps: at most `MAX_STEPS`; more than 1 only where every row has exactly one draw. The call ends early when an
@@ -81,8 +83,8 @@ def decode(
     """
     model = split.merge()
     own = own._replace(visible=own.visible & ~rows.fresh[:, None, None])
-    counts = jnp.arange(draws.row.shape[0]) < num_draws
-    out = jnp.zeros((draws.row.shape[0], MAX_STEPS), jnp.int32)
+    counts = jnp.arange(draw_row.shape[0]) < num_draws
+    out = jnp.zeros(uniform.shape[:2], jnp.int32)
 
     def unfinished(carry) -> Bool[Array, ""]:
         step, done = carry[0], carry[-1]
@@ -96,7 +98,7 @@ def decode(
         own = write_columns(own, new, (column + step) % own.positions.shape[1])
         asked = constrain(hidden[rows.asked, 0], ("batch", "act_embed"), model.mesh)
         drawn = draw_tokens(
-            model, asked, num_asked, draws._replace(step=draws.step + step), num_draws,
+            model, asked, num_asked, Draws(draw_row, jnp.take(uniform, step, axis=1)), num_draws,
             method=method, temperature=temperature, top_p=top_p,
         )  # fmt: skip
         drawn = constrain(drawn, (None,), model.mesh)

@@ -14,7 +14,7 @@ from cft_jax.generate.decode import MAX_STEPS, Rows, decode, move_rows, replace_
 from cft_jax.generate.prefill import bucket, cache_bytes_per_token, check_prompts, empty_cache, prefill
 from cft_jax.generate.prefixes import Completion, Limits, Prefix, Request, advance
 from cft_jax.generate.rows import Grid, Slot
-from cft_jax.generate.sampling import Draws, SamplingSettings, request_key
+from cft_jax.generate.sampling import SamplingSettings, request_key, uniforms
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.stops import StopStrings, model_stop_ids
 from cft_jax.models.transformer import Transformer
@@ -262,17 +262,20 @@ class _Decode:
 
     def _step(self, asked: Sequence[tuple[int, Slot, Prefix]], fresh: np.ndarray) -> np.ndarray:
         """Tokens of all draws of the rows asked, [draws, steps]."""
-        rows, longest = self._rows(fresh), 0
-        draws = _no_draws(self._sizes.draws)
-        done = 0
+        rows, longest, done = self._rows(fresh), 0, 0
+        draw_row, sample, step = (np.zeros(self._sizes.draws, np.int32) for _ in range(3))
+        key = np.zeros((self._sizes.draws, 2), np.uint32)
         for place, (row, slot, prefix) in enumerate(asked):
             assert slot.request is not None
             own = slice(done, done + prefix.samples.size)
-            draws.row[own], draws.key[own], draws.sample[own] = place, slot.request.key, prefix.samples
-            draws.step[own] = len(prefix.tokens)
+            draw_row[own], key[own], sample[own], step[own] = (
+                place,
+                slot.request.key,
+                prefix.samples,
+                len(prefix.tokens),
+            )
             rows.asked[place], rows.draw[row] = row, done
-            done = own.stop
-            longest = max(longest, prefix.fed)
+            done, longest = own.stop, max(longest, prefix.fed)
         alone = done == len(asked) == rows.alive.sum()
         steps = min(MAX_STEPS, self._columns - longest) if alone else 1
         self._own, out, taken = decode(
@@ -282,7 +285,8 @@ class _Decode:
             np.int32(self._clock % self._columns),
             rows,
             np.int32(len(asked)),
-            draws,
+            draw_row,
+            uniforms(key, sample, step, steps=MAX_STEPS),
             np.int32(done),
             self._stop_ids,
             np.int32(steps),
@@ -304,8 +308,3 @@ class _Decode:
             positions[row] = len(prompt) - 1 + fed
             alive[row] = True
         return Rows(tokens, positions, alive, fresh, draw, asked)  # type: ignore[arg-type]
-
-
-def _no_draws(count: int) -> Draws:
-    row, sample, step = (np.zeros(count, np.int32) for _ in range(3))
-    return Draws(row, np.zeros((count, 2), np.uint32), sample, step)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ chosen tile are needed, and no probability is rounded to the spacing of float32 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,15 +60,11 @@ class Draws(NamedTuple):
 
     Attributes:
       row: the row of hidden states that a draw follows.
-      key: of the draw's request (`request_key`).
-      sample: which of the request's samples it belongs to.
-      step: which token of the sample it is.
+      uniform: a draw's numbers, for the tile and for the token (`uniforms`).
     """
 
     row: Int[Array, "N"]
-    key: UInt32[Array, "N 2"]
-    sample: Int[Array, "N"]
-    step: Int[Array, "N"]
+    uniform: Float[Array, "N 2"]
 
 
 def request_key(seed: int, prompt: Sequence[int], occurrence: int) -> UInt32[np.ndarray, "2"]:
@@ -78,6 +75,27 @@ def request_key(seed: int, prompt: Sequence[int], occurrence: int) -> UInt32[np.
     """
     content = f"sample {seed} {occurrence}:".encode() + np.asarray(prompt, np.int64).tobytes()
     return np.frombuffer(hashlib.sha256(content).digest()[:8], np.uint32)
+
+
+@partial(jax.jit, static_argnames="steps")
+def uniforms(
+    key: UInt32[Array, "N 2"], sample: Int[Array, "N"], step: Int[Array, "N"], *, steps: int
+) -> Float[Array, "N X 2"]:
+    """Two numbers in [0, 1) for each draw of a token: the halves of 64 random bits, 24 bits of each.
+
+    Args:
+      key: of the draw's request (`request_key`).
+      sample: which of the request's samples it is for.
+      step: which token of the sample it is for.
+      steps: for how many tokens from there on.
+    """
+
+    def bits(key: Array, sample: Array, step: Array) -> Array:
+        of_sample = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), sample)
+        return jax.random.bits(jax.random.fold_in(of_sample, step), (2,), jnp.uint32)
+
+    each = jax.vmap(jax.vmap(bits, (None, None, 0)))(key, sample, step[:, None] + jnp.arange(steps))
+    return (each >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def draw_tokens(
@@ -113,31 +131,17 @@ def draw_tokens(
     cumulative = jnp.cumsum(masses, axis=-1)
     tiling = Tiling.of(model)
 
-    def draw(row: Array, key: Array, sample: Array, step: Array) -> Int[Array, "n"]:
-        upper, lower = _uniforms(key, sample, step)
-        ids, exists = tiling.tokens(_invert(cumulative[row], upper))
+    def draw(row: Int[Array, "n"], uniform: Float[Array, "n 2"]) -> Int[Array, "n"]:
+        ids, exists = tiling.tokens(_invert(cumulative[row], uniform[:, 0]))
         scores = token_scores(model, hidden[row], ids)
         scores = jnp.where(exists & (scores >= floor[row][:, None]), scores, -jnp.inf) / temperature
         # Scores made again may differ in the last digits: a tile whose only token was at the floor may seem empty.
         peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-        within = _invert(jnp.cumsum(jnp.exp(scores - peak), axis=-1), lower)
+        within = _invert(jnp.cumsum(jnp.exp(scores - peak), axis=-1), uniform[:, 1])
         return jnp.take_along_axis(ids, within[:, None], axis=1)[:, 0]
 
     at_a_time = min(max(_GATHERED // (TILE * hidden.shape[1]), 1), draws.row.shape[0])
     return map_rows(draw, at_a_time, num_draws, *draws)
-
-
-def _uniforms(
-    key: UInt32[Array, "n 2"], sample: Int[Array, "n"], step: Int[Array, "n"]
-) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
-    """Two numbers in [0, 1) for every draw: the halves of its 64 random bits, 24 bits of each."""
-
-    def bits(key: Array, sample: Array, step: Array) -> Array:
-        key = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, sample), step), (2,), jnp.uint32)
-
-    uniform = (jax.vmap(bits)(key, sample, step) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
-    return uniform[:, 0], uniform[:, 1]
 
 
 def _invert(cumulative: Float[Array, "n S"], uniform: Float[Array, "n"]) -> Int[Array, "n"]:

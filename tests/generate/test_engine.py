@@ -1,3 +1,6 @@
+import itertools
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +8,7 @@ from scipy import stats
 
 from cft_jax.common.errors import UserError
 from cft_jax.generate import Sampler, engine
-from cft_jax.generate.sampling import _uniforms, request_key
+from cft_jax.generate.sampling import request_key, uniforms
 from cft_jax.generate.vocabulary import TILE
 from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
@@ -28,19 +31,23 @@ def tokens_of(completions):
 
 
 def logits_after(model, prompt, tokens):
-    """Logits after the prompt and after each of the tokens, from one pass over the whole text."""
-    return np.asarray(model(np.array([[*prompt, *tokens]]))[0, len(prompt) - 1 :], np.float64)
+    """Logits after the prompt and after each of the tokens, from one pass over the whole text; float64."""
+    text = [*prompt, *tokens]
+    # Padded, so that texts of all lengths run through one compiled program.
+    width = max(40, len(text))
+    mask = np.arange(width)[None] < len(text)
+    logits = model(np.pad(text, (0, width - len(text)))[None], mask=mask)
+    return np.asarray(logits[0, len(prompt) - 1 : len(text)], np.float64)
 
 
 def drawn_alone(model, prompt, seed, sample, length):
     """A sample drawn token by token, the whole text run anew for each; float64 on the same random numbers."""
     tokens: list[int] = []
-    key = np.asarray(request_key(seed, prompt, 0))[None]
+    numbers = uniforms(request_key(seed, prompt, 0)[None], np.array([sample]), np.array([0]), steps=length)[0]
     while len(tokens) < length:
         logits = logits_after(model, prompt, tokens)[-1]
         probs = np.exp(logits - logits.max())
-        at = np.array([sample]), np.array([len(tokens)])
-        upper, lower = (float(x[0]) for x in _uniforms(jax.numpy.asarray(key), *map(jax.numpy.asarray, at)))
+        upper, lower = np.asarray(numbers[len(tokens)], np.float64)
         padded = np.pad(probs, (0, -probs.size % TILE)).reshape(-1, TILE)
         tile = np.searchsorted(padded.sum(1).cumsum(), upper * probs.sum(), side="right")
         within = np.searchsorted(padded[tile].cumsum(), lower * padded[tile].sum(), side="right")
@@ -51,7 +58,7 @@ def drawn_alone(model, prompt, seed, sample, length):
     return tuple(tokens)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_decode_beyond_the_window_equals_prefill(family, make_model, make_sampler):
     # Windows are 5 and 7; the rows' caches grow from 16 columns on; three rows serve five samples.
     model, length = make_model(family), 21
@@ -61,7 +68,7 @@ def test_decode_beyond_the_window_equals_prefill(family, make_model, make_sample
             assert completions[sample].tokens == drawn_alone(model, prompt, 4, sample, length)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1, 1), (0.5, 1), (1.8, 1), (1, 0.8), (0.7, 0.5), (1.3, 0.95)])
+@pytest.mark.parametrize("temperature, top_p", [(1, 1), (0.5, 1), (1.8, 1), (1, 0.8), (0.9, 0.7), (1.3, 0.95)])
 def test_texts_follow_the_model(temperature, top_p, make_model, make_sampler):
     model, prompt, vocab = make_model("few_tokens"), [4, 9, 1], 13
 
@@ -126,8 +133,8 @@ def test_many_prompts_refill_few_rows(make_sampler, random_strings):
     prompts = [list(string) for string in random_strings(23, seed=8, longest=50, alphabet=40)]
     ask = {"num_samples": 2, "max_new_tokens": 18, "seed": 3}
     stops = (STOP, *range(60, 75))
-    few = make_sampler("gemma3", batch_size=8, stop_ids=stops).complete(prompts, **ask)
-    many = make_sampler("gemma3", stop_ids=stops).complete(prompts, **ask)
+    few = make_sampler("llama", batch_size=8, stop_ids=stops).complete(prompts, **ask)
+    many = make_sampler("llama", stop_ids=stops).complete(prompts, **ask)
     assert few == many
     lengths = [len(item.tokens) for items in few for item in items]
     assert min(lengths) < 5 and max(lengths) == 18
@@ -147,10 +154,12 @@ def test_stop_tokens_and_lengths(make_sampler):
 def test_stop_strings_cut_the_text(make_sampler, small_tokenizer):
     sampler, ask = make_sampler("llama", stop_ids=()), {"num_samples": 60, "max_new_tokens": 14, "seed": 2}
     whole = sampler.sample([PROMPTS[0]], **ask)[0]
-    # Two characters that really follow each other; they may be one token or two.
-    stop = [whole[5][3:5], whole[9][2]]
+    # A frequent letter, and two characters that follow each other somewhere: one token or two.
+    letters = Counter(letter for text in whole for letter in text if letter.isascii())
+    pairs = Counter(a + b for text in whole for a, b in itertools.pairwise(text) if (a + b).isascii())
+    stop = [pairs.most_common(3)[-1][0], letters.most_common(1)[0][0]]
     cut = sampler.sample([PROMPTS[0]], stop=stop, **ask)[0]
-    assert cut[5] != whole[5]
+    assert sum(a != b for a, b in zip(cut, whole, strict=True)) > 5
     for short, long in zip(cut, whole, strict=True):
         places = [long.find(text) for text in stop if text in long]
         assert short == long[: min(places, default=len(long))]
@@ -176,7 +185,7 @@ def test_greedy_is_transformers_greedy(tmp_path, write_hf, hf_config, small_toke
 
     from cft_jax.checkpoints import from_pretrained
 
-    theirs = write_hf(tmp_path, hf_config("gemma3_text"), seed=3)
+    theirs = write_hf(tmp_path, hf_config("qwen3"), seed=3)
     prompts = [[5, 9, 40, 33, 2, 71], [8, 8, 60, 4, 9, 33, 2, 71, 20, 5, 19, 44]]
     sampler = Sampler(from_pretrained(tmp_path, dtype="float32", param_dtype="float32"), small_tokenizer, stop_ids=())
     found = sampler.complete(prompts, num_samples=2, max_new_tokens=24, temperature=0, seed=0)
@@ -226,7 +235,6 @@ def test_refused_arguments(make_sampler):
         ([[1]], {"top_p": 0.0}, r"top_p=0\.0"),
         ([[1]], {"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
         ([[1]], {"stop": [""]}, "stop="),
-        (["text"], {}, "not a text"),
     ]:
         with pytest.raises(UserError, match=message):
             sampler.sample(prompts, **(ask | changes))

@@ -6,7 +6,7 @@ from scipy import stats
 
 from cft_jax.common.errors import UserError
 from cft_jax.generate import SamplingSettings
-from cft_jax.generate.sampling import Draws, draw_tokens, request_key
+from cft_jax.generate.sampling import Draws, draw_tokens, request_key, uniforms
 
 NUM_DRAWS = 20_000
 
@@ -25,7 +25,7 @@ def softmax(logits, temperature, top_p):
 def draws_of(rows, key=(1, 2), step=0):
     count = len(rows)
     keys = jnp.tile(jnp.asarray(key, jnp.uint32), (count, 1))
-    return Draws(jnp.asarray(rows, jnp.int32), keys, jnp.arange(count), jnp.full(count, step))
+    return Draws(jnp.asarray(rows, jnp.int32), uniforms(keys, jnp.arange(count), jnp.full(count, step), steps=1)[:, 0])
 
 
 def draw(model, hidden, draws, temperature, top_p, num_rows=None):
@@ -70,7 +70,7 @@ def test_rare_tokens_are_as_frequent_as_they_should_be(make_model):
     assert abs(count - 4e5 * probs[rare]) < 5 * np.sqrt(4e5 * probs[rare])
 
 
-def test_a_draw_depends_on_key_sample_and_step_alone(make_model):
+def test_a_draw_depends_on_its_hidden_state_and_numbers_alone(make_model):
     model = make_model("qwen3")
     hidden = jax.random.normal(jax.random.key(1), (9, model.config.embed_dim))
     rows = np.arange(300) % 9
@@ -78,10 +78,21 @@ def test_a_draw_depends_on_key_sample_and_step_alone(make_model):
     some = np.array([5, 288, 17, 100])
     part = Draws(*(x[some] for x in draws_of(rows)))
     assert (draw(model, hidden, part, 1, 1) == whole[some]).all()
-    moved = part._replace(row=jnp.zeros(1, jnp.int32), **{n: getattr(part, n)[2:3] for n in ("key", "sample", "step")})
+    moved = Draws(jnp.zeros(1, jnp.int32), part.uniform[2:3])
     assert draw(model, hidden[8:9], moved, 1, 1) == whole[17]
-    for other in (draws_of(rows, key=(1, 3)), draws_of(rows, step=1)):
-        assert (draw(model, hidden, other, 1, 1) == whole).mean() < 0.5
+
+
+def test_uniform_numbers_are_those_of_key_sample_and_step():
+    count = 500
+    key = jnp.tile(jnp.asarray(request_key(3, [1, 2], 0)), (count, 1))
+    samples, zeros = jnp.arange(count), jnp.zeros(count, jnp.int32)
+    whole = np.asarray(uniforms(key, samples, zeros, steps=4))
+    np.testing.assert_array_equal(uniforms(key[:3], samples[7:10], zeros[:3] + 2, steps=1)[:, 0], whole[7:10, 2])
+    assert len(np.unique(whole)) > 0.999 * whole.size
+    assert stats.kstest(whole.ravel(), "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(whole.reshape(count, -1).T) - np.eye(8)).max() < 0.2
+    other = jnp.tile(jnp.asarray(request_key(3, [1, 2], 1)), (count, 1))
+    assert (np.asarray(uniforms(other, samples, zeros, steps=4)) != whole).mean() > 0.999
 
 
 def test_greedy_takes_the_first_of_the_most_probable(make_model):
