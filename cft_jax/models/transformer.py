@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cft_jax.models.attention import Attention, Segment, tree_visible
-from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig
+from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
 from cft_jax.models.layers import RmsNorm, einsum, normal_param
 from cft_jax.models.mlp import Mlp
 from cft_jax.models.moe import MoeMlp
@@ -157,14 +157,7 @@ class Transformer(nnx.Module):
         Returns:
           hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with until > 0).
         """
-        x = self.embed[...][tokens].astype(self.dtype)
-        if self.config.embed_scale != 1.0:
-            # HF rounds the scale to the parameters' dtype before it multiplies (sqrt(1152) is 34 in bfloat16).
-            x = x * jnp.asarray(self.config.embed_scale, self.param_dtype).astype(self.dtype)
-        x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
-        visible = tree_visible(until)
-        specs = {spec.rope for spec in self.config.layer_pattern}
-        ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in specs}
+        x, visible, ropes = self.begin(tokens, positions, until)
         keys, values = [], []
         for s, (blocks, (repeats, pattern)) in enumerate(zip(self.stacks, self.config.stacks, strict=True)):
             graphdef, state = nnx.split(blocks)
@@ -191,6 +184,19 @@ class Transformer(nnx.Module):
             values.append(tuple(v for _, v in new))
         cache = KVCache(tuple(keys), tuple(values), positions, (until > 0)[:, None, :])
         return self.final_norm(x), cache
+
+    def begin(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], until: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T T"], dict[Rope, tuple[Array, Array]]]:
+        """What the first layer takes: embeddings, which token sees which, cos and sin of every rope."""
+        x = self.embed[...][tokens].astype(self.dtype)
+        if self.config.embed_scale != 1.0:
+            # HF rounds the scale to the parameters' dtype before it multiplies (sqrt(1152) is 34 in bfloat16).
+            x = x * jnp.asarray(self.config.embed_scale, self.param_dtype).astype(self.dtype)
+        x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
+        specs = {spec.rope for spec in self.config.layer_pattern}
+        ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in specs}
+        return x, tree_visible(until), ropes
 
     def _rematerialised(self, period):
         if self.remat == "none":

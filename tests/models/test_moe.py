@@ -1,0 +1,74 @@
+"""The mixture of experts against gpt-oss's module in transformers, and its adapters against merged matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+from cft_jax.models.config import LoraSpec, Moe
+from cft_jax.models.moe import MoeMlp
+
+D, F, E = 12, 10, 5
+MOE = Moe(hidden_dim=F, num_experts=E, num_experts_per_token=2, swiglu_limit=1.5, swiglu_alpha=1.1)
+
+
+def random_module(*, lora=None):
+    module = MoeMlp(MOE, D, 1, lora=lora, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape[1:]), jnp.float32), state))
+
+
+def test_experts_equal_transformers():
+    ours = random_module()
+    config = GptOssConfig(
+        hidden_size=D,
+        intermediate_size=F,
+        num_local_experts=E,
+        num_experts_per_tok=2,
+        swiglu_alpha=1.1,
+        swiglu_limit=1.5,
+    )
+    theirs = GptOssMLP(config)
+    weights = {
+        "router.weight": ours.router_kernel[...].T,
+        "router.bias": ours.router_bias[...],
+        "experts.gate_up_proj": ours.gate_up_proj.kernel[...],
+        "experts.gate_up_proj_bias": ours.gate_up_proj.bias[...],
+        "experts.down_proj": ours.down_proj.kernel[...],
+        "experts.down_proj_bias": ours.down_proj.bias[...],
+    }
+    theirs.load_state_dict({name: torch.tensor(np.array(value)) for name, value in weights.items()})
+    x = np.random.default_rng(1).normal(size=(3, 7, D)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(x))[0].numpy()
+    # Both clamps act on these inputs.
+    inner = x.reshape(-1, D) @ np.asarray(ours.gate_up_proj.kernel[...])[0]
+    assert (np.abs(inner) > 1.5).mean() > 0.1
+    np.testing.assert_allclose(ours(jnp.asarray(x), key=None, mesh=None), expected, atol=1e-4, rtol=0)
+
+
+def test_no_token_is_dropped_when_all_choose_one_expert():
+    module = random_module()
+    module.router_kernel.set_value(jnp.zeros((D, E)))
+    module.router_bias.set_value(jnp.array([0.0, 9.0, 0.0, 8.0, 0.0]))
+    x = np.random.default_rng(2).normal(size=(2, 50, D)).astype(np.float32)
+    whole = module(jnp.asarray(x), key=None, mesh=None)
+    alone = np.stack([[module(jnp.asarray(t[None, None]), key=None, mesh=None)[0, 0] for t in row[:3]] for row in x])
+    np.testing.assert_allclose(whole[:, :3], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])
+def test_an_experts_adapter_is_a_change_of_its_matrix(target):
+    lora = LoraSpec(rank=2, alpha=3.0, dropout=0.0, targets=(target,))
+    module, plain = random_module(lora=lora), random_module(lora=lora)
+    adapted = getattr(module, target)
+    merged = adapted.kernel[...] + 1.5 * jnp.einsum("EIR,ERO->EIO", adapted.lora.a[...], adapted.lora.b[...])
+    getattr(plain, target).kernel.set_value(merged)
+    getattr(plain, target).lora.b.set_value(jnp.zeros_like(adapted.lora.b[...]))
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, D)), jnp.float32)
+    np.testing.assert_allclose(module(x, key=None, mesh=None), plain(x, key=None, mesh=None), rtol=1e-4, atol=1e-4)
