@@ -34,7 +34,7 @@ def choose_panels(
     One prompt per family, by splits in turn as they are given; the user's own prompts come before all families.
 
     Args:
-      records: by stage, `before` and `after`; only those with a `distribution` can be shown.
+      records: by stage (`before` and `after`) or by run; only those with a `distribution` can be shown.
       splits: the splits, most interesting first.
       limit: at most so many.
     """
@@ -76,6 +76,5 @@ def _panel(stages: Mapping[str, Record]) -> Panel:
         kind=shown["kind"],
         values=tuple(shown["values"]),
         target=np.array(shown["target"], np.float64),
-        before=models.get("before"),
-        after=models.get("after"),
+        models=models,
     )

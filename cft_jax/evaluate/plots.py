@@ -28,7 +28,19 @@ from cft_jax.evaluate.metrics.exact import as_numbers
 # Each colour stands for a CSS variable of the report, which has a light, a dark and a printed value of it.
 INK, MUTED, GRID = "#1b1f29", "#667085", "#e4e7ed"
 TARGET, BEFORE, AFTER = "#d3d8e0", "#d9730d", "#1f6feb"
-_CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", TARGET: "target", BEFORE: "before", AFTER: "after"}
+GREEN, PURPLE, RED, TEAL = "#0f8a5f", "#8b46c8", "#cf3341", "#0e8ea8"
+_CSS_VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    TARGET: "target",
+    BEFORE: "before",
+    AFTER: "after",
+    GREEN: "green",
+    PURPLE: "purple",
+    RED: "red",
+    TEAL: "teal",
+}
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
@@ -77,7 +89,7 @@ class Panel:
       kind: `continuous`, `discrete` (integers or listed numbers) or `text`.
       values: the strings.
       target: their probabilities.
-      before, after: the model's, not renormalised; None where there is none.
+      models: name → a model's probabilities of them, not renormalised; the last is the one that matters most.
     """
 
     title: str
@@ -85,23 +97,34 @@ class Panel:
     kind: str
     values: tuple[str, ...]
     target: Float[np.ndarray, "N"]
-    before: Float[np.ndarray, "N"] | None
-    after: Float[np.ndarray, "N"] | None
-
-    @property
-    def models(self) -> list[tuple[str, Float[np.ndarray, "N"]]]:
-        """Name and probabilities of the models there are."""
-        return [(name, q) for name, q in (("before", self.before), ("after", self.after)) if q is not None]
+    models: Mapping[str, Float[np.ndarray, "N"]]
 
 
-LINES: Mapping[str, Mapping[str, Any]] = {
-    "before": {"color": BEFORE, "linestyle": (0, (3.2, 1.6)), "linewidth": 1.5},
-    "after": {"color": AFTER, "linestyle": "solid", "linewidth": 1.7},
-}
-_DOTS: Mapping[str, Mapping[str, Any]] = {
-    "before": {"color": BEFORE, "marker": "D", "markersize": 3.2, "fillstyle": "none", "markeredgewidth": 1.1},
-    "after": {"color": AFTER, "marker": "o", "markersize": 3.8},
-}
+# Colour, line and dot of the models of a plot, in order: by before and after training, or by run.
+_DASHES = ((0, (3.2, 1.6)), "solid", (0, (6, 1.5, 1.2, 1.5)), (0, (1.2, 1.2)), (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)))
+_MARKERS = ("D", "o", "s", "^", "v", "P")
+COLOURS = (BEFORE, AFTER, GREEN, PURPLE, RED, TEAL)
+
+
+def colour_variable(index: int) -> str:
+    """The CSS variable of the colour of a plot's model number `index`."""
+    return _CSS_VARIABLES[COLOURS[index % len(COLOURS)]]
+
+
+def _place(name: str, index: int) -> int:
+    """A model's place among the styles; those of before and after training are fixed, whichever is missing."""
+    return {"before": 0, "after": 1}.get(name, index) % len(COLOURS)
+
+
+def _line(name: str, index: int) -> dict[str, Any]:
+    place = _place(name, index)
+    return {"color": COLOURS[place], "linestyle": _DASHES[place], "linewidth": 1.7 if place else 1.5}
+
+
+def _dot(name: str, index: int) -> dict[str, Any]:
+    place = _place(name, index)
+    size = {"markersize": 3.8} if place else {"markersize": 3.2, "fillstyle": "none", "markeredgewidth": 1.1}
+    return {"color": COLOURS[place], "marker": _MARKERS[place], "linestyle": "none", **size}
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -168,8 +191,8 @@ def draw_cumulative(ax: Axes, panel: Panel) -> None:
         return cumulative[np.concatenate([[taken[0]], taken + 1, [taken[-1] + 1]])]
 
     ax.fill_between(places, heights(target), step="post", color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.step(places, heights(q), where="post", **LINES[name])
+    for index, (name, q) in enumerate(models):
+        ax.step(places, heights(q), where="post", **_line(name, index))
     ax.set_xlim(low, high)
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -181,15 +204,16 @@ def calibration_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> F
     """The model's share below the target's quantiles, averaged over families; the diagonal is perfect.
 
     Args:
-      curves: by `before` and `after`, the `calibration` section of a split's summary.
+      curves: by model, the `calibration` section of a split's summary.
     """
     figure, (ax,) = new_figure(4.1, 3.6, 1, 1)
     levels = np.linspace(0, 1, len(next(iter(curves.values()))["model"]) + 1)
     ax.plot([0, 1], [0, 1], color=TARGET, linewidth=5, solid_capstyle="round")
-    for name, curve in curves.items():
+    for index, (name, curve) in enumerate(curves.items()):
+        line = _line(name, index)
         low, high = (np.append(0.0, curve[key]) for key in ("cumulative_p10", "cumulative_p90"))
-        ax.fill_between(levels, low, high, color=LINES[name]["color"], alpha=0.16, linewidth=0)
-        ax.plot(levels, np.append(0.0, np.cumsum(curve["model"])), **LINES[name])
+        ax.fill_between(levels, low, high, color=line["color"], alpha=0.16, linewidth=0)
+        ax.plot(levels, np.append(0.0, np.cumsum(curve["model"])), **line)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="target's share", ylabel="model's share", aspect="equal")
     ax.grid(True, axis="both")
     for axis in (ax.xaxis, ax.yaxis):
@@ -260,7 +284,7 @@ def _any_script() -> Iterator[None]:
 
 
 def _legend_entries() -> tuple[list[Any], list[str]]:
-    handles = [Patch(facecolor=TARGET), Line2D([], [], **LINES["before"]), Line2D([], [], **LINES["after"])]
+    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **_line(name, 0)) for name in ("before", "after"))]
     return handles, ["target", "before training", "after training"]
 
 
@@ -268,7 +292,7 @@ def _sorted(panel: Panel) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.nd
     numbers = as_numbers(panel.values)
     assert numbers is not None
     order = np.argsort(numbers, kind="stable")
-    return numbers[order], panel.target[order], [(name, q[order]) for name, q in panel.models]
+    return numbers[order], panel.target[order], [(name, q[order]) for name, q in panel.models.items()]
 
 
 def _shown_range(numbers: np.ndarray, target: np.ndarray, kind: str) -> tuple[float, float]:
@@ -299,9 +323,9 @@ def _draw_density(ax: Axes, panel: Panel) -> None:
         return np.add.reduceat(masses[:end], starts) / np.diff(bounds)
 
     ax.stairs(density(target), bounds, fill=True, color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.stairs(density(q), bounds, baseline=None, **LINES[name])
-    _limit_height(ax, density(target), [(name, density(q)) for name, q in models])
+    for index, (name, q) in enumerate(models):
+        ax.stairs(density(q), bounds, baseline=None, **_line(name, index))
+    _limit_height(ax, density(target), [density(q) for _, q in models])
     ax.set_xlim(low, high)
 
 
@@ -313,11 +337,11 @@ def _edges(numbers: np.ndarray) -> np.ndarray:
     return np.concatenate([[2 * numbers[0] - middle[0]], middle, [2 * numbers[-1] - middle[-1]]])
 
 
-def _limit_height(ax: Axes, target: np.ndarray, models: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Cuts off what towers over the target before training, so that the rest can be seen."""
-    heights = {"target": float(target.max()), **{name: float(q.max()) for name, q in models}}
-    wanted = max(height for name, height in heights.items() if name != "before")
-    ax.set_ylim(0, 1.12 * max(wanted, min(heights.get("before", 0.0), 1.6 * wanted)))
+def _limit_height(ax: Axes, target: np.ndarray, models: Sequence[np.ndarray]) -> None:
+    """Cuts off what towers over the target, but for the last model, so that the rest can be seen."""
+    heights = [float(q.max()) for q in models]
+    wanted = max([float(target.max()), *heights[-1:]])
+    ax.set_ylim(0, 1.12 * max(wanted, min(max(heights, default=0.0), 1.6 * wanted)))
 
 
 def _draw_bars(ax: Axes, panel: Panel) -> None:
@@ -326,22 +350,22 @@ def _draw_bars(ax: Axes, panel: Panel) -> None:
         places, labels = np.arange(order.size, dtype=np.float64), [panel.values[i] for i in order]
         fits = sum(len(label) + 2 for label in labels) < _LABEL_CHARACTERS
         ax.set_xticks(places, labels, rotation=0 if fits else 40, ha="center" if fits else "right", parse_math=False)
-        target, models = panel.target[order], [(name, q[order]) for name, q in panel.models]
+        target, models = panel.target[order], [(name, q[order]) for name, q in panel.models.items()]
     else:
         places, target, models = _sorted(panel)
         ax.set_xlim(*_shown_range(places, target, panel.kind))
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     width = 0.8 * float(np.diff(places).min()) if places.size > 1 else 0.8
     ax.bar(places, target, width, color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.plot(places, q, linestyle="none", **_DOTS[name])
-    _limit_height(ax, target, models)
+    for index, (name, q) in enumerate(models):
+        ax.plot(places, q, **_dot(name, index))
+    _limit_height(ax, target, [q for _, q in models])
 
 
 def _draw_mass_lines(ax: Axes, panel: Panel) -> None:
     numbers, target, models = _sorted(panel)
     ax.fill_between(numbers, target, step="mid", color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.step(numbers, q, where="mid", **LINES[name])
+    for index, (name, q) in enumerate(models):
+        ax.step(numbers, q, where="mid", **_line(name, index))
     ax.set_xlim(*_shown_range(numbers, target, panel.kind))
-    _limit_height(ax, target, models)
+    _limit_height(ax, target, [q for _, q in models])

@@ -120,12 +120,13 @@ def test_panels_show_every_family_once_and_custom_first(workdir):
     assert len(choose_panels(results, ["test_unseen_params", "test_ood_family"], 3)) == 3
     gaussian = next(panel for _, panel in chosen if panel.title == "Gaussian")
     assert gaussian.subtitle.startswith("μ = ") and gaussian.kind == "continuous"
-    assert gaussian.before is not None and gaussian.before.sum() == pytest.approx(0.1, abs=1e-4)
+    assert list(gaussian.models) == ["before", "after"]
+    assert gaussian.models["before"].sum() == pytest.approx(0.1, abs=1e-4)
 
 
 def panel(kind, values, target, **models):
-    arrays = {"before": None, "after": None, **{name: np.array(q) for name, q in models.items()}}
-    return plots.Panel("Title", "", kind, tuple(map(str, values)), np.array(target), **arrays)
+    arrays = {name: np.array(q) for name, q in models.items()}
+    return plots.Panel("Title", "", kind, tuple(map(str, values)), np.array(target), arrays)
 
 
 def drawn(shown):
