@@ -89,6 +89,8 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(_mended(error)) from error
     if len(rest) > 1 and "args" not in values:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, see --help")
+    if len(rest) > 1:
+        values["args"].value = rest[1:]
 
 
 def _mended(error: Exception) -> str:

@@ -27,7 +27,7 @@ def figure_key(record: Record) -> Key:
 
 
 def choose_panels(
-    records: Mapping[str, Sequence[Record]], splits: Sequence[str], limit: int
+    records: Mapping[str, Sequence[Record]], styles: Mapping[str, int], splits: Sequence[str], limit: int
 ) -> list[tuple[Key, Panel]]:
     """The prompts to show, at most `limit`, with their keys.
 
@@ -35,6 +35,7 @@ def choose_panels(
 
     Args:
       records: by stage (`before` and `after`) or by run; only those with a `distribution` can be shown.
+      styles: by stage or run, as in `Panel`.
       splits: the splits, most interesting first.
       limit: at most so many.
     """
@@ -56,7 +57,7 @@ def choose_panels(
                     groups.add(latest[key]["group"])
                     chosen.append(key)
                     break
-    return [(key, _panel({stage: rows[key] for stage, rows in kept.items() if key in rows})) for key in chosen]
+    return [(key, _panel({stage: rows[key] for stage, rows in kept.items() if key in rows}, styles)) for key in chosen]
 
 
 def _rank(record: Record) -> int:
@@ -66,7 +67,7 @@ def _rank(record: Record) -> int:
     return _FAMILY_ORDER.index(group) if group in _FAMILY_ORDER else len(_FAMILY_ORDER)
 
 
-def _panel(stages: Mapping[str, Record]) -> Panel:
+def _panel(stages: Mapping[str, Record], styles: Mapping[str, int]) -> Panel:
     shown = next(iter(stages.values()))["distribution"]
     models = {stage: np.array(record["distribution"]["model"], np.float64) for stage, record in stages.items()}
     title = shown["title"].strip()
@@ -77,4 +78,5 @@ def _panel(stages: Mapping[str, Record]) -> Panel:
         values=tuple(shown["values"]),
         target=np.array(shown["target"], np.float64),
         models=models,
+        styles=styles,
     )

@@ -90,6 +90,7 @@ class Panel:
       values: the strings.
       target: their probabilities.
       models: name → a model's probabilities of them, not renormalised; the last is the one that matters most.
+      styles: name → number of a model's style, the same in every plot of a page.
     """
 
     title: str
@@ -98,33 +99,30 @@ class Panel:
     values: tuple[str, ...]
     target: Float[np.ndarray, "N"]
     models: Mapping[str, Float[np.ndarray, "N"]]
+    styles: Mapping[str, int]
 
 
-# Colour, line and dot of the models of a plot, in order: by before and after training, or by run.
+# Colour, line and dot by number of a style.
+COLOURS = (BEFORE, AFTER, GREEN, PURPLE, RED, TEAL)
 _DASHES = ((0, (3.2, 1.6)), "solid", (0, (6, 1.5, 1.2, 1.5)), (0, (1.2, 1.2)), (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)))
 _MARKERS = ("D", "o", "s", "^", "v", "P")
-COLOURS = (BEFORE, AFTER, GREEN, PURPLE, RED, TEAL)
+STAGE_STYLES = {"before": 0, "after": 1}
 
 
-def colour_variable(index: int) -> str:
-    """The CSS variable of the colour of a plot's model number `index`."""
-    return _CSS_VARIABLES[COLOURS[index % len(COLOURS)]]
+def colour_variable(style: int) -> str:
+    """The CSS variable of a style's colour."""
+    return _CSS_VARIABLES[COLOURS[style % len(COLOURS)]]
 
 
-def _place(name: str, index: int) -> int:
-    """A model's place among the styles; those of before and after training are fixed, whichever is missing."""
-    return {"before": 0, "after": 1}.get(name, index) % len(COLOURS)
+def _line(style: int) -> dict[str, Any]:
+    style %= len(COLOURS)
+    return {"color": COLOURS[style], "linestyle": _DASHES[style], "linewidth": 1.7 if style else 1.5}
 
 
-def _line(name: str, index: int) -> dict[str, Any]:
-    place = _place(name, index)
-    return {"color": COLOURS[place], "linestyle": _DASHES[place], "linewidth": 1.7 if place else 1.5}
-
-
-def _dot(name: str, index: int) -> dict[str, Any]:
-    place = _place(name, index)
-    size = {"markersize": 3.8} if place else {"markersize": 3.2, "fillstyle": "none", "markeredgewidth": 1.1}
-    return {"color": COLOURS[place], "marker": _MARKERS[place], "linestyle": "none", **size}
+def _dot(style: int) -> dict[str, Any]:
+    style %= len(COLOURS)
+    size = {"markersize": 3.8} if style else {"markersize": 3.2, "fillstyle": "none", "markeredgewidth": 1.1}
+    return {"color": COLOURS[style], "marker": _MARKERS[style], "linestyle": "none", **size}
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -191,8 +189,8 @@ def draw_cumulative(ax: Axes, panel: Panel) -> None:
         return cumulative[np.concatenate([[taken[0]], taken + 1, [taken[-1] + 1]])]
 
     ax.fill_between(places, heights(target), step="post", color=TARGET, linewidth=0)
-    for index, (name, q) in enumerate(models):
-        ax.step(places, heights(q), where="post", **_line(name, index))
+    for name, q in models:
+        ax.step(places, heights(q), where="post", **_line(panel.styles[name]))
     ax.set_xlim(low, high)
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -200,17 +198,18 @@ def draw_cumulative(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def calibration_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def calibration_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], styles: Mapping[str, int]) -> Figure:
     """The model's share below the target's quantiles, averaged over families; the diagonal is perfect.
 
     Args:
       curves: by model, the `calibration` section of a split's summary.
+      styles: by model, as in `Panel`.
     """
     figure, (ax,) = new_figure(4.1, 3.6, 1, 1)
     levels = np.linspace(0, 1, len(next(iter(curves.values()))["model"]) + 1)
     ax.plot([0, 1], [0, 1], color=TARGET, linewidth=5, solid_capstyle="round")
-    for index, (name, curve) in enumerate(curves.items()):
-        line = _line(name, index)
+    for name, curve in curves.items():
+        line = _line(styles[name])
         low, high = (np.append(0.0, curve[key]) for key in ("cumulative_p10", "cumulative_p90"))
         ax.fill_between(levels, low, high, color=line["color"], alpha=0.16, linewidth=0)
         ax.plot(levels, np.append(0.0, np.cumsum(curve["model"])), **line)
@@ -284,7 +283,7 @@ def _any_script() -> Iterator[None]:
 
 
 def _legend_entries() -> tuple[list[Any], list[str]]:
-    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **_line(name, 0)) for name in ("before", "after"))]
+    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **_line(style)) for style in STAGE_STYLES.values())]
     return handles, ["target", "before training", "after training"]
 
 
@@ -323,8 +322,8 @@ def _draw_density(ax: Axes, panel: Panel) -> None:
         return np.add.reduceat(masses[:end], starts) / np.diff(bounds)
 
     ax.stairs(density(target), bounds, fill=True, color=TARGET, linewidth=0)
-    for index, (name, q) in enumerate(models):
-        ax.stairs(density(q), bounds, baseline=None, **_line(name, index))
+    for name, q in models:
+        ax.stairs(density(q), bounds, baseline=None, **_line(panel.styles[name]))
     _limit_height(ax, density(target), [density(q) for _, q in models])
     ax.set_xlim(low, high)
 
@@ -357,15 +356,15 @@ def _draw_bars(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     width = 0.8 * float(np.diff(places).min()) if places.size > 1 else 0.8
     ax.bar(places, target, width, color=TARGET, linewidth=0)
-    for index, (name, q) in enumerate(models):
-        ax.plot(places, q, **_dot(name, index))
+    for name, q in models:
+        ax.plot(places, q, **_dot(panel.styles[name]))
     _limit_height(ax, target, [q for _, q in models])
 
 
 def _draw_mass_lines(ax: Axes, panel: Panel) -> None:
     numbers, target, models = _sorted(panel)
     ax.fill_between(numbers, target, step="mid", color=TARGET, linewidth=0)
-    for index, (name, q) in enumerate(models):
-        ax.step(numbers, q, where="mid", **_line(name, index))
+    for name, q in models:
+        ax.step(numbers, q, where="mid", **_line(panel.styles[name]))
     ax.set_xlim(*_shown_range(numbers, target, panel.kind))
     _limit_height(ax, target, [q for _, q in models])

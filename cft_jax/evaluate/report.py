@@ -138,7 +138,7 @@ def _headline(data: ReportData) -> str:
 
 def _gallery(data: ReportData) -> str:
     records = {stage: result.records for stage, result in data.results.items()}
-    panels = choose_panels(records, _splits(data), _MAX_PANELS)
+    panels = choose_panels(records, plots.STAGE_STYLES, _splits(data), _MAX_PANELS)
     if not panels:
         return ""
     figures = []
@@ -193,7 +193,11 @@ def _curves(data: ReportData) -> str:
     for split in _splits(data)[:1]:
         curves = {stage: s["calibration"] for stage, s in _of_split(data, split).items() if "calibration" in s}
         if curves:
-            image = plots.svg(plots.calibration_figure(curves), "calibration", "calibration before and after training")
+            image = plots.svg(
+                plots.calibration_figure(curves, plots.STAGE_STYLES),
+                "calibration",
+                "calibration before and after training",
+            )
             caption = f"<span><b>Calibration</b>{html.escape(split_title(split))}</span>"
             figures.append(f"<figure><figcaption>{caption}</figcaption>{image}</figure>")
     rows = [row for row in data.metrics if row.get("loss") is not None]

@@ -113,11 +113,11 @@ def test_an_empty_directory_has_a_page(tmp_path):
 
 def test_panels_show_every_family_once_and_custom_first(workdir):
     results = {stage: result.records for stage, result in read_report_data(workdir).results.items()}
-    chosen = choose_panels(results, ["test_unseen_params", "test_ood_family"], 10)
+    chosen = choose_panels(results, plots.STAGE_STYLES, ["test_unseen_params", "test_ood_family"], 10)
     titles = [panel.title for _, panel in chosen]
     assert titles[0].startswith("Pick <script>")
     assert sorted(titles[1:]) == ["Binomial", "Cauchy", "Exponential", "Gaussian", "Poisson"]
-    assert len(choose_panels(results, ["test_unseen_params", "test_ood_family"], 3)) == 3
+    assert len(choose_panels(results, plots.STAGE_STYLES, ["test_unseen_params", "test_ood_family"], 3)) == 3
     gaussian = next(panel for _, panel in chosen if panel.title == "Gaussian")
     assert gaussian.subtitle.startswith("μ = ") and gaussian.kind == "continuous"
     assert list(gaussian.models) == ["before", "after"]
@@ -126,7 +126,7 @@ def test_panels_show_every_family_once_and_custom_first(workdir):
 
 def panel(kind, values, target, **models):
     arrays = {name: np.array(q) for name, q in models.items()}
-    return plots.Panel("Title", "", kind, tuple(map(str, values)), np.array(target), arrays)
+    return plots.Panel("Title", "", kind, tuple(map(str, values)), np.array(target), arrays, plots.STAGE_STYLES)
 
 
 def drawn(shown):
@@ -181,7 +181,7 @@ def test_degenerate_and_long_panels_draw():
 
 def test_gallery_is_a_png(workdir):
     results = {stage: result.records for stage, result in read_report_data(workdir).results.items()}
-    panels = [panel for _, panel in choose_panels(results, ["test_unseen_params"], 4)]
+    panels = [panel for _, panel in choose_panels(results, plots.STAGE_STYLES, ["test_unseen_params"], 4)]
     assert plots.png(plots.gallery_figure(panels, 3), 40).startswith(b"\x89PNG")
 
 

@@ -1,0 +1,40 @@
+"""Puts evaluations side by side, as tables and plots in one HTML file; differences are to the first.
+
+    python -m cft_jax.compare --output=comparison.html eval/base eval/soft eval/hard
+
+A RUN is the --workdir of cft_jax.evaluate, or of cft_jax.main, which holds an evaluation before and one after training.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from cft_jax.common import cli
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_atomically
+from cft_jax.evaluate.comparison import read_runs, render_comparison
+
+
+def _main(values: flags.FlagValues) -> None:
+    output, paths = values["output"].value, values["args"].value
+    if not output or not paths:
+        raise UserError("--output=FILE.html and at least one RUN are needed; see --help")
+    page = render_comparison(read_runs([Path(path) for path in paths]))
+    try:
+        write_atomically(Path(output), page)
+    except OSError as error:
+        raise UserError(f"cannot write --output={output}: {error.strerror or error}") from error
+    sys.stdout.write(f"{output}\n")
+
+
+def main() -> None:
+    """The command line."""
+    values = cli.new_flags(config=False)
+    flags.DEFINE_string("output", None, "The HTML file to write.", flag_values=values)
+    flags.DEFINE_list("args", [], "RUN [RUN ...], given without --args.", flag_values=values)
+    cli.run(_main, values, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()
