@@ -175,8 +175,13 @@ def _headline(stages: Mapping[str, Any]) -> list[str]:
 
 
 def _devices() -> str:
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} processes"
+    devices, processes = jax.devices(), jax.process_count()
+    kind, platform = devices[0].device_kind, devices[0].platform
+    return (
+        f"{len(devices)} x {kind}"
+        + (f" ({platform})" if platform != kind else "")
+        + (f" in {processes} processes" if processes > 1 else "")
+    )
 
 
 def _main(values: flags.FlagValues) -> None:

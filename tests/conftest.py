@@ -182,3 +182,77 @@ def hf_config():
         return config_class(**(_HF_SIZES[family] | changes), architectures=[model_class])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def program_cache(tmp_path_factory) -> Path:
+    """Directory of compiled programs, shared by the runs of a test session, in this process and in others."""
+    import jax
+
+    directory = tmp_path_factory.mktemp("programs")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def configured(tmp_path_factory):
+    """Reads a config file with overrides (`train.epochs=2`) as the commands do; the data cache is a fresh one."""
+    import sys
+
+    from cft_jax.common import cli
+    from cft_jax.config import from_config_dict
+
+    cache = tmp_path_factory.mktemp("data")
+
+    def read(file: Path | str, *overrides: str):
+        arguments = ["prog", f"--config={file}", f"--config.data.cache_dir={cache}"]
+        arguments += [f"--config.{override}" for override in overrides]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)  # where ml_collections looks for overrides
+            values = cli.new_flags(config=True)
+            values(arguments)
+            return from_config_dict(cli.config_of(values))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def start_command(tmp_path_factory, program_cache):
+    """Starts `python -m cft_jax.<name>` with its arguments on one CPU device; returns the process."""
+    import subprocess
+    import sys
+
+    home = tmp_path_factory.mktemp("home")
+
+    def start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "XLA_FLAGS": "",
+            "XDG_CACHE_HOME": str(home),
+            "JAX_COMPILATION_CACHE_DIR": str(program_cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", f"cft_jax.{name}", *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def command(start_command):
+    """Runs a command to its end; returns exit code, stdout and stderr."""
+
+    def run(name: str, *arguments: str | Path) -> tuple[int, str, str]:
+        process = start_command(name, *arguments)
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+    return run
