@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from scipy import stats
 from cft_jax.common.errors import UserError
 from cft_jax.generate import SamplingSettings
 from cft_jax.generate.sampling import Draws, draw_tokens, request_key, uniforms
+from cft_jax.generate.split_model import SplitModel
 
 NUM_DRAWS = 20_000
 
@@ -28,10 +31,16 @@ def draws_of(rows, key=(1, 2), step=0):
     return Draws(jnp.asarray(rows, jnp.int32), uniforms(keys, jnp.arange(count), jnp.full(count, step), steps=1)[:, 0])
 
 
+@partial(jax.jit, static_argnames="method")
+def _draw(split, hidden, num_rows, draws, num_draws, *, method, temperature, top_p):
+    options = {"method": method, "temperature": temperature, "top_p": top_p}
+    return draw_tokens(split.merge(), hidden, num_rows, draws, num_draws, **options)
+
+
 def draw(model, hidden, draws, temperature, top_p, num_rows=None):
     settings = SamplingSettings(temperature, top_p)
-    found = draw_tokens(
-        model, hidden, jnp.int32(num_rows or hidden.shape[0]), draws, jnp.int32(draws.row.shape[0]),
+    found = _draw(
+        SplitModel.of(model), hidden, jnp.int32(num_rows or hidden.shape[0]), draws, jnp.int32(draws.row.shape[0]),
         method=settings.method, temperature=jnp.float32(temperature or 1), top_p=jnp.float32(top_p),
     )  # fmt: skip
     return np.asarray(found)
