@@ -1,0 +1,184 @@
+"""The main job on checkpoints that transformers wrote: what it exports is, in transformers and peft, the trained model.
+
+Expected logits: transformers and peft in float32 on CPU, computed here; tolerance 1e-4.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cft_jax import export
+from cft_jax.base import scratch_tokenizer
+from cft_jax.common.workdir import read_config
+from cft_jax.common.writer import read_metrics
+from cft_jax.config import from_config_dict
+from cft_jax.distributions import configured_tasks
+from cft_jax.main import run
+from cft_jax.text.chat import encode_chat, terminator_id
+
+LLAMA = Path(__file__).parents[1] / "configs" / "llama.py"
+FEW_PROMPTS = (
+    "model.dtype=float32",
+    "data.train_families=geometric,exponential",
+    "data.heldout_families=poisson",
+    "data.grid_points=3",
+    "train.learning_rate=0.02",
+    "train.batch_size=4",
+    "train.max_steps=4",
+    "eval.max_prompts_per_split=1",
+    "eval.num_samples=8",
+)
+# Rank, alpha and targets other than the paper's, to see that they travel.
+LORA = ("model.lora.rank=5", "model.lora.alpha=7.0", "model.lora.targets=q_proj,v_proj,down_proj")
+pytestmark = pytest.mark.usefixtures("program_cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(configured):
+    """Llama 3's where it lies, else one made for the prompts."""
+    real = Path(os.environ.get("CFT_TOKENIZERS", "")) / "llama3"
+    if os.environ.get("CFT_TOKENIZERS") and real.is_dir():
+        return AutoTokenizer.from_pretrained(real)
+    tasks = configured_tasks(configured(LLAMA, *FEW_PROMPTS).data)
+    return scratch_tokenizer(task for split in tasks.values() for task in split)
+
+
+@pytest.fixture(scope="module")
+def write_base(write_hf, hf_config, tokenizer):
+    """Writes a small Llama with scaled rope in shards, with its tokenizer; returns the directory."""
+
+    def write(directory, **changes):
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 40,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 512,
+        }
+        end = terminator_id(tokenizer, "tokenizer_eos")
+        write_hf(directory, hf_config("llama", **sizes, eos_token_id=end, **changes), max_shard_size="40KB")
+        tokenizer.save_pretrained(directory)
+        assert len(list(directory.glob("model-*-of-*.safetensors"))) > 2
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def soft(tmp_path_factory, write_base, configured):
+    """A finished run on soft targets; the head is tied."""
+    place = tmp_path_factory.mktemp("soft")
+    base = write_base(place / "base", tie_word_embeddings=True)
+    summary = run(configured(LLAMA, f"model.checkpoint={base}", *FEW_PROMPTS, *LORA), place / "run")
+    return place, summary
+
+
+def text_ids(tokenizer):
+    """A prompt, and text beyond the rope's original length."""
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": "Output ONLY the number."}])
+    return np.array([(prompt + [7] * 64)[:64], np.random.default_rng(0).integers(0, len(tokenizer), 64)])
+
+
+def jax_logits(workdir, ids):
+    """Of the newest orbax checkpoint."""
+    model, _ = export.load_trained(workdir, from_config_dict(read_config(workdir)))
+    return np.asarray(model(ids))
+
+
+def torch_logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(ids)).logits.numpy()
+
+
+def plain(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+
+def with_adapter(base, adapter):
+    return PeftModel.from_pretrained(plain(base), adapter)
+
+
+def export_command(workdir, output, form):
+    arguments = ["export", f"--workdir={workdir}", f"--output={output}", f"--format={form}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        export.main()
+
+
+def test_the_adapter_is_the_trained_model_in_peft(soft, tokenizer):
+    place, summary = soft
+    ids = text_ids(tokenizer)
+    ours = jax_logits(place / "run", ids)
+    theirs = torch_logits(with_adapter(place / "base", place / "run" / "export"), ids)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=0)
+    assert np.abs(torch_logits(plain(place / "base"), ids) - ours).max() > 1e-2, "training changed the model"
+    assert summary["checkpoint"] == str(place / "base")
+    stages = summary["evaluations"]["structured"]
+    before, after = (stages[stage]["test_unseen_params"]["exact"]["kl"] for stage in ("before", "after"))
+    assert after < before
+
+
+def test_the_adapter_says_what_it_is(soft):
+    place, _ = soft
+    written = json.loads((place / "run" / "export" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (5, 7, 0.05)
+    assert set(written["target_modules"]) == {"q_proj", "v_proj", "down_proj"}
+    assert written["base_model_name_or_path"] == str(place / "base")
+    names = {path.name for path in (place / "run" / "export").iterdir()}
+    assert names >= {"adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert not [name for name in names if name.startswith("model") or name == "config.json"]
+
+
+def test_the_export_command_writes_both_forms(soft, tokenizer, tmp_path, capsys):
+    place, _ = soft
+    ids = text_ids(tokenizer)
+    for form in ("adapter", "merged"):
+        export_command(place / "run", tmp_path / form, form)
+    again = "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / again).read_bytes() == (place / "run" / "export" / again).read_bytes()
+    np.testing.assert_allclose(
+        torch_logits(plain(tmp_path / "merged"), ids), jax_logits(place / "run", ids), atol=1e-4, rtol=0
+    )
+    base = {file.name for file in (place / "base").glob("model*")}
+    assert base == {file.name for file in (tmp_path / "merged").glob("model*")}
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    chat = [{"role": "user", "content": "hi"}]
+    assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert "## Figures" in (tmp_path / "merged" / "README.md").read_text()
+    assert str(tmp_path / "merged") in capsys.readouterr().out
+
+
+def test_exports_overwrite_nothing(soft, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for output, words in ((tmp_path, "not empty"), ("", "--output")):
+        with pytest.raises(SystemExit) as stopped:
+            export_command(soft[0] / "run", output, "merged")
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_hard_targets_with_a_head_of_its_own(tmp_path, write_base, configured, tokenizer):
+    base = write_base(tmp_path / "base", tie_word_embeddings=False)
+    overrides = (f"model.checkpoint={base}", *FEW_PROMPTS, "eval.enabled=False", "export.format=merged")
+    run(configured(f"{LLAMA}:1b-hard", *overrides), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    ids = text_ids(tokenizer)
+    merged = torch_logits(plain(tmp_path / "run" / "export"), ids)
+    np.testing.assert_allclose(merged, jax_logits(tmp_path / "run", ids), atol=1e-4, rtol=0)
+    before, after = (
+        {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for directory in (base, tmp_path / "run" / "export")
+    )
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    export_command(tmp_path / "run", tmp_path / "adapter", "adapter")
+    np.testing.assert_allclose(torch_logits(with_adapter(base, tmp_path / "adapter"), ids), merged, atol=1e-4, rtol=0)
