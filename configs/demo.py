@@ -35,6 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.epochs = 6
     config.train.learning_rate = 3e-3
     config.train.max_grad_norm = 1.0
-    config.eval.max_prompts_per_split = 40
+    config.eval.max_prompts_per_split = 24
+    config.eval.num_samples = 400
+    config.eval.max_new_tokens = 8
     config.export.format = "merged"
     return config
