@@ -39,7 +39,9 @@ MAX_LINES = 600
 
 
 def place(path: Path) -> str:
-    """The package of a file; commands at the top level count as `main`."""
+    """The package of a file; commands, at the top level or as a package's `__main__`, count as `main`."""
+    if path.name == "__main__.py":
+        return "main"
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     return first if first in ORDER else "main"
 

@@ -96,6 +96,9 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def _mended(error: Exception) -> str:
     """The message of an absl or ml_collections error, without their Python-level wording."""
     text = str(error.args[0] if error.args else error).replace("FATAL Flags parsing error: ", "")
+    # A mistake that a config file found in its argument arrives wrapped in the stack trace of its making.
+    if "errors.UserError: " in text:
+        return text.rpartition("errors.UserError: ")[2]
     near = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
     if isinstance(error, AttributeError | KeyError):
         name = near.group(2) if near else text.strip("'\" ").split()[0]

@@ -91,7 +91,10 @@ def render_comparison(runs: Sequence[Run]) -> str:
 def _runs_of(path: Path) -> list[Run]:
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give the --workdir of an evaluation or of a run")
-    name = path.resolve().name
+    whole = path.resolve()
+    name = whole.name
+    if name in _STAGES and whole.parent.parent.name == "eval":
+        name = f"{whole.parents[2].name} {name}"
     stages = [(stage, path / "eval" / SUITE / stage) for stage in _STAGES]
     present = [(stage, place) for stage, place in stages if (place / "summary.json").exists()]
     if present:
@@ -142,10 +145,10 @@ def _split_table(runs: Sequence[Run], split: str) -> str:
             rows += f"<tr><td>{heading}</td>{_cells(values, intervals, is_share, better)}</tr>"
     if not rows:
         return ""
-    prompts = max(_of(run, split).get("num_prompts", 0) for run in runs)
-    return f"<h2>{html.escape(split_title(split))}</h2><p class='note'>{prompts} prompts.</p>" + _table(
-        _heads(runs, ""), rows
-    )
+    # Averages over other prompts are other figures, so the numbers of prompts stand first.
+    prompts = "".join(f"<td>{_of(run, split).get('num_prompts', 0):,}</td>" for run in runs)
+    table = _table(_heads(runs, ""), f"<tr><td>prompts</td>{prompts}</tr>{rows}")
+    return f"<h2>{html.escape(split_title(split))}</h2>{table}"
 
 
 def _cells(

@@ -4,6 +4,7 @@ It is there to check exports and to compare speed, so it is plain: `generate` in
 each once behind the cached prompt.
 """
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from cft_jax.checkpoints import hub
 from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.common.errors import UserError
 from cft_jax.generate import TrieScore
+from cft_jax.text.chat import terminator_id
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
 from cft_jax.text.trie import Trie
 
@@ -133,6 +136,25 @@ class HfBackend:
                 if prefix not in done:
                     done.add(prefix)
                     yield prefix, torch.log_softmax(out.logits[row, depth].float(), -1)
+
+
+def hf_stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a generation: those of the checkpoint, the tokenizer and the chat template.
+
+    Raises:
+      UserError: nothing names a token.
+    """
+    named = model.generation_config.eos_token_id
+    found = set(named) if isinstance(named, list) else {named}
+    found.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template is not None:
+        # A template may end turns in plain text, which is no token.
+        with contextlib.suppress(UserError):
+            found.add(terminator_id(tokenizer, "auto"))
+    stops = sorted(int(token) for token in found if token is not None)
+    if not stops:
+        raise UserError("neither generation_config.json nor the tokenizer names a token that ends a text")
+    return tuple(stops)
 
 
 def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_only: bool) -> Any:

@@ -33,6 +33,7 @@ def root(tmp_path_factory, character_model, character_codec):
 def test_runs_of_the_main_job_come_with_both_stages(root):
     runs = read_runs([root / "base<1>", root / "soft"])
     assert [run.name for run in runs] == ["base<1>", "soft before", "soft after"]
+    assert [run.name for run in read_runs([root / "soft/eval/structured/after"])] == ["soft after"]
     again = read_runs([root / "base<1>", root / "base<1>"])
     assert [run.name for run in again] == ["base<1> (1)", "base<1> (2)"]
 

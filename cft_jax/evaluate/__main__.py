@@ -1,0 +1,84 @@
+"""Measures a model: a hub id, a directory in Hugging Face format (with or without an adapter), or a run's directory.
+
+    python -m cft_jax.evaluate --config=configs/eval/structured.py --workdir=eval/base --config.model.checkpoint=WHAT
+    python -m cft_jax.evaluate --config=configs/eval/structured.py:runs/llama --workdir=eval/llama
+
+The second form takes the data settings of a run of cft_jax.main and measures its newest checkpoint. The same command
+on the same --workdir goes on where a killed evaluation stopped. `--config.backend=hf` runs the model by transformers;
+of a run it then measures the weights in `export/`.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from cft_jax.backends import load_backend
+from cft_jax.common import cli
+from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_atomically
+from cft_jax.common.workdir import setting_up
+from cft_jax.config import Config, from_config_dict, validate
+from cft_jax.distributions import configured_tasks
+from cft_jax.evaluate.comparison import read_runs, render_comparison
+from cft_jax.evaluate.structured import run_structured
+from cft_jax.evaluation import check_suites, evaluation_tasks, prompt_codec, structured_settings
+from cft_jax.sharding import distributed
+
+
+def run(config: Config, workdir: Path) -> Mapping[str, Any]:
+    """Measures what `config` names and returns the summary, as written.
+
+    Raises:
+      UserError: a mistake of the user's, before anything is overwritten.
+    """
+    validate(config)
+    check_suites(config)
+    if config.model.scratch.enabled:
+        raise UserError("config.model.scratch makes a model to train; name one to measure by config.model.checkpoint")
+    writes = jax.process_index() == 0
+    with setting_up(workdir, config, devices=f"{len(jax.devices())} x {jax.devices()[0].device_kind}", write=writes):
+        tasks = evaluation_tasks(config, configured_tasks(config.data))
+        backend, tokenizer, name = load_backend(config)
+    summary = run_structured(
+        backend,
+        prompt_codec(tokenizer, config.data),
+        tasks,
+        structured_settings(config),
+        workdir,
+        checkpoint=name,
+        write=writes,
+    )
+    if writes:
+        write_atomically(workdir / "report.html", render_comparison(read_runs([workdir])))
+    return summary
+
+
+def _main(values: flags.FlagValues) -> None:
+    config = from_config_dict(cli.config_of(values))
+    validate(config)
+    distributed.start()
+    use_compilation_cache()
+    workdir = Path(values["workdir"].value or f"runs/eval-{cli.config_name(values)}")
+    summary = run(config, workdir)
+    for split, figures in summary["splits"].items():
+        for section in ("exact", "sampled"):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.get(section, {}).items())
+            if shown:
+                logging.info("%s, %s: %s", split, section, shown)
+    sys.stdout.write(f"{workdir / 'summary.json'}\n{workdir / 'report.html'}\n")
+
+
+def main() -> None:
+    """The command line."""
+    values = cli.new_flags(config=True)
+    flags.DEFINE_string("workdir", None, "Directory of the results.", flag_values=values)
+    cli.run(_main, values, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

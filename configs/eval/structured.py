@@ -1,0 +1,28 @@
+"""The structured-sampling suite: exact and sampled figures of a model on the paper's test prompts.
+
+    python -m cft_jax.evaluate --config=configs/eval/structured.py --workdir=eval/base --config.model.checkpoint=WHAT
+    python -m cft_jax.evaluate --config=configs/eval/structured.py:runs/llama --workdir=eval/llama
+
+WHAT is a hub id, a directory in HF format or the directory of a run. The paper's few prompts instead of all 683:
+`--config.data.eval_prompt_selection=paper_selected`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from cft_jax.common.workdir import read_config
+from cft_jax.config import default_config_dict, from_config_dict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: the directory of a run, whose data settings are taken and whose newest checkpoint is measured."""
+    config = default_config_dict()
+    if arg:
+        config = ConfigDict(dataclasses.asdict(from_config_dict(read_config(Path(arg)))))
+        config.model.checkpoint = arg
+        config.model.scratch.enabled = False
+    config.eval.suites = ("structured",)
+    config.export.enabled = False
+    return config
