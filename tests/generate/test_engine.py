@@ -205,7 +205,6 @@ def test_mesh_and_unmerged_adapters(make_sampler):
     ask = {"num_samples": 8, "max_new_tokens": 6, "seed": 1}
     one = make_sampler("llama", lora=lora).complete(PROMPTS, **ask)
     assert one == make_sampler("llama", lora=lora, mesh=mesh).complete(PROMPTS, **ask)
-    assert one != make_sampler("llama").complete(PROMPTS, **ask)
 
 
 def test_long_texts_in_little_memory(make_model, make_sampler, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import logsumexp
 
 from cft_jax.common.errors import UserError
-from cft_jax.generate import Scorer, score, score_trie
+from cft_jax.generate import Scorer, score, score_trie, vocabulary
 from cft_jax.generate.vocabulary import Tiling, tile_log_masses
 from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
@@ -67,7 +67,7 @@ def test_prompts_of_all_lengths_and_tries_of_all_sizes_together(make_model, make
 
 def test_long_prompts_are_prefilled_in_pieces(make_model, make_trie, random_strings, monkeypatch):
     monkeypatch.setattr("cft_jax.generate.prefill.PIECE", 16)
-    model, strings = make_model("gpt_oss"), random_strings(5, seed=3)
+    model, strings = make_model("llama"), random_strings(5, seed=3)
     prompts = [np.random.default_rng(n).integers(5, 90, n).tolist() for n in (101, 70)]
     scores = Scorer(model).score(prompts, [make_trie(strings)] * 2)
     for prompt, found in zip(prompts, scores, strict=True):
@@ -115,21 +115,27 @@ def test_mesh_and_unmerged_adapters(make_model, make_trie, random_strings):
         assert np.abs(a.string_log_probs - c.string_log_probs).max() > 0.01
 
 
-@pytest.mark.parametrize("vocab, width, shards", [(331, 256, 1), (97, 97, 1), (1000, 256, 1), (264, 128, 2)])
-def test_tiles_hold_every_token_once(vocab, width, shards):
-    tiling = Tiling(shards, vocab // shards, min(128, vocab // shards), width)
-    tokens, counts = (np.asarray(x) for x in tiling.tokens(jnp.arange(tiling.tiles)))
-    assert sorted(tokens[counts].tolist()) == list(range(vocab))
+@pytest.mark.parametrize("vocab, shards", [(331, 1), (97, 1), (1024, 1), (264, 2)])
+def test_tiles_hold_every_token_once(vocab, shards):
+    tiling = Tiling(shards, vocab // shards)
+    tokens, exist = (np.asarray(x) for x in tiling.tokens(jnp.arange(shards * tiling.tiles)))
+    assert sorted(tokens[exist].tolist()) == list(range(vocab))
     assert tokens.min() >= 0 and tokens.max() < vocab
 
 
-def test_tile_masses_are_those_of_the_logits(make_model):
+# 128 scores and 2**20: blocks of a single tile with a remainder, and one block that is nearly the whole vocabulary.
+@pytest.mark.parametrize("scores", [128, 1 << 20])
+def test_tile_masses_are_those_of_the_logits(scores, make_model, monkeypatch):
+    monkeypatch.setattr(vocabulary, "_SCORES_CPU", scores)
     model = make_model("gemma3")
     hidden = jax.random.normal(jax.random.key(5), (300, model.config.embed_dim))
-    masses, tiling = tile_log_masses(model, hidden, jnp.int32(290), jnp.float32(0.7))
-    logits = np.asarray(model.logits(hidden), np.float64) / 0.7
-    for tile, (tokens, counts) in enumerate(zip(*tiling.tokens(jnp.arange(tiling.tiles)), strict=True)):
-        want = logsumexp(logits[:290][:, np.asarray(tokens)[np.asarray(counts)]], axis=1)
+    floor = jnp.where(jnp.arange(300) % 2 == 0, -jnp.inf, 0.1)
+    masses = np.asarray(tile_log_masses(model, hidden, jnp.int32(290), jnp.float32(0.7), floor))
+    logits = np.asarray(model.logits(hidden), np.float64)
+    logits = np.where(logits >= np.asarray(floor)[:, None], logits, -np.inf)[:290] / 0.7
+    tiling = Tiling.of(model)
+    for tile, (tokens, exist) in enumerate(zip(*tiling.tokens(jnp.arange(tiling.tiles)), strict=True)):
+        want = logsumexp(logits[:, np.asarray(tokens)[np.asarray(exist)]], axis=1)
         np.testing.assert_allclose(masses[:290, tile], want, rtol=0, atol=2e-5)
 
 
