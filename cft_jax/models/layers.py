@@ -27,6 +27,11 @@ def einsum(equation: str, x: Array, w: Array, *, out_dtype: DTypeLike | None = N
     return jnp.einsum(equation, x, w, precision=matmul_precision(dtype), preferred_element_type=out_dtype)
 
 
+def spread(x: Array, ndim: int) -> Array:
+    """`x` with leading axes of size 1: what broadcasts is said, since silent rank promotion hides mistakes."""
+    return jnp.expand_dims(x, range(ndim - x.ndim))
+
+
 def normal_param(
     key: Key[Array, ""], shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, dtype: DTypeLike
 ) -> nnx.Param:
@@ -116,7 +121,7 @@ class Linear(nnx.Module):
         """Applies one layer's slice (the layer axis already removed by the scan); returns the dtype of `x`."""
         y = einsum(self.equation, x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + spread(self.bias[...].astype(x.dtype), y.ndim)
         if self.lora is None:
             return y
         lora_in = self.lora.dropped(x, fold_name(key, self.name))
@@ -141,4 +146,4 @@ class RmsNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return (normed * spread(self.offset + self.scale[...].astype(jnp.float32), x.ndim)).astype(x.dtype)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from cft_jax.models.config import LoraSpec, Moe
-from cft_jax.models.layers import Lora, einsum, fold_name, matmul_precision, normal_param
+from cft_jax.models.layers import Lora, einsum, fold_name, matmul_precision, normal_param, spread
 from cft_jax.sharding.rules import constrain
 
 
@@ -81,7 +81,7 @@ class MoeMlp(nnx.Module):
         B, T, D = x.shape
         E, top = self.moe.num_experts, self.moe.num_experts_per_token
         logits = einsum("BTD,DE->BTE", x.astype(jnp.float32), self.router_kernel[...].astype(jnp.float32))
-        best, chosen = jax.lax.top_k(logits + self.router_bias[...].astype(jnp.float32), top)
+        best, chosen = jax.lax.top_k(logits + spread(self.router_bias[...].astype(jnp.float32), 3), top)
         share = jax.nn.softmax(best, axis=-1).reshape(-1)
         expert = chosen.reshape(-1)
         order = jnp.argsort(expert)

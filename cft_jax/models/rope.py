@@ -64,7 +64,7 @@ def cos_sin(
 ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
     """float32 cosines and sines, h = H/2, the scaling's amplitude included."""
     inverse, amplitude = inverse_frequencies(rope, head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * inverse
+    angles = positions.astype(jnp.float32)[..., None] * inverse[None, None]
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 

@@ -55,3 +55,22 @@ def test_padding_changes_nothing(tmp_path, write_hf, hf_config, family, side):
         mask = mask[:, ::-1].copy()
     expected = torch_logits(theirs, ids, mask)
     np.testing.assert_allclose(np.asarray(load(tmp_path)(ids, mask=mask))[mask], expected[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_bfloat16_is_no_rougher_than_torch(tmp_path, write_hf, hf_config, family):
+    """Median errors of bfloat16 logits, against float32 arithmetic on the same bfloat16 weights.
+
+    Medians, because a token near a tie may take another expert than in float32.
+    """
+    config = hf_config(family)
+    theirs = write_hf(tmp_path, config, dtype="bfloat16")
+    ids = tokens(config)
+    exact = torch_logits(theirs, ids)
+    in_bfloat16 = type(theirs).from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    with torch.no_grad():
+        of_torch = in_bfloat16(input_ids=torch.tensor(ids)).logits.float().numpy()
+    ours = from_pretrained(tmp_path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(ids)
+    allowed = np.median(np.abs(of_torch - exact))
+    assert 0.001 < allowed < 0.1
+    assert np.median(np.abs(np.asarray(ours) - exact)) < 1.1 * allowed
