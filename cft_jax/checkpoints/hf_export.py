@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from cft_jax.checkpoints import hf_names, peft_export
+from cft_jax.checkpoints import hf_names, hub, peft_export
 from cft_jax.checkpoints.directories import check_free, new_directory
 from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
@@ -24,6 +24,8 @@ _COPY_BYTES = 2**24
 # Not copied from the base: they are written anew, or describe other weights.
 _OWN_FILES = frozenset({"config.json", INDEX, "adapter_config.json"})
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+# The base's, whatever the tokenizer.
+_SETTINGS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def save_pretrained(
@@ -40,7 +42,7 @@ def save_pretrained(
       model: loaded by `from_pretrained`, whose files it completes.
       directory: absent or empty.
       format: "merged" (all weights, in the files' dtypes and shards) or "adapter" (PEFT).
-      tokenizer: directory with the tokenizer's files; by default the base checkpoint's.
+      tokenizer: directory or hub id of the tokenizer; by default the base checkpoint's.
       card: text of README.md.
 
     Raises:
@@ -62,18 +64,20 @@ def save_pretrained(
         return
     with new_directory(directory) as place:
         write(place)
-        _copy_companions(origin if tokenizer is None else Path(tokenizer), origin, place)
+        _copy(origin, _COMPANIONS if tokenizer is None else _SETTINGS, place)
+        if tokenizer is not None:
+            own, _ = hub.resolve(str(tokenizer), revision="main", local_files_only=False)
+            _copy(own, _COMPANIONS, place)
         if card is not None:
             (place / "README.md").write_text(card, encoding="utf-8")
 
 
-def _copy_companions(tokenizer: Path, origin: Path, place: Path) -> None:
-    """Tokenizer, chat template, generation settings, processor: the tokenizer's directory wins."""
-    for source in (origin, tokenizer):
-        for pattern in _COMPANIONS:
-            for file in sorted(source.glob(pattern)):
-                if file.name not in _OWN_FILES and file.is_file():
-                    shutil.copyfile(file, place / file.name)
+def _copy(origin: Path, patterns: tuple[str, ...], place: Path) -> None:
+    """Tokenizer, chat template, generation settings, processor."""
+    for pattern in patterns:
+        for file in sorted(origin.glob(pattern)):
+            if file.name not in _OWN_FILES and file.is_file():
+                shutil.copyfile(file, place / file.name)
 
 
 class _Merged:
@@ -86,6 +90,7 @@ class _Merged:
     def __init__(self, model: Transformer, checkpoint: HfCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.weights = HostWeights(model)
+        self.changed = False
         self.names = {name.hf: name for name in hf_names.tensor_names(model.config)}
         targets = [] if model.lora_spec is None else adapter_tensors(model.config, model.lora_spec)
         self.adapters = {target.name.hf: target for target in targets}
@@ -111,6 +116,11 @@ class _Merged:
             else:
                 with (place / file.name).open("wb") as out:
                     write_tensors(out, entries)
+        if self.adapters and not self.changed:
+            raise UserError(
+                "merging changes nothing: the adapter's updates are lost in rounding to the checkpoint's dtype; train "
+                "longer, or export with format adapter"
+            )
         if place is not None:
             self._write_index(place, sizes)
             _write_json(place / "config.json", self._config())
@@ -134,7 +144,9 @@ class _Merged:
             update = self.weights.update(self.adapters[own])
             if np.any(update):
                 after = after.astype(np.float32) + update
-        yield raw_bytes(after.astype(rows.dtype, copy=False))
+        after = after.astype(rows.dtype, copy=False)
+        self.changed |= not _same_bits(after, before)
+        yield raw_bytes(after)
 
     def _config(self) -> dict[str, Any]:
         raw = with_both_spellings(self.checkpoint.raw)

@@ -23,13 +23,12 @@ def load(directory, **options):
     return from_pretrained(directory, **({"dtype": jnp.float32, "param_dtype": jnp.float32} | options))
 
 
-def randomise_b(model, seed=0):
+def randomise_b(model, scale=0.05):
     """Adapters as after training: B is no longer zero."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(nnx.state(model, LoraParam)):
         if path[-1] == "b":
-            variable.set_value(jnp.asarray(rng.normal(0, 0.05, variable.shape), jnp.float32))
-    nnx.update(model, nnx.state(model, LoraParam))
+            variable.set_value(jnp.asarray(rng.normal(0, scale, variable.shape), jnp.float32))
     return model
 
 
@@ -138,6 +137,19 @@ def test_exports_take_the_tokenizer_along(tmp_path, write_hf, hf_config, small_t
     assert not (tmp_path / "adapter" / "config.json").exists()
 
 
+def test_another_tokenizer_replaces_the_bases(tmp_path, write_hf, hf_config, small_tokenizer):
+    base, other = tmp_path / "base", tmp_path / "other"
+    write_hf(base, hf_config("llama", num_hidden_layers=1))
+    small_tokenizer.save_pretrained(base)
+    small_tokenizer.add_tokens(["<extra>"])
+    small_tokenizer.chat_template = None
+    small_tokenizer.save_pretrained(other)
+    save_pretrained(load(base), tmp_path / "out", format="merged", tokenizer=str(other))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
 def test_config_is_written_in_both_spellings(tmp_path, write_hf, hf_config):
     base = tmp_path / "base"
     rope = {"rope_type": "linear", "rope_theta": 70.0, "factor": 3.0}
@@ -155,6 +167,9 @@ def test_exports_that_would_mislead_are_refused(tmp_path, write_hf, hf_config):
     for kind in ("merged", "adapter"):
         with pytest.raises(UserError, match="changes nothing"):
             save_pretrained(model, tmp_path / "out", format=kind)
+    tiny = randomise_b(load(tmp_path / "base", lora=LORA), scale=1e-12)
+    with pytest.raises(UserError, match="lost in rounding"):
+        save_pretrained(tiny, tmp_path / "out", format="merged")
     with pytest.raises(UserError, match="no adapter"):
         save_pretrained(load(tmp_path / "base"), tmp_path / "out", format="adapter")
     assert not (tmp_path / "out").exists()

@@ -43,6 +43,28 @@ def test_logits_equal_torch(tmp_path, write_hf, hf_config, family):
     np.testing.assert_allclose(load(tmp_path)(ids), expected, atol=1e-4, rtol=0)
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+YARN = {"rope_type": "yarn", "rope_theta": 90.0, "factor": 5.0, "original_max_position_embeddings": 12}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_bias": True, "rms_norm_eps": 0.05, "tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": YARN, "num_key_value_heads": 10}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 60.0, "factor": 3.0}, "head_dim": None}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "attention_bias": True}),
+        ("gemma3_text", {"final_logit_softcapping": 2.0, "layer_types": [FULL, *[SLIDING] * 2, FULL, *[SLIDING] * 4]}),
+        ("gpt_oss", {"swiglu_limit": 0.5, "swiglu_alpha": 0.9, "attention_bias": False, "layer_types": [FULL] * 3}),
+    ],
+)
+def test_options_act_as_in_transformers(tmp_path, write_hf, hf_config, family, options):
+    config = hf_config(family, **options)
+    theirs = write_hf(tmp_path, config)
+    ids = tokens(config)
+    np.testing.assert_allclose(load(tmp_path)(ids), torch_logits(theirs, ids), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss"])
 def test_padding_changes_nothing(tmp_path, write_hf, hf_config, family, side):
