@@ -7,6 +7,7 @@ with `from_config_dict` and call `validate` before any other work.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -215,7 +216,7 @@ def paper_config_dict(checkpoints: Mapping[str, str], argument: str) -> ConfigDi
     size = size or next(iter(checkpoints))
     if size not in checkpoints or target not in ("", "soft", "hard"):
         raise ValueError(f"{argument!r} names none of {', '.join(checkpoints)}, each with or without -hard behind it")
-    config = default_config_dict()
+    config: Any = default_config_dict()
     config.model.checkpoint = checkpoints[size]
     if target == "hard":
         config.data.target = "hard"
@@ -352,7 +353,17 @@ def _ranges(config: Config) -> list[str]:
             f"config.data.quantile_low={data.quantile_low} and quantile_high={data.quantile_high} "
             "must satisfy 0 < low < high < 1"
         )
+    if config.log.profile and profile_window(config.log.profile) is None:
+        found.append(f"config.log.profile={config.log.profile!r} must be first:last, two step numbers, as in 5:8")
     return found
+
+
+def profile_window(text: str) -> tuple[int, int] | None:
+    """The first and the last step of `log.profile`; None where it cannot be read."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        return None
+    return int(found[1]), int(found[2])
 
 
 def _combinations(config: Config) -> list[str]:
