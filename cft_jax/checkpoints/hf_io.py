@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
@@ -18,6 +19,7 @@ from cft_jax.checkpoints.lora_weights import adapter_tensors
 from cft_jax.checkpoints.peft_import import PeftAdapter, check_matches, is_adapter, read_adapter, stack
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import LoraSpec, ModelConfig
+from cft_jax.models.families import PUBLISHED
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.source import Source
 from cft_jax.models.transformer import Transformer
@@ -58,6 +60,7 @@ def from_pretrained(
     """
     where, peft = _locate(str(path_or_id), adapter, revision=revision, local_files_only=local_files_only)
     checkpoint = read_checkpoint(Path(where.directory))
+    _compare_with_published(where.name, checkpoint.config)
     lora = _adapters(checkpoint.config, lora, peft)
     build = functools.partial(
         _build,
@@ -98,6 +101,20 @@ def _locate(
         name = peft.base
         directory, commit = hub.resolve(name, revision=peft.revision, local_files_only=local_files_only)
     return Source(str(directory), name, commit, ""), peft
+
+
+def _compare_with_published(name: str, config: ModelConfig) -> None:
+    """Tells where a checkpoint of a published name has other numbers; its own config.json decides."""
+    published = PUBLISHED.get(name, config)
+    differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(published, f.name)]
+    for field in differ:
+        logging.warning(
+            "config.json of %s has %s=%s, published was %s",
+            name,
+            field,
+            getattr(config, field),
+            getattr(published, field),
+        )
 
 
 def _adapters(config: ModelConfig, lora: LoraSpec | None, peft: PeftAdapter | None) -> LoraSpec | None:

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from cft_jax.checkpoints import hub
+from cft_jax.checkpoints import from_pretrained, hub
 from cft_jax.common.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,3 +109,14 @@ def test_files_are_refused(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(UserError, match="is a file"):
         hub.resolve(str(file), revision="main", local_files_only=False)
+
+
+def test_a_published_name_with_other_numbers_is_told(snapshot, tmp_path, write_hf, hf_config, caplog):
+    place = tmp_path / COMMIT
+    write_hf(place, hf_config("qwen3"))
+    snapshot(place)
+    with caplog.at_level("WARNING", logger="absl"):
+        model = from_pretrained("Qwen/Qwen3-0.6B", dtype="float32", param_dtype="float32")
+    assert "config.json of Qwen/Qwen3-0.6B has embed_dim=48, published was 1024" in caplog.text
+    assert model.config.embed_dim == 48
+    assert (model.source.name, model.source.revision) == ("Qwen/Qwen3-0.6B", COMMIT)
