@@ -195,6 +195,16 @@ def program_cache(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture
+def log_restored():
+    """For tests that run a command in this process: puts the verbosity back that it sets."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.fixture(scope="session")
 def configured(tmp_path_factory):
     """Reads a config file with overrides (`train.epochs=2`) as the commands do; the data cache is a fresh one."""

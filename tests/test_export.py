@@ -105,6 +105,11 @@ def with_adapter(base, adapter):
     return PeftModel.from_pretrained(plain(base), adapter)
 
 
+@pytest.fixture(autouse=True)
+def quietly(log_restored):
+    """The command sets up logging."""
+
+
 def export_command(workdir, output, form):
     arguments = ["export", f"--workdir={workdir}", f"--output={output}", f"--format={form}"]
     with pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,15 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.memory import keep_freed_memory
 
+# What a field takes, by what absl and ml_collections say when they are given something else.
+_TAKEN = {
+    "invalid literal for int()": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "True or False",
+    "is not a dict": "set field by field, as --config.model.dtype=float32",
+}
 Main = Callable[[flags.FlagValues], None]
 
 
@@ -45,6 +53,7 @@ def run(main: Main, values: flags.FlagValues, description: str) -> None:
       values: made by `new_flags`, with the command's own flags defined on it.
       description: what the command does, for `--help`.
     """
+    keep_freed_memory()
     argv = sys.argv  # where ml_collections looks for overrides, whatever it is handed
     try:
         if any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv[1:]):
@@ -86,24 +95,49 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_mended(error)) from error
+        raise UserError(_mended(error, argv)) from error
     if len(rest) > 1 and "args" not in values:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, see --help")
     if len(rest) > 1:
         values["args"].value = rest[1:]
 
 
-def _mended(error: Exception) -> str:
+def _mended(error: Exception, argv: Sequence[str]) -> str:
     """The message of an absl or ml_collections error, without their Python-level wording."""
     text = str(error.args[0] if error.args else error).replace("FATAL Flags parsing error: ", "")
-    # A mistake that a config file found in its argument arrives wrapped in the stack trace of its making.
-    if "errors.UserError: " in text:
-        return text.rpartition("errors.UserError: ")[2]
+    if "whilst parsing config file" in text:
+        return _in_config_file(text)
     near = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
     if isinstance(error, AttributeError | KeyError):
         name = near.group(2) if near else text.strip("'\" ").split()[0]
-        return f"unknown config field {name!r}; " + (f"did you mean {near.group(1)!r}?" if near else "see --help")
+        hint = f"did you mean {near.group(1)!r}?" if near else "cft_jax/config.py lists the fields"
+        return f"unknown config field {_path(name, argv)!r}; {hint}"
+    wrong = re.match(r"flag --(config\.[\w.]+)=(.*?): (.*)", text, flags=re.DOTALL)
+    for words, taken in _TAKEN.items() if wrong else ():
+        if wrong and words in wrong.group(3):
+            return f"{wrong.group(1)}={wrong.group(2)!r} must be {taken}"
     return text
+
+
+def _in_config_file(text: str) -> str:
+    """A mistake that a config file found, in its argument as a rule; it arrives with the stack trace of its making."""
+    flag = text.partition("flag ")[2].partition(": ")[0]
+    kind, _, message = text.rstrip().splitlines()[-1].partition(": ")
+    if kind == "TypeError" and "positional argument" in message:
+        return f"{flag}: this config file takes no argument after a colon"
+    places = re.findall(r'File "([^"]+)", line (\d+)', text)
+    if kind in ("ValueError", UserError.__name__) or kind.endswith(f".{UserError.__name__}") or not places:
+        return f"{flag}: {message}"
+    return f"{flag}: {places[-1][0]}, line {places[-1][1]}: {kind}: {message}"
+
+
+def _path(name: str, argv: Sequence[str]) -> str:
+    """The field's whole path, as the command line has it."""
+    for arg in argv:
+        found = re.match(rf"--(config\.(?:[\w.]+\.)?{re.escape(name)})\b", arg)
+        if found:
+            return found.group(1)
+    return name
 
 
 def _set_up_logging(*, quiet: bool, verbose: bool) -> None:

@@ -26,12 +26,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
+    named = f"config.mesh has data={data}, fsdp={fsdp}, tensor={tensor}"
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
-        raise UserError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} needs {math.prod(sizes)} devices and there are "
-            f"{len(devices)}; set one of config.mesh.data, fsdp, tensor to -1"
-        )
+        if len(devices) % known:
+            raise UserError(
+                f"{named}, and {len(devices)} devices cannot be cut into {known}; set sizes that divide them"
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    elif known != len(devices):
+        raise UserError(f"{named}, which needs {known} devices of {len(devices)}; set one of the sizes to -1")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

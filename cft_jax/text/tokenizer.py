@@ -31,9 +31,12 @@ def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) ->
     if is_directory:
         _check_directory(path)
     elif path.exists():
-        raise UserError(f"tokenizer {path_or_id!r} is a file; give the directory that holds it")
+        raise UserError(f"{path_or_id!r} is a file; give the directory that holds it")
     elif not _could_be_hub_id(path_or_id):
-        raise UserError(f"tokenizer {path_or_id!r}: no such directory; give a directory in HF format or a hub id")
+        raise UserError(
+            f"{path_or_id!r}: no such directory; give config.model.checkpoint (or config.model.tokenizer) a directory "
+            "in HF format or a hub id"
+        )
     loaded = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -87,7 +90,7 @@ def _loading_problem(path_or_id: str, is_directory: bool, local_files_only: bool
         if local_files_only
         else "check the name, the network and HF_TOKEN, or give a local directory"
     )
-    return f"tokenizer {path_or_id!r} cannot be had from the Hugging Face hub ({_first_line(error)}); {cure}"
+    return f"the tokenizer of {path_or_id!r} cannot be had from the Hugging Face hub ({_first_line(error)}); {cure}"
 
 
 def _first_line(error: Exception) -> str:

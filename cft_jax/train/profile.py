@@ -1,6 +1,5 @@
 """A window of steps recorded by JAX's profiler, readable in XProf and Perfetto."""
 
-import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 from absl import logging
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import profile_window
 
 
 class ProfileWindow:
@@ -24,10 +24,10 @@ class ProfileWindow:
         Raises:
           UserError: the window cannot be read.
         """
-        found = re.fullmatch(r"(\d+):(\d+)", window)
-        if window and (found is None or not 1 <= int(found[1]) <= int(found[2])):
+        steps = profile_window(window) if window else (0, 0)
+        if steps is None:
             raise UserError(f"config.log.profile={window!r} must be first:last, two step numbers from 1, as in 5:8")
-        self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
+        self._first, self._last = steps
         self._directory, self._recording = directory, False
 
     def __enter__(self) -> "ProfileWindow":

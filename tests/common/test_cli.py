@@ -21,10 +21,17 @@ def get_config(arg=""):
 """
 
 
+@pytest.fixture(autouse=True)
+def quietly(log_restored):
+    """Commands set up logging."""
+
+
 @pytest.fixture
 def config_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(CONFIG)
+    (tmp_path / "other.py").write_text("\n\ndef get_config():\n    return 1 + None\n")
+    (tmp_path / "picky.py").write_text("def get_config(arg=''):\n    raise ValueError(f'no model {arg!r}')\n")
     return path
 
 
@@ -76,6 +83,9 @@ def test_main_sees_config_and_overrides(config_file):
         (["--config={file}", "--config.train.batch_size=many"], ["batch_size", "many"]),
         (["--config={file}", "--wrkdir=x"], ["wrkdir", "workdir"]),
         (["--config={file}", "stray"], ["stray"]),
+        (["--config={other}:3b"], ["other.py:3b", "takes no argument"]),
+        (["--config={other}"], ["other.py, line 4", "TypeError"]),
+        (["--config={picky}:9b"], ["picky.py:9b: no model '9b'"]),
         (["--config={file}:m", "--config.train.tau=-1", "--config.mesh.data=0"], ["train.tau=-1.0", "config.mesh"]),
     ],
 )
@@ -83,7 +93,8 @@ def test_a_users_mistake_is_one_line_and_code_2(capsys, config_file, args, words
     def main(values):
         validate(from_config_dict(cli.config_of(values)))
 
-    code, out, err = exit_of(capsys, main, *[arg.format(file=config_file) for arg in args])
+    files = {"file": config_file, "other": config_file.parent / "other.py", "picky": config_file.parent / "picky.py"}
+    code, out, err = exit_of(capsys, main, *[arg.format(**files) for arg in args])
     assert code == 2
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1

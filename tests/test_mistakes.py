@@ -1,0 +1,230 @@
+"""A user's mistakes with the main job: one line that says what to do, exit code 2, nothing left or changed."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from cft_jax import main
+from cft_jax.text.scratch import train_tokenizer
+
+TINY = Path(__file__).parent / "configs" / "tiny.py"
+SCRATCH_OFF = ("model.scratch.enabled=False", "model.lora.enabled=True", "export.format=adapter", "eval.enabled=False")
+
+
+@pytest.fixture
+def attempt(monkeypatch, capsys, tmp_path, program_cache, log_restored):
+    """Runs the command in this process; returns the last line of stderr after checking that it is the only error."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(program_cache))
+
+    def run(*arguments, config=TINY, workdir=tmp_path / "run"):
+        argv = ["main", f"--config={config}", f"--workdir={workdir}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+        monkeypatch.setattr(sys, "argv", argv + list(arguments))
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2, err
+        *before, last = err.splitlines()
+        assert last.startswith("error: ") and "Traceback" not in err
+        assert not [line for line in before if "error" in line.lower()], before
+        return last
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path, write_hf, hf_config):
+    """A checkpoint in three or more shards, with a tokenizer."""
+    tokenizer = train_tokenizer(["Generate exactly ONE random number from a Poisson distribution with parameters"])
+    directory = tmp_path / "base"
+    config = hf_config("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    write_hf(directory, config, max_shard_size="30KB")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def overrides(*assignments):
+    return [f"--config.{assignment}" for assignment in assignments]
+
+
+def truncate(base):
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return shard.name, "copy or download it again"
+
+
+def lose_a_shard(base):
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.unlink()
+    return shard.name, "copy or download them again"
+
+
+def break_config(base):
+    file = base / "config.json"
+    file.write_text(file.read_text()[:200])
+    return "config.json", "half-written", "copy it again"
+
+
+def lose_config(base):
+    (base / "config.json").unlink()
+    return "config.json", "HF format"
+
+
+def pickle_only(base):
+    for file in base.glob("model*"):
+        file.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"weights")
+    return ".bin", "convert them to safetensors"
+
+
+def change_json(file, change):
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+
+
+def unknown_architecture(base):
+    change_json(base / "config.json", lambda r: r.update(architectures=["MambaForCausalLM"], model_type="mamba"))
+    return "mamba", "llama"
+
+
+def other_shapes(base):
+    change_json(base / "config.json", lambda r: r.update(intermediate_size=48))
+    return ("mlp", "shape")
+
+
+def no_chat_template(base):
+    (base / "chat_template.jinja").unlink()
+    return "chat template", "config.model.tokenizer"
+
+
+def no_tokenizer(base):
+    for file in (*base.glob("tokenizer*"), base / "chat_template.jinja"):
+        file.unlink()
+    return "tokenizer", "config.model.tokenizer"
+
+
+def half_a_tokenizer(base):
+    file = base / "tokenizer.json"
+    file.write_text(file.read_text()[:1000])
+    return "tokenizer.json", "copy it again"
+
+
+def no_terminator(base):
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "\\n"))
+    return "ends an assistant's turn", "config.data.terminator"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        truncate,
+        lose_a_shard,
+        break_config,
+        lose_config,
+        pickle_only,
+        unknown_architecture,
+        other_shapes,
+        no_chat_template,
+        no_tokenizer,
+        half_a_tokenizer,
+        no_terminator,
+    ],
+)
+def test_damaged_checkpoints(attempt, base, tmp_path, spoil):
+    words = spoil(base)
+    line = attempt(*overrides(*SCRATCH_OFF, f"model.checkpoint={base}"))
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+CUSTOM = """{"prompt": "Draw.", "values": ["1", "2"], "probabilities": [0.5, 0.5]}
+{"prompt": "Draw.", "values": ["1", "2"], "probabilities": [0.5, 0.6]}
+{"prompt": "Draw.", "values": ["1", "2"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.max_stesp=3"], ["config.train.max_stesp", "max_steps"]),
+        (["trian.max_steps=3"], ["trian", "train"]),
+        (["train.batch_size=2.5"], ["config.train.batch_size='2.5'", "whole number"]),
+        (["train.batch_size=many"], ["config.train.batch_size='many'", "whole number"]),
+        (["train.tau=hot"], ["config.train.tau='hot'", "a number"]),
+        (["eval.enabled=perhaps"], ["config.eval.enabled='perhaps'", "True or False"]),
+        (["model=3"], ["config.model='3'", "field by field"]),
+        (["eval.seeds=a,b"], ["config.eval.seeds=", "int"]),
+        (["data.target=softly"], ["data.target='softly'", "soft, hard"]),
+        (["train.batch_size=0", "data.max_bins=1"], ["train.batch_size=0", "data.max_bins=1"]),
+        (["log.profile=3-5"], ["log.profile='3-5'", "5:8"]),
+        (["eval.suites=structured,mcq"], ["mcq", "structured"]),
+        (["data.train_families=geometrical"], ["geometrical", "geometric"]),
+        (["data.max_length=9"], ["data.max_length=9", "19 tokens", "8 of 8 tasks", "raise it"]),
+        (["data.custom={place}/rows.jsonl"], ["lines of", "rows.jsonl", "2:", "3:", "JSON"]),
+        (["data.custom={place}/nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["data.terminator=<|stop|>"], ["data.terminator='<|stop|>'", "tokenizer_eos"]),
+        (["data.chat.date=26.7.2024"], ["data.chat.date='26.7.2024'", "2024-07-26"]),
+        (["mesh.tensor=3"], ["tensor=3", "8 devices", "divide"]),
+        (["mesh.data=2"], ["data=2", "8", "-1"]),
+        (["mesh.data=0"], ["mesh", "at most one -1"]),
+        (["train.objective=paths", "train.paths_per_prompt=3"], ["batch_size=4", "paths_per_prompt=3"]),
+        ([*SCRATCH_OFF, "model.checkpoint={place}/nowhere"], ["checkpoint", "nowhere", "no such directory"]),
+        ([*SCRATCH_OFF, "model.checkpoint=no-such/model"], ["no-such/model", "local"]),
+        ([*SCRATCH_OFF], ["model.checkpoint is empty"]),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
+)
+def test_impossible_configs(attempt, tmp_path, arguments, words):
+    (tmp_path / "rows.jsonl").write_text(CUSTOM)
+    line = attempt(*overrides(*(argument.format(place=tmp_path) for argument in arguments)))
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_targets_that_the_model_lacks(attempt, base, tmp_path):
+    line = attempt(*overrides(*SCRATCH_OFF, f"model.checkpoint={base}", "model.lora.targets=c_attn"))
+    assert "c_attn" in line and "q_proj" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_of_others(attempt, tmp_path):
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    assert "is not empty and holds no run" in attempt(workdir=other)
+    assert "is a file" in attempt(workdir=other / "thesis.tex")
+    assert [(path.name, path.read_text()) for path in other.iterdir()] == [("thesis.tex", "x")]
+
+
+def test_a_run_of_another_config(attempt, configured, tmp_path):
+    workdir = tmp_path / "run"
+    main.run(configured(TINY, "train.max_steps=1", "eval.enabled=False", "export.enabled=False"), workdir)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    cache = json.loads((workdir / "config.json").read_text())["config"]["data"]["cache_dir"]
+    line = attempt("--config.seed=12", "--config.train.tau=2.0", f"--config.data.cache_dir={cache}")
+    for word in ("seed was 11 and is 12", "train.tau was 1.0 and is 2.0", "Name a new --workdir"):
+        assert word in line
+    # A mistake in what may change leaves the record of the run as it was, too.
+    attempt("--config.mesh.data=3", f"--config.data.cache_dir={cache}")
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    shutil.rmtree(workdir / "base")
+    (workdir / "summary.json").write_text("{")
+    assert "summary.json is damaged" in attempt(f"--config.data.cache_dir={cache}")
+
+
+def test_in_a_process_of_its_own(command, tmp_path):
+    """What stands before the error, if anything, is the log of the work up to there."""
+    for arguments, words, lines in (
+        ([], "--config is missing", 1),
+        ([f"--config={TINY}", "--config.data.max_length=9"], "config.data.max_length=9", 5),
+    ):
+        code, out, err = command("main", *arguments, f"--workdir={tmp_path / 'run'}")
+        assert code == 2 and out == "", err
+        assert words in err.splitlines()[-1] and len(err.splitlines()) == lines, err
+        assert not (tmp_path / "run").exists()
