@@ -20,6 +20,7 @@ CORE = [
     "orbax-checkpoint>=0.11.20",
     "safetensors>=0.4.5",
     "scipy>=1.13",
+    "tensorboardX>=2.6",
     "tokenizers>=0.20",
     "tqdm>=4.66",
     "transformers>=4.57",

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,26 @@ class MetricsWriter:
     that a crash left half-written. Rows are flushed as they are written.
     """
 
-    def __init__(self, path: Path, *, after_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        after_step: int,
+        enabled: bool,
+        mirror: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
         """Opens the file.
 
         Args:
           path: of the file; its directory is made.
           after_step: the last step already done, 0 for a new run.
           enabled: whether this process writes; process 0 does.
+          mirror: handed each row's step and values once they are written.
 
         Raises:
           OSError: the place is not writable.
         """
-        self._last = after_step
+        self._last, self._mirror = after_step, mirror
         self._file = None
         if enabled:
             kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= after_step]
@@ -49,6 +57,8 @@ class MetricsWriter:
             row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            if self._mirror is not None:
+                self._mirror(step, values)
 
     def sync(self) -> None:
         """Makes the rows survive a crash of the machine; called before a checkpoint that they belong to."""

@@ -24,6 +24,7 @@ from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import head_options
+from cft_jax.train.dashboards import Dashboards
 from cft_jax.train.ledger import Ledger, NotFiniteError
 from cft_jax.train.optimizer import adamw, warmup_cosine
 from cft_jax.train.preemption import PreemptionWatch
@@ -149,10 +150,12 @@ def train(
         run = _Run(
             step_function, frozen, dataset, model.mesh, checkpoints, record, checkpoint.every_steps or per_epoch, stop
         )
+        first = jax.process_index() == 0
         with (
+            contextlib.closing(Dashboards(log, workdir, enabled=first)) as dashboards,
             Progress("train", total=stop, unit="step", done=done) as progress,
             Ledger(
-                MetricsWriter(workdir / "metrics.jsonl", after_step=done, enabled=jax.process_index() == 0),
+                MetricsWriter(workdir / "metrics.jsonl", after_step=done, enabled=first, mirror=dashboards.write),
                 progress,
                 every=log.every_steps,
                 done=done,
