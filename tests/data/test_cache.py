@@ -1,8 +1,9 @@
 """The cache on disk: what is stored is found again, and nothing damaged is ever trusted."""
 
+import concurrent.futures
 import json
-import multiprocessing
 import os
+import threading
 import time
 
 import numpy as np
@@ -124,19 +125,15 @@ def store_slowly(root, barrier):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_two_processes_building_at_once_agree(tmp_path, damaged):
+def test_two_builders_at_once_agree(tmp_path, damaged):
     if damaged:
         cache.store(tmp_path, KEY, pieces())
         (entry,) = tmp_path.iterdir()
         flip_a_bit(entry)
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    workers = [context.Process(target=store_slowly, args=(tmp_path, barrier)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    barrier = threading.Barrier(2)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for built in [pool.submit(store_slowly, tmp_path, barrier) for _ in range(2)]:
+            built.result(timeout=60)
     check(cache.load(tmp_path, KEY))
     entries = list(tmp_path.iterdir())
     # The later one removes its own, unless both were published within a tick of the file system's clock.
