@@ -57,7 +57,7 @@ def _tensorboard(workdir: Path) -> Any:
 
 def _wandb(workdir: Path) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("config.log.wandb needs a package that is absent; pip install wandb") from None
     kept = workdir / "wandb_run_id"
