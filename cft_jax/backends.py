@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from cft_jax.base import base_checkpoint, base_tokenizer
+from cft_jax.base import base_of_run, base_tokenizer
 from cft_jax.checkpoints import from_pretrained, hub
 from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
 from cft_jax.common.errors import UserError
@@ -27,7 +27,7 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
     if (directory / "checkpoints").is_dir():
         if config.backend == "jax":
             saved = from_config_dict(read_config(directory))
-            tokenizer = base_tokenizer(saved.model, base_checkpoint(saved, {}, directory))
+            tokenizer = base_tokenizer(saved.model, base_of_run(saved, directory))
             model, step = load_trained(directory, saved)
             return JaxBackend(model, tokenizer), tokenizer, f"{what}, step {step}"
         what = str(directory / "export")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cft_jax.checkpoints import from_pretrained, write_random_llama
+from cft_jax.common.errors import UserError
 from cft_jax.config import Config, ModelSettings, ScratchConfig
 from cft_jax.distributions import Task
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
@@ -34,6 +35,20 @@ def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir
         shutil.rmtree(directory, ignore_errors=True)
         _make(directory, config, itertools.chain.from_iterable(tasks.values()))
     multihost_utils.sync_global_devices("base")
+    return str(directory)
+
+
+def base_of_run(config: Config, workdir: Path) -> str:
+    """Directory or hub id of the base model of a run that has been started; makes none.
+
+    Raises:
+      UserError: it was made on the spot and is gone.
+    """
+    if not config.model.scratch.enabled:
+        return config.model.checkpoint
+    directory = workdir / "base"
+    if not (directory / _LAST_FILE).exists():
+        raise UserError(f"{directory} is gone, the base model that this run began with; bring it back or train again")
     return str(directory)
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from cft_jax.base import base_checkpoint, load_model
+from cft_jax.base import base_of_run, load_model
 from cft_jax.checkpoints import save_pretrained
+from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
@@ -39,15 +40,21 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
     """The model of a run with the weights of its newest whole checkpoint, and that checkpoint's step.
 
     Raises:
-      UserError: the run has no checkpoint, or its base model is gone.
+      UserError: the run has no checkpoint, or its base model is gone or another one.
     """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
-    model = load_model(config, base_checkpoint(config, {}, workdir), make_mesh())
-    parts, weights, _ = split_model(model)
+    base = base_of_run(config, workdir)
+    model = load_model(config, base, make_mesh())
+    parts, weights, frozen = split_model(model)
+
+    def check(metadata: Mapping[str, Any]) -> None:
+        if metadata["base_weights"] != fingerprint(frozen):
+            raise UserError(f"{base} holds other weights than those that {workdir} was trained on; bring them back")
+
     optimizer = adamw(weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract_state(weights, optimizer), lambda metadata: None)
+        restored = checkpoints.restore(abstract_state(weights, optimizer), check)
     if restored is None:
         raise UserError(f"{workdir} has no complete checkpoint yet; train first with cft_jax.main")
     parts.update(model, restored.state.weights)

@@ -5,6 +5,7 @@ Expected logits: transformers and peft in float32 on CPU, computed here; toleran
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -168,6 +169,34 @@ def test_exports_overwrite_nothing(soft, tmp_path, capsys):
         assert stopped.value.code == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_base_is_refused(soft, tmp_path, capsys):
+    """Its weights and the adapter do not belong together; without its shard it cannot be loaded at all."""
+    place, _ = soft
+    shard = sorted((place / "base").glob("*.safetensors"))[-1]
+    before = shard.read_bytes()
+    try:
+        for after, words in ((before[:-4] + b"\0\0\0\0", "other weights"), (before[:-4], "half-written")):
+            shard.write_bytes(after)
+            with pytest.raises(SystemExit) as stopped:
+                export_command(place / "run", tmp_path / "out", "merged")
+            assert stopped.value.code == 2
+            assert words in capsys.readouterr().err.splitlines()[-1]
+    finally:
+        shard.write_bytes(before)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_made_on_the_spot_is_never_made_twice(configured, tmp_path, capsys):
+    tiny = Path(__file__).parent / "configs" / "tiny.py"
+    run(configured(tiny, "train.max_steps=1", "eval.enabled=False", "export.enabled=False"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "base")
+    with pytest.raises(SystemExit) as stopped:
+        export_command(tmp_path / "run", tmp_path / "out", "merged")
+    assert stopped.value.code == 2
+    assert "is gone" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "base").exists()
 
 
 def test_hard_targets_with_a_head_of_its_own(tmp_path, write_base, configured, tokenizer):

@@ -124,9 +124,7 @@ def _adapters(config: ModelConfig, lora: LoraSpec | None, peft: PeftAdapter | No
       UserError: the two differ, or a target names no layer of the model.
     """
     if peft is not None:
-        if lora is not None and dataclasses.replace(lora, dropout=0.0, targets=()) != dataclasses.replace(
-            peft.spec, dropout=0.0, targets=()
-        ):
+        if lora is not None and (lora.rank, lora.alpha) != (peft.spec.rank, peft.spec.alpha):
             raise UserError(
                 f"{peft.directory} has rank {peft.spec.rank} and alpha {peft.spec.alpha:g}, config.model.lora has rank "
                 f"{lora.rank} and alpha {lora.alpha:g}; set them alike"

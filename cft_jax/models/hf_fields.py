@@ -11,7 +11,7 @@ from cft_jax.models.config import ModelConfig
 # Bookkeeping, training, generation and output options, which change no logits of the published weights.
 _INERT = frozenset(
     """
-    _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures attention_dropout auto_map
+    _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures attention_dropout
     bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
     eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
@@ -83,9 +83,12 @@ class Fields:
         Raises:
           UserError: nothing has read a key, which might change the model.
         """
+        self.read.add("auto_map")
+        if any(name.startswith("AutoModel") for name in self.raw.get("auto_map") or ()):
+            raise UserError("config.json: auto_map names code that comes with the checkpoint, which is never run")
         for name, allowed in _ONLY.items():
             self.only(name, allowed)
-        unknown = sorted(set(self.raw) - self.read - _INERT)
+        unknown = sorted(name for name in set(self.raw) - self.read - _INERT if self.raw[name] is not None)
         if unknown:
             raise UserError(
                 f"config.json: {', '.join(f'{name}={self.raw[name]!r}' for name in unknown)} "

@@ -266,6 +266,7 @@ def test_omitted_fields_take_the_defaults_of_transformers():
         (LLAMA_1B, {"tie_word_embeddings": 1}, "tie_word_embeddings=1"),
         (LLAMA_1B, {"rms_norm_eps": None}, "rms_norm_eps=None"),
         (LLAMA_1B, {"logit_scale": 0.5}, "logit_scale=0.5"),
+        (LLAMA_1B, {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "never run"),
         (QWEN_8B, {"use_sliding_window": True, "max_window_layers": 30}, "sliding_window=None"),
         (QWEN_8B, {"layer_types": ["sliding_attention"] * 36}, "use_sliding_window=False"),
         (GEMMA_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),

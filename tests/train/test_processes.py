@@ -11,16 +11,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 HERE = Path(__file__).parent
 KILLS = 2
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, shared by the processes."""
-    return tmp_path_factory.mktemp("cache")
 
 
 def start(workdir, cache, *, mesh="1,1,1", devices=8, **environment):
@@ -76,35 +69,35 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_killed_runs_end_with_the_same_bits(tmp_path, cache):
-    expected = finish(start(tmp_path / "alone", cache))
+def test_killed_runs_end_with_the_same_bits(tmp_path, program_cache):
+    expected = finish(start(tmp_path / "alone", program_cache))
     assert expected[0] == "15"
     seed = random.randrange(2**32)
     moments = random.Random(seed)
     workdir = tmp_path / "killed"
     for _ in range(KILLS):
-        process = start(workdir, cache)
+        process = start(workdir, program_cache)
         wait_for_checkpoint(process, workdir)
         time.sleep(moments.uniform(0, 0.4))
         process.kill()
         process.communicate()
         assert newest(workdir) < 15, f"finished before it was killed (seed {seed})"
-    assert finish(start(workdir, cache)) == expected, f"seed {seed}"
+    assert finish(start(workdir, program_cache)) == expected, f"seed {seed}"
     assert [row["step"] for row in rows(workdir)] == [1, 3, 6, 9, 12, 15], f"seed {seed}"
 
 
-def test_two_processes_train_as_one(tmp_path, cache):
+def test_two_processes_train_as_one(tmp_path, program_cache):
     """The same losses; SIGTERM to one stops both after the same step; either number of processes goes on."""
-    finish(start(tmp_path / "one", cache, mesh="2,2,2"))
+    finish(start(tmp_path / "one", program_cache, mesh="2,2,2"))
     workdir = tmp_path / "two"
-    both = start_two(workdir, cache, "2,2,2")
+    both = start_two(workdir, program_cache, "2,2,2")
     wait_for_checkpoint(both[0], workdir)
     both[1].send_signal(signal.SIGTERM)
     ends = [finish(process) for process in both]
     assert ends[0] == ends[1]
     assert 2 <= int(ends[0][0]) < 15
     assert newest(workdir) == int(ends[0][0])
-    assert finish(start(workdir, cache, mesh="2,2,2"))[0] == "15"
+    assert finish(start(workdir, program_cache, mesh="2,2,2"))[0] == "15"
     want = {row["step"]: row["loss"] for row in rows(tmp_path / "one")}
     got = {row["step"]: row["loss"] for row in rows(workdir)}
     assert got.keys() == want.keys()
