@@ -6,7 +6,9 @@ only the scores of the chosen tile are made again (`cft_jax.generate.sampling`).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,33 +77,60 @@ def tile_log_masses(
     Returns:
       One column per tile, in the order of `Tiling.tokens`; very small where no token of a tile counts.
     """
-    tiling, rows = Tiling.of(model), min(hidden.shape[0], ROWS)
-    kernel = model.head_kernel().reshape(tiling.shards, tiling.shard, hidden.shape[1])
     floor = jnp.full(hidden.shape[0], -jnp.inf) if floor is None else floor
+
+    def log_masses(scores: Float[Array, "r S U W"], lowest: Float[Array, "r"]) -> Float[Array, "r S U"]:
+        return log_mass(jnp.where(scores >= lowest[:, None, None, None], scores, -jnp.inf) / temperature)
+
+    return of_tiles(model, hidden, count, log_masses, floor)
+
+
+def log_mass(scores: Float[Array, "*B W"]) -> Float[Array, "*B"]:
+    """The logarithm of Σ exp(score) over the last axis; very small where all scores are -inf."""
+    peak = jnp.maximum(jnp.max(scores, axis=-1), jnp.finfo(jnp.float32).min)
+    return peak + jnp.log(jnp.sum(jnp.exp(scores - peak[..., None]), axis=-1))
+
+
+def of_tiles(
+    model: Transformer, hidden: Float[Array, "R D"], count: Int[Array, ""], reduce: Callable[..., Any], *rows: Array
+) -> Any:
+    """A reduction of the scores of every tile, for the first `count` rows of hidden states.
+
+    Args:
+      model: the language model.
+      hidden: states after the final norm.
+      count: blocks of rows beyond it are not computed, and zero.
+      reduce: turns scores, float32[r, S, U, TILE] with -inf where a tile lacks a token, into arrays [r, S, U].
+      *rows: arrays with one entry per row, whose parts `reduce` also gets.
+
+    Returns:
+      What `reduce` gives, as arrays [R, tiles], in the order of `Tiling.tokens`.
+    """
+    tiling, size = Tiling.of(model), min(hidden.shape[0], ROWS)
+    kernel = model.head_kernel().reshape(tiling.shards, tiling.shard, hidden.shape[1])
     scores = _SCORES_CPU if jax.default_backend() == "cpu" else _SCORES
-    width = min(max(scores // (rows * tiling.shards), TILE), tiling.shard) // TILE * TILE
+    width = min(max(scores // (size * tiling.shards), TILE), tiling.shard) // TILE * TILE
     whole = tiling.shard // width if width else 0
 
-    def masses(some: Float[Array, "r D"], lowest: Float[Array, "r"], part: Float[Array, "S W D"]) -> Array:
+    def reduced(part: Float[Array, "S W D"], some: Float[Array, "r D"], *others: Array) -> Any:
         part = constrain(part.astype(some.dtype), ("vocab", None, "act_embed"), model.mesh)
         found = capped(model, einsum("RD,SWD->RSW", some, part, out_dtype=jnp.float32))
-        found = jnp.where(found >= lowest[:, None, None], found, -jnp.inf) / temperature
         found = jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[-1] % TILE)), constant_values=-jnp.inf)
-        tiled = found.reshape(*found.shape[:2], -1, TILE)
-        peak = jnp.maximum(jnp.max(tiled, axis=-1), jnp.finfo(jnp.float32).min)
-        return peak + jnp.log(jnp.sum(jnp.exp(tiled - peak[..., None]), axis=-1))
+        return reduce(found.reshape(*found.shape[:2], -1, TILE), *others)
 
-    def of_rows(some: Float[Array, "r D"], lowest: Float[Array, "r"]) -> Float[Array, "r U"]:
-        def of_block(block: Int[Array, ""]) -> Array:
-            return masses(some, lowest, jax.lax.dynamic_slice_in_dim(kernel, block * width, width, axis=1))
+    def of_rows(*some: Array) -> Any:
+        def of_block(block: Int[Array, ""]) -> Any:
+            return reduced(jax.lax.dynamic_slice_in_dim(kernel, block * width, width, axis=1), *some)
 
-        blocks = jnp.moveaxis(jax.lax.map(of_block, jnp.arange(whole)), 0, 2) if whole else None
-        parts = [] if blocks is None else [blocks.reshape(rows, tiling.shards, -1)]
+        parts = []
+        if whole:
+            blocks = jax.lax.map(of_block, jnp.arange(whole))
+            parts.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(size, tiling.shards, -1), blocks))
         if whole * width < tiling.shard:
-            parts.append(masses(some, lowest, kernel[:, whole * width :]))
-        return jnp.concatenate(parts, axis=-1).reshape(rows, -1)
+            parts.append(reduced(kernel[:, whole * width :], *some))
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1).reshape(size, -1), *parts)
 
-    return map_rows(of_rows, rows, count, hidden, floor)
+    return map_rows(of_rows, size, count, hidden, *rows)
 
 
 def map_rows(function, rows: int, count: Int[Array, ""], *arrays: Array):
