@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from cft_jax.common.errors import UserError
+from cft_jax.suite_config import EvalConfig, SuiteConfig, eval_problems, suite_problems
 
 _T = TypeVar("_T")
-
-SUITES = ("structured", "open_random", "mcq", "noveltybench", "perplexity", "retention")
 
 
 @dataclass(frozen=True)
@@ -144,25 +143,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation before and after training; zero prompts per split means all of them.
-
-    With more than one number per completion (the protocol `batch`) each completion is asked for so many, separated by
-    commas, and only samples are measured.
-    """
-
-    enabled: bool = True
-    suites: tuple[str, ...] = ("structured",)
-    max_prompts_per_split: int = 0
-    num_samples: int = 1000
-    seeds: tuple[int, ...] = (11,)
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    top_p: float = 1.0
-    numbers_per_completion: int = 1
-
-
-@dataclass(frozen=True)
 class ExportConfig:
     """What is written for the Hugging Face world at the end."""
 
@@ -182,7 +162,10 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes a run of the main job; `backend` is what the evaluate command runs the model with."""
+    """Everything that shapes a run.
+
+    `backend` is what the evaluate command runs the model with; `tasks` are lm-eval's, of the suite `retention`.
+    """
 
     seed: int = 11
     backend: str = "jax"
@@ -192,6 +175,8 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    tasks: tuple[str, ...] = ()
     export: ExportConfig = field(default_factory=ExportConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -276,7 +261,13 @@ def validate(config: Config) -> None:
     Raises:
       UserError: with every problem found, separated by semicolons.
     """
-    problems = [*_choices(config), *_ranges(config), *_combinations(config)]
+    problems = [
+        *_choices(config),
+        *_ranges(config),
+        *eval_problems(config.eval),
+        *suite_problems(config.suite),
+        *_combinations(config),
+    ]
     if problems:
         raise UserError("; ".join(problems))
 
@@ -297,11 +288,7 @@ def _choices(config: Config) -> list[str]:
         ("train.on_nonfinite", train.on_nonfinite, ("stop", "skip")),
         ("export.format", config.export.format, ("adapter", "merged")),
     ]
-    found = [f"config.{name}={got!r} must be one of {', '.join(ok)}" for name, got, ok in allowed if got not in ok]
-    for name in config.eval.suites:
-        if name not in SUITES:
-            found.append(f"config.eval.suites has {name!r}; suites are {', '.join(SUITES)}")
-    return found
+    return [f"config.{name}={got!r} must be one of {', '.join(ok)}" for name, got, ok in allowed if got not in ok]
 
 
 def _ranges(config: Config) -> list[str]:
@@ -326,11 +313,6 @@ def _ranges(config: Config) -> list[str]:
         ("train.max_grad_norm", train.max_grad_norm, 0),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 0),
         ("checkpoint.keep", config.checkpoint.keep, 1),
-        ("eval.max_prompts_per_split", config.eval.max_prompts_per_split, 0),
-        ("eval.num_samples", config.eval.num_samples, 0),
-        ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
-        ("eval.numbers_per_completion", config.eval.numbers_per_completion, 1),
-        ("eval.temperature", config.eval.temperature, 0),
         ("log.every_steps", config.log.every_steps, 1),
     ]
     found = [f"config.{name}={got} must be at least {low}" for name, got, low in at_least if not got >= low]
@@ -346,8 +328,6 @@ def _ranges(config: Config) -> list[str]:
         ("train.epsilon_smoothing", train.epsilon_smoothing),
     ]
     found += [f"config.{name}={got} must be in [0, 1)" for name, got in fractions if not 0 <= got < 1]
-    if not 0 < config.eval.top_p <= 1:
-        found.append(f"config.eval.top_p={config.eval.top_p} must be in (0, 1]")
     if not 0 < data.quantile_low < data.quantile_high < 1:
         found.append(
             f"config.data.quantile_low={data.quantile_low} and quantile_high={data.quantile_high} "

@@ -33,11 +33,12 @@ from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.evaluate.report import write_report
 from cft_jax.evaluate.structured import SUITE
-from cft_jax.evaluation import check_suites, evaluate_stage, evaluation_tasks
+from cft_jax.evaluation import evaluation_tasks
 from cft_jax.export import export_model
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh
+from cft_jax.suites import check_suites, evaluate_stage
 from cft_jax.train.loop import train
 
 # 128 + SIGTERM, as a shell reports a process that the signal ended.
@@ -53,7 +54,8 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     """
     start = time.monotonic()
     validate(config)
-    check_suites(config)
+    if config.eval.enabled:
+        check_suites(config)
     check_workdir(workdir, config)
     finished = _finished(workdir, config)
     if finished is not None:
@@ -72,7 +74,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         model = load_model(config, base, mesh)
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
-        summaries["before"] = evaluate_stage(config, model, tokenizer, tasks, workdir, stage="before", checkpoint=base)
+        summaries["before"] = evaluate_stage(config, model, tokenizer, workdir, stage="before", checkpoint=base)
     result = train(
         model,
         dataset,
@@ -89,7 +91,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         raise SystemExit(PREEMPTED)
     if config.eval.enabled:
         name = f"{workdir}, step {result.step}"
-        summaries["after"] = evaluate_stage(config, model, tokenizer, tasks, workdir, stage="after", checkpoint=name)
+        summaries["after"] = evaluate_stage(config, model, tokenizer, workdir, stage="after", checkpoint=name)
     exported = _export(config, model, workdir, summaries, base) if config.export.enabled else None
     summary = {
         "checkpoint": base,
@@ -137,18 +139,24 @@ def _export(config: Config, model: Transformer, workdir: Path, summaries: Mappin
         for left in (directory, *workdir.glob(".export.*.tmp")):  # the latter by a run killed while it exported
             shutil.rmtree(left, ignore_errors=True)
     multihost_utils.sync_global_devices("export")
-    structured = {stage: summary[SUITE] for stage, summary in summaries.items()}
+    structured = {stage: summary[SUITE] for stage, summary in summaries.items() if "splits" in summary.get(SUITE, {})}
     export_model(config, model, directory, form=config.export.format, base=base, summaries=structured)
     return directory
 
 
 def _by_suite(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Stage → suite → summary, as suite → stage → figures by split."""
+    """Stage → suite → summary, as suite → stage → figures (of structured those by split)."""
     suites = dict.fromkeys(suite for stage in summaries.values() for suite in stage)
     return {
-        suite: {stage: by_suite[suite]["splits"] for stage, by_suite in summaries.items() if suite in by_suite}
+        suite: {stage: _figures(by_suite[suite]) for stage, by_suite in summaries.items() if suite in by_suite}
         for suite in suites
     }
+
+
+def _figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    if summary["suite"] == SUITE and "splits" in summary:
+        return summary["splits"]
+    return {name: value for name, value in summary.items() if name not in ("suite", "checkpoint", "settings")}
 
 
 def _say_where(workdir: Path, report: Path, exported: Path | None, evaluations: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 
 # What may differ when a run is resumed, as paths in the config; everything else shapes the weights.
-MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "export")
+MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "suite", "tasks", "export")
 RECORD = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy", "scipy")
 

@@ -3,6 +3,9 @@
     python -m cft_jax.evaluate --config=configs/eval/structured.py --workdir=eval/base --config.model.checkpoint=WHAT
     python -m cft_jax.evaluate --config=configs/eval/structured.py:runs/llama --workdir=eval/llama
 
+One suite leaves its files in --workdir itself, several (configs/eval/all.py) in a directory each and a table of all;
+one that lacks something, a data set say, is named there and does not keep the others from running.
+
 The second form takes the data settings of a run of cft_jax.main and measures its newest checkpoint. The same command
 on the same --workdir goes on where a killed evaluation stopped. `--config.backend=hf` runs the model by transformers;
 of a run it then measures the weights in `export/`.
@@ -20,39 +23,38 @@ from cft_jax.backends import load_backend
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
-from cft_jax.common.files import write_atomically
+from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.workdir import setting_up
 from cft_jax.config import Config, from_config_dict, validate
-from cft_jax.distributions import configured_tasks
 from cft_jax.evaluate.comparison import read_runs, render_comparison
-from cft_jax.evaluate.structured import run_structured
-from cft_jax.evaluation import check_suites, evaluation_tasks, prompt_codec, structured_settings
+from cft_jax.evaluate.result_files import ALL, SUMMARY
 from cft_jax.sharding import distributed
+from cft_jax.suites import RUNNERS, check_suites, run_suites
 
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     """Measures what `config` names and returns the summary, as written.
 
     Raises:
-      UserError: a mistake of the user's, before anything is overwritten.
+      UserError: a mistake of the user's; before anything is overwritten, unless it only shows after hours of work.
     """
     validate(config)
-    check_suites(config)
     if config.model.scratch.enabled:
         raise UserError("config.model.scratch makes a model to train; name one to measure by config.model.checkpoint")
     writes = jax.process_index() == 0
     with setting_up(workdir, config, devices=f"{len(jax.devices())} x {jax.devices()[0].device_kind}", write=writes):
-        tasks = evaluation_tasks(config, configured_tasks(config.data))
+        if len(config.eval.suites) == 1:
+            check_suites(config)
         backend, tokenizer, name = load_backend(config)
-    summary = run_structured(
-        backend,
-        prompt_codec(tokenizer, config.data),
-        tasks,
-        structured_settings(config),
-        workdir,
-        checkpoint=name,
-        write=writes,
-    )
+    if len(config.eval.suites) == 1:
+        runner = RUNNERS[config.eval.suites[0]]
+        summary = runner(backend, tokenizer, config, workdir, checkpoint=name, write=writes)
+    else:
+        directories = {suite: workdir / suite for suite in config.eval.suites}
+        found = run_suites(backend, tokenizer, config, directories, checkpoint=name, write=writes)
+        summary = {"suite": ALL, "checkpoint": name, "suites": found}
+        if writes:
+            write_json(workdir / SUMMARY, summary)
     if writes:
         write_atomically(workdir / "report.html", render_comparison(read_runs([workdir])))
     return summary
@@ -65,12 +67,12 @@ def _main(values: flags.FlagValues) -> None:
     use_compilation_cache()
     workdir = Path(values["workdir"].value or f"runs/eval-{cli.config_name(values)}")
     summary = run(config, workdir)
-    for split, figures in summary["splits"].items():
+    for split, figures in summary.get("splits", {}).items():
         for section in ("exact", "sampled"):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.get(section, {}).items())
             if shown:
                 logging.info("%s, %s: %s", split, section, shown)
-    sys.stdout.write(f"{workdir / 'summary.json'}\n{workdir / 'report.html'}\n")
+    sys.stdout.write(f"{workdir / SUMMARY}\n{workdir / 'report.html'}\n")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 
 from cft_jax.generate import TrieScore
 from cft_jax.text.trie import Trie
@@ -46,4 +46,8 @@ class Backend(Protocol):
 
         With `prefixes`, only at these prefixes of each trie, which come with all their ancestors.
         """
+        ...
+
+    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
+        """Log-probabilities of every token after each prompt, over the whole vocabulary at temperature 1, float32."""
         ...

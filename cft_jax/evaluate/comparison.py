@@ -1,7 +1,6 @@
 """Evaluations side by side, as one self-contained page: tables with deltas, and plots."""
 
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from cft_jax.common.errors import UserError
 from cft_jax.evaluate import plots
 from cft_jax.evaluate.panels import choose_panels
 from cft_jax.evaluate.report_tables import number, percent, split_title
-from cft_jax.evaluate.store import Record
-from cft_jax.evaluate.structured import STORE, SUITE, read_results
+from cft_jax.evaluate.result_files import ALL, STORE, SUMMARY, read_summary
+from cft_jax.evaluate.store import Record, read_records
+from cft_jax.evaluate.structured import SUITE
+from cft_jax.suite_config import SUITES
 
 _STAGES = ("before", "after")
 _MAX_PANELS = 8
@@ -56,8 +57,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
       UserError: a directory holds no evaluation, or a damaged one.
     """
     found = [run for path in paths for run in _runs_of(path)]
-    names = [run.name for run in found]
-    repeated = {name for name in names if names.count(name) > 1}
+    names = [(run.name, run.summary["suite"]) for run in found]
+    repeated = {name for name, suite in names if names.count((name, suite)) > 1}
     # Directories of the same name are told apart by their place in the list.
     return [
         Run(f"{run.name} ({index + 1})" if run.name in repeated else run.name, run.summary, run.records)
@@ -95,30 +96,21 @@ def _runs_of(path: Path) -> list[Run]:
     name = whole.name
     if name in _STAGES and whole.parent.parent.name == "eval":
         name = f"{whole.parents[2].name} {name}"
-    stages = [(stage, path / "eval" / SUITE / stage) for stage in _STAGES]
-    present = [(stage, place) for stage, place in stages if (place / "summary.json").exists()]
+    stages = [(f"{name} {stage}", path / "eval" / suite / stage) for stage in _STAGES for suite in SUITES]
+    present = [(title, place) for title, place in stages if (place / SUMMARY).exists()]
     if present:
-        return [_read(f"{name} {stage}", place) for stage, place in present]
-    return [_read(name, path)]
+        return [_read(title, place) for title, place in present]
+    whole_run = _read(name, path)
+    if whole_run.summary["suite"] != ALL:
+        return [whole_run]
+    return [_read(name, path / suite) for suite in SUITES if (path / suite / SUMMARY).exists()]
 
 
 def _read(name: str, path: Path) -> Run:
-    file = path / "summary.json"
-    if not file.exists():
+    summary = read_summary(path)
+    if summary is None:
         raise UserError(f"{path} holds no finished evaluation (no summary.json); run cft_jax.evaluate first")
-    if (path / STORE).exists():
-        results = read_results(path)
-        assert results is not None
-        summary, records = results
-    else:
-        records = []
-        try:
-            summary = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); repeat the evaluation") from None
-    if not isinstance(summary, dict) or "suite" not in summary:
-        raise UserError(f"{file} is not the summary of an evaluation; give the --workdir of cft_jax.evaluate")
-    return Run(name, summary, records)
+    return Run(name, summary, read_records(path / STORE) if summary["suite"] == SUITE else [])
 
 
 def _styles(runs: Sequence[Run]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
@@ -89,6 +89,16 @@ class HfBackend:
         """See `Backend.score`."""
         parts = [None] * len(tries) if prefixes is None else prefixes
         return [self._score(*asked) for asked in zip(prompts, tries, parts, strict=True)]
+
+    @torch.inference_mode()
+    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
+        """See `Backend.next_token_log_probs`."""
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=self._model.device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, -1]
+            rows.append(torch.log_softmax(logits.float(), -1).cpu().numpy())
+        return np.stack(rows)
 
     def _text(self, tokens: Sequence[int]) -> str:
         end = next((place for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))

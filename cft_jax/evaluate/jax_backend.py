@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.generate import Sampler, Scorer, TrieScore
+from cft_jax.generate.next_token import next_token_log_probs
+from cft_jax.generate.split_model import SplitModel
 from cft_jax.models.transformer import Transformer
 from cft_jax.text.trie import Trie
 
@@ -25,6 +27,8 @@ class JaxBackend:
         self._fingerprint = fingerprint(nnx.state(model, nnx.Param))
         self._sampler = Sampler(model, tokenizer)
         self._scorer = Scorer(model, stop_ids=self._sampler.stop_ids)
+        self._split, self._vocab_size = SplitModel.of(model), model.config.vocab_size
+        self._shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
 
     @property
     def fingerprint(self) -> str:
@@ -60,3 +64,7 @@ class JaxBackend:
     ) -> list[TrieScore]:
         """See `Backend.score`."""
         return self._scorer.score(prompts, tries, prefixes=prefixes)
+
+    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
+        """See `Backend.next_token_log_probs`."""
+        return next_token_log_probs(self._split, prompts, vocab_size=self._vocab_size, shards=self._shards)

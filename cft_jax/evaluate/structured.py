@@ -5,28 +5,22 @@ figures of sampled answers. Each finished prompt is kept, so a killed evaluation
 the same numbers.
 """
 
-import csv
-import gzip
-import hashlib
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.progress import Progress
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate import prompt_figures as figures
 from cft_jax.evaluate.aggregate import SECTIONS, summarise_split
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.exact_plan import Messages, PaperPath, PromptCodec, Resolution, plan_of, task_number, task_rng
+from cft_jax.evaluate.result_files import STORE, fingerprint_of, read_summary, write_results
 from cft_jax.evaluate.store import Record, ResultStore, read_records
 
 SUITE = "structured"
-STORE = "per_prompt.jsonl"
 # Prompts handed to the backend at once; a killed run repeats at most these.
 _PROMPTS_AT_ONCE = 8
 _LARGEST_SEED = 2**31
@@ -84,7 +78,7 @@ def run_structured(
     """
     if not tasks:
         raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
-    fingerprint = _fingerprint(backend.fingerprint, codec.name, asdict(settings))
+    fingerprint = fingerprint_of(backend.fingerprint, codec.name, asdict(settings))
     shown = _shown(tasks)
     with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
         pending = [task for task in tasks if (task.split, task.task_id) not in store]
@@ -97,9 +91,7 @@ def run_structured(
         records = [store[task.split, task.task_id] for task in tasks]
     summary = summarise(records, settings, checkpoint=checkpoint, fingerprint=fingerprint)
     if write:
-        write_atomically(directory / "per_prompt.csv", _table(records))
-        write_atomically(directory / "samples.jsonl.gz", _samples(records))
-        write_json(directory / "summary.json", summary)
+        write_results(directory, summary, rows=_rows(records), samples=_samples(records))
     return summary
 
 
@@ -126,13 +118,9 @@ def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
     Raises:
       UserError: a file is damaged.
     """
-    path = directory / "summary.json"
-    if not path.exists():
+    summary = read_summary(directory)
+    if summary is None:
         return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and repeat the evaluation") from None
     return summary, read_records(directory / STORE)
 
 
@@ -206,11 +194,6 @@ def _messages(task: Task, per_completion: int) -> Messages:
     return [*task.messages[:-1], {"role": "user", "content": content}]
 
 
-def _fingerprint(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _shown(tasks: Sequence[Task]) -> frozenset[tuple[str, str]]:
     """The tasks whose whole distribution is kept for plots: the middle one of every family in every split."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -224,27 +207,20 @@ def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
         yield tasks[start : start + size]
 
 
-def _table(records: Sequence[Record]) -> str:
+def _rows(records: Sequence[Record]) -> list[Record]:
     """One row per prompt, a column per figure."""
     sections = (*SECTIONS, "estimate", "tests", "paper_gof")
-    rows = [
+    return [
         {"split": r["split"], "family": r["group"], "task_id": r["task_id"]}
         | {f"{section}.{name}": value for section in sections for name, value in r.get(section, {}).items()}
         for r in records
     ]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
-def _samples(records: Sequence[Record]) -> bytes:
-    """One line per prompt and seed; the same samples give the same bytes."""
-    lines = [
-        json.dumps({"split": r["split"], "task_id": r["task_id"], "seed": int(seed), "samples": texts})
+def _samples(records: Sequence[Record]) -> list[Record]:
+    """One row per prompt and seed."""
+    return [
+        {"split": r["split"], "task_id": r["task_id"], "seed": int(seed), "samples": texts}
         for r in records
         for seed, texts in r.get("samples", {}).items()
     ]
-    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)

@@ -103,6 +103,9 @@ class CharacterModel:
         strings = paths.string_log_probs(trie, scores)
         return TrieScore(scores, paths.prefix_log_probs(trie, scores), strings, np.full(strings.size, -np.inf))
 
+    def next_token_log_probs(self, prompts):
+        return np.stack([self.next_log_probs(tuple(prompt), ()) for prompt in prompts]).astype(np.float32)
+
     def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p):
         assert len(seeds) == len(prompts) and temperature == top_p == 1.0
         return [

@@ -1,0 +1,145 @@
+"""The evaluation suites by name: how each is run and what it needs; used by the evaluate command and the main job."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.common.errors import UserError
+from cft_jax.config import Config
+from cft_jax.distributions import configured_tasks
+from cft_jax.evaluate.backend import Backend
+from cft_jax.evaluate.jax_backend import JaxBackend
+from cft_jax.evaluate.structured import run_structured
+from cft_jax.evaluation import evaluation_tasks, prompt_codec, structured_settings
+from cft_jax.models.transformer import Transformer
+
+Summary = dict[str, Any]
+
+
+class Runner(Protocol):
+    """Runs one suite: measures `backend` as `config` says and leaves its files in `directory`.
+
+    Returns the summary, as written; `write` is true in the process that writes. A killed run goes on where it stopped.
+
+    Raises:
+      UserError: something the suite needs is missing: what, where it was looked for, and how to get it.
+    """
+
+    def __call__(
+        self,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        directory: Path,
+        *,
+        checkpoint: str,
+        write: bool,
+    ) -> Summary: ...
+
+
+def _structured(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> Summary:
+    return run_structured(
+        backend,
+        prompt_codec(tokenizer, config.data),
+        evaluation_tasks(config, configured_tasks(config.data)),
+        structured_settings(config),
+        directory,
+        checkpoint=checkpoint,
+        write=write,
+    )
+
+
+RUNNERS: Mapping[str, Runner] = {
+    "structured": _structured,
+}
+# What a suite can tell without a model, before any work: its check raises the UserError that its run would.
+CHECKS: Mapping[str, Callable[[Config], object]] = {
+    "structured": lambda config: evaluation_tasks(config, configured_tasks(config.data)),
+}
+
+
+def check_suites(config: Config) -> None:
+    """Refuses suites that lack something, before the work of hours.
+
+    Raises:
+      UserError: for the first suite with a problem.
+    """
+    if not config.eval.suites:
+        raise UserError("config.eval.suites is empty; name at least one suite")
+    for name in config.eval.suites:
+        if name not in RUNNERS:
+            raise UserError(f"config.eval.suites has {name!r}; it takes {', '.join(RUNNERS)}")
+        if name in CHECKS:
+            CHECKS[name](config)
+
+
+def run_suites(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directories: Mapping[str, Path],
+    *,
+    checkpoint: str,
+    write: bool,
+) -> dict[str, Summary]:
+    """Runs several suites; one that lacks something does not keep the others from running.
+
+    Args are those of a `Runner`, but for `directories`, one for each suite.
+
+    Returns:
+      By suite its summary, or `{"suite": name, "missing": reason}`.
+    """
+    found = {}
+    for name, directory in directories.items():
+        logging.info("suite %s, into %s", name, directory)
+        try:
+            found[name] = RUNNERS[name](backend, tokenizer, config, directory, checkpoint=checkpoint, write=write)
+        except UserError as error:
+            logging.warning("suite %s is left out: %s", name, error)
+            found[name] = {"suite": name, "missing": str(error)}
+    return found
+
+
+def evaluate_stage(
+    config: Config,
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerBase,
+    workdir: Path,
+    *,
+    stage: str,
+    checkpoint: str,
+) -> dict[str, Summary]:
+    """Runs the suites of a run on its model, into `eval/<suite>/<stage>`; a killed one goes on where it stopped.
+
+    Args:
+      config: of the run.
+      model: as it is at this stage; it must not change meanwhile.
+      tokenizer: of the model.
+      workdir: of the run.
+      stage: "before" or "after".
+      checkpoint: name of what is measured.
+
+    Returns:
+      As `run_suites`.
+    """
+    logging.info("evaluating %s training", stage)
+    return run_suites(
+        JaxBackend(model, tokenizer),
+        tokenizer,
+        config,
+        {name: workdir / "eval" / name / stage for name in config.eval.suites},
+        checkpoint=checkpoint,
+        write=jax.process_index() == 0,
+    )
