@@ -25,8 +25,8 @@ from cft_jax.config import Config, from_config_dict
 from cft_jax.distributions import configured_tasks
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.evaluate.model_card import model_card
+from cft_jax.evaluate.report import STAGES
 from cft_jax.evaluate.structured import SUITE, read_results
-from cft_jax.evaluation import STAGES
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh
