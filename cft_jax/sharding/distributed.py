@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from cft_jax.common.errors import UserError
+from cft_jax.common.errors import TryAgainError, UserError
 
 # Seconds to wait for the other processes; CFT_START_SECONDS names another number.
 START_SECONDS = 300
@@ -49,7 +49,8 @@ def start() -> None:
     To be called before any other use of JAX's devices.
 
     Raises:
-      UserError: the environment contradicts itself, or the others did not come within the time-out.
+      UserError: the environment contradicts itself.
+      TryAgainError: the others did not come within the time-out.
     """
     found = find_processes(os.environ)
     if found is None:
@@ -61,7 +62,7 @@ def start() -> None:
     if failure is not None:
         which = "" if found.index is None else f" (this is process {found.index} of {found.count})"
         where = "" if found.coordinator is None else f" {found.coordinator}"
-        raise UserError(
+        raise TryAgainError(
             f"the processes of this run, known from {found.source}, did not meet{which}: {failure}; check that every "
             f"host runs the same command and reaches the coordinator's address and port{where}"
         )

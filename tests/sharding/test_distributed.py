@@ -127,7 +127,7 @@ def test_a_missing_process_is_one_sentence(index):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 75, done.stderr  # worth another attempt
     said = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert f"process {index} of 2" in said and "not all came within 1 s" in said and address in said
     assert "Traceback" not in done.stderr
