@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int
 
-from cft_jax.generate import TrieScore
+from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.text.trie import Trie
 
 
@@ -28,8 +28,9 @@ class Backend(Protocol):
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        stop: Sequence[str] = (),
     ) -> list[list[str]]:
-        """Completions of every prompt as text, without prompt and stop token.
+        """Completions of every prompt as text, without prompt and stop token; they end before the first `stop`.
 
         The draws of a prompt depend on its seed and tokens alone, not on the other prompts.
         """
@@ -50,4 +51,12 @@ class Backend(Protocol):
 
     def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
         """Log-probabilities of every token after each prompt, over the whole vocabulary at temperature 1, float32."""
+        ...
+
+    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """Of continuations, given as the token ids of a context, at least one, and of what follows it."""
+        ...
+
+    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
+        """Of every token of a row but the first, given those before it: T - 1 numbers per row of T tokens."""
         ...

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cft_jax.checkpoints import hub
 from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
 from cft_jax.common.errors import UserError
-from cft_jax.generate import TrieScore
+from cft_jax.generate import Likelihood, TrieScore
+from cft_jax.generate.stops import StopStrings
 from cft_jax.text.chat import terminator_id
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
 from cft_jax.text.trie import Trie
@@ -60,8 +61,10 @@ class HfBackend:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        stop: Sequence[str] = (),
     ) -> list[list[str]]:
         """See `Backend.sample`; torch's generator is seeded anew for each prompt."""
+        strings = StopStrings(self._tokenizer, stop)
         drawing: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -73,8 +76,14 @@ class HfBackend:
                 count = min(_SAMPLES_AT_ONCE, num_samples - len(texts))
                 ids = torch.tensor([list(prompt)] * count, device=self._model.device)
                 mask = torch.ones_like(ids)
-                out = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **drawing)
-                texts += [self._text(row) for row in out[:, len(prompt) :].tolist()]
+                out = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    stopping_criteria=_stopping(strings, len(prompt)),
+                    **drawing,
+                )
+                texts += [strings.cut(self._text(row)) for row in out[:, len(prompt) :].tolist()]
             found.append(texts)
         return found
 
@@ -99,6 +108,38 @@ class HfBackend:
             logits = self._model(input_ids=ids, use_cache=False).logits[0, -1]
             rows.append(torch.log_softmax(logits.float(), -1).cpu().numpy())
         return np.stack(rows)
+
+    @torch.inference_mode()
+    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """See `Backend.log_likelihoods`; every continuation runs with its context."""
+        answers = self._answers([[*context, *continuation] for context, continuation in requests])
+        found = []
+        for (context, _), (log_probs, best) in zip(requests, answers, strict=True):
+            own = slice(len(context) - 1, None)
+            found.append(Likelihood(float(log_probs[own].sum(dtype=np.float64)), bool(best[own].all())))
+        return found
+
+    @torch.inference_mode()
+    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
+        """See `Backend.token_log_probs`."""
+        return [log_probs for log_probs, _ in self._answers(rows)]
+
+    def _answers(self, rows: Sequence[Sequence[int]]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
+        """Log-probabilities of every token but the first of each row, and whether it is the most probable one."""
+        found = [(np.zeros(0, np.float32), np.zeros(0, bool)) for _ in rows]
+        order = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: -len(rows[i]))
+        while order:
+            length = len(rows[order[0]])
+            count = max(_LOGITS_AT_ONCE // (length * self._model.config.get_text_config().vocab_size), 1)
+            part, order = order[:count], order[count:]
+            # Rows are filled up on the right, where causal attention lets nothing see it.
+            tokens = torch.tensor([[*rows[i], *[0] * (length - len(rows[i]))] for i in part], device=self._model.device)
+            logits = self._model(input_ids=tokens).logits
+            for row, i in enumerate(part):
+                scores, targets = logits[row, : len(rows[i]) - 1].float(), tokens[row, 1 : len(rows[i])]
+                chosen = scores.gather(1, targets[:, None])[:, 0] - torch.logsumexp(scores, 1)
+                found[i] = (chosen.cpu().numpy(), (scores.argmax(1) == targets).cpu().numpy())
+        return found
 
     def _text(self, tokens: Sequence[int]) -> str:
         end = next((place for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
@@ -188,6 +229,16 @@ def _load(directory: Path, dtype: str) -> Any:
         str(directory), dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stopping(strings: StopStrings, start: int) -> StoppingCriteriaList:
+    """Ends a row whose new tokens, those from `start` on, hold a stop string."""
+
+    def reached(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor([strings.reached(row) for row in ids[:, start:].tolist()], device=ids.device)
+
+    criteria: Any = [reached] if strings.strings else []
+    return StoppingCriteriaList(criteria)
 
 
 def _paths(trie: Trie, chosen: Int[np.ndarray, "R"]) -> Int[np.ndarray, "S T"]:

@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints.fingerprint import fingerprint
-from cft_jax.generate import Sampler, Scorer, TrieScore
+from cft_jax.generate import Likelihood, LikelihoodScorer, Sampler, Scorer, TrieScore
 from cft_jax.generate.next_token import next_token_log_probs
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.models.transformer import Transformer
@@ -27,6 +27,7 @@ class JaxBackend:
         self._fingerprint = fingerprint(nnx.state(model, nnx.Param))
         self._sampler = Sampler(model, tokenizer)
         self._scorer = Scorer(model, stop_ids=self._sampler.stop_ids)
+        self._likelihoods = LikelihoodScorer(model)
         self._split, self._vocab_size = SplitModel.of(model), model.config.vocab_size
         self._shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
 
@@ -44,6 +45,7 @@ class JaxBackend:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        stop: Sequence[str] = (),
     ) -> list[list[str]]:
         """See `Backend.sample`."""
         return self._sampler.sample(
@@ -53,6 +55,7 @@ class JaxBackend:
             seed=seeds,
             temperature=temperature,
             top_p=top_p,
+            stop=stop,
         )
 
     def score(
@@ -68,3 +71,11 @@ class JaxBackend:
     def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
         """See `Backend.next_token_log_probs`."""
         return next_token_log_probs(self._split, prompts, vocab_size=self._vocab_size, shards=self._shards)
+
+    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """See `Backend.log_likelihoods`; continuations of one context share its computation."""
+        return self._likelihoods.log_likelihoods(requests)
+
+    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
+        """See `Backend.token_log_probs`."""
+        return self._likelihoods.token_log_probs(rows)

@@ -120,3 +120,26 @@ def test_the_seed_decides_the_samples(checkpoint, tokenizer):
     assert backend.sample(PROMPTS[1:], seeds=[3], **settings) != both[1:]
     greedy = backend.sample(PROMPTS[:1], seeds=[1], **(settings | {"temperature": 0.0}))[0]
     assert len(set(greedy)) == 1
+
+
+def test_likelihoods_agree(checkpoint, tokenizer):
+    one, other = hf_backend(checkpoint("qwen3"), tokenizer), jax_backend(checkpoint("qwen3"), tokenizer)
+    requests = [(PROMPTS[0], [4, 40, 7]), (PROMPTS[1], [9]), (PROMPTS[0], [11]), (PROMPTS[0], [])]
+    rows = [[*PROMPTS[1], 5, 6, 60], PROMPTS[0], [3]]
+    for mine, theirs in zip(other.log_likelihoods(requests), one.log_likelihoods(requests), strict=True):
+        assert mine.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
+        assert mine.greedy == theirs.greedy
+    for mine, theirs in zip(other.token_log_probs(rows), one.token_log_probs(rows), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
+def test_stop_strings_end_both_alike(checkpoint, tokenizer):
+    settings = {"seeds": [1, 1], "num_samples": 1, "max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0}
+    one, other = hf_backend(checkpoint("qwen3"), tokenizer), jax_backend(checkpoint("qwen3"), tokenizer)
+    whole = one.sample(PROMPTS, **settings)
+    assert other.sample(PROMPTS, **settings) == whole
+    text = max((texts[0] for texts in whole), key=len)
+    stop = text[len(text) // 2 :][:2]
+    cut = [[texts[0].partition(stop)[0]] for texts in whole]
+    assert cut != whole
+    assert one.sample(PROMPTS, **settings, stop=[stop]) == other.sample(PROMPTS, **settings, stop=[stop]) == cut
