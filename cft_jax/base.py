@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cft_jax.checkpoints import from_pretrained, write_random_llama
 from cft_jax.common.errors import UserError
+from cft_jax.common.mirror import publish, refresh
 from cft_jax.config import Config, ModelSettings, ScratchConfig
 from cft_jax.distributions import Task
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
@@ -34,7 +35,10 @@ def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir
     if jax.process_index() == 0 and not (directory / _LAST_FILE).exists():
         shutil.rmtree(directory, ignore_errors=True)
         _make(directory, config, itertools.chain.from_iterable(tasks.values()))
+        publish(directory)
     multihost_utils.sync_global_devices("base")
+    if jax.process_index() > 0:
+        refresh(directory)
     return str(directory)
 
 

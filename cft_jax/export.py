@@ -20,6 +20,7 @@ from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
+from cft_jax.common.mirror import checkpoint_directory, local_only, local_workdir
 from cft_jax.common.workdir import git_revision, read_config
 from cft_jax.config import Config, from_config_dict
 from cft_jax.distributions import configured_tasks
@@ -42,7 +43,8 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
     Raises:
       UserError: the run has no checkpoint, or its base model is gone or another one.
     """
-    if not (workdir / "checkpoints").is_dir():
+    directory = checkpoint_directory(workdir)
+    if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
     base = base_of_run(config, workdir)
     model = load_model(config, base, make_mesh())
@@ -53,7 +55,7 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
             raise UserError(f"{base} holds other weights than those that {workdir} was trained on; bring them back")
 
     optimizer = adamw(weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
+    with Checkpoints(directory, keep=config.checkpoint.keep, read_only=True) as checkpoints:
         restored = checkpoints.restore(abstract_state(weights, optimizer), check)
     if restored is None:
         raise UserError(f"{workdir} has no complete checkpoint yet; train first with cft_jax.main")
@@ -93,11 +95,13 @@ def _main(values: flags.FlagValues) -> None:
     if not workdir or not output:
         raise UserError("--workdir and --output are needed: the run's directory, and a new one for its weights")
     distributed.start()
-    config = from_config_dict(read_config(Path(workdir)))
-    model, step = load_trained(Path(workdir), config)
-    found = {stage: read_results(Path(workdir) / "eval" / SUITE / stage) for stage in STAGES}
-    summaries = {stage: result[0] for stage, result in found.items() if result is not None}
-    export_model(config, model, Path(output), form=form, base=config.model.checkpoint, summaries=summaries)
+    directory = local_only("--output", output)
+    with local_workdir(workdir, write=False) as run:
+        config = from_config_dict(read_config(run))
+        model, step = load_trained(run, config)
+        found = {stage: read_results(run / "eval" / SUITE / stage) for stage in STAGES}
+        summaries = {stage: result[0] for stage, result in found.items() if result is not None}
+        export_model(config, model, directory, form=form, base=config.model.checkpoint, summaries=summaries)
     sys.stdout.write(f"step {step} of {workdir}, {form}: {output}\n")
 
 

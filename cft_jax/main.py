@@ -25,6 +25,7 @@ from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
+from cft_jax.common.mirror import local_workdir
 from cft_jax.common.workdir import check_workdir, setting_up
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.example import render_example
@@ -197,7 +198,9 @@ def _main(values: flags.FlagValues) -> None:
     validate(config)
     distributed.start()
     use_compilation_cache()
-    run(config, Path(values["workdir"].value or f"runs/{cli.config_name(values)}"))
+    place = values["workdir"].value or f"runs/{cli.config_name(values)}"
+    with local_workdir(place, write=jax.process_index() == 0) as workdir:
+        run(config, workdir)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from cft_jax.base import base_tokenizer, scratch_tokenizer
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
+from cft_jax.common.mirror import local_only
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.batch import padding_fraction
 from cft_jax.data.example import render_example
@@ -80,7 +81,7 @@ def _main(values: flags.FlagValues) -> None:
     config = from_config_dict(cli.config_of(values))
     validate(config)
     figures, example = prepare_data(config)
-    path = Path(values["output"].value) / "prepare.json"
+    path = local_only("--output", values["output"].value) / "prepare.json"
     try:
         write_json(path, figures)
     except OSError as error:

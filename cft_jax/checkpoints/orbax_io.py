@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from cft_jax.checkpoints.fingerprint import fingerprint
@@ -36,15 +36,18 @@ class Checkpoints:
     is compared when it is read. All processes call every method.
     """
 
-    def __init__(self, directory: Path, *, keep: int, read_only: bool = False) -> None:
+    def __init__(self, directory: Path | epath.Path, *, keep: int, read_only: bool = False) -> None:
         """Opens the directory, making it if absent, and removes what an interrupted save left behind.
 
         Args:
-          directory: of the checkpoints.
+          directory: of the checkpoints; local, or on an object store.
           keep: how many of the newest are kept.
           read_only: change nothing there, not even damaged checkpoints: the run may be under way.
         """
-        self._directory, self._read_only = directory.absolute(), read_only
+        place = str(directory)
+        # `absolute` would take an address for the name of a directory.
+        self._directory = epath.Path(place if "://" in place else Path(place).absolute())
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -144,7 +147,8 @@ class Checkpoints:
             return None
         if jax.process_index() == 0:
             aside = self._directory / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                aside.rmtree()
             (self._directory / str(step)).rename(aside)
         multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()

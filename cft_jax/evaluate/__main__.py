@@ -24,6 +24,7 @@ from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
+from cft_jax.common.mirror import local_workdir
 from cft_jax.common.workdir import setting_up
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.evaluate.comparison import read_runs, render_comparison
@@ -65,14 +66,15 @@ def _main(values: flags.FlagValues) -> None:
     validate(config)
     distributed.start()
     use_compilation_cache()
-    workdir = Path(values["workdir"].value or f"runs/eval-{cli.config_name(values)}")
-    summary = run(config, workdir)
+    place = values["workdir"].value or f"runs/eval-{cli.config_name(values)}"
+    with local_workdir(place, write=jax.process_index() == 0) as workdir:
+        summary = run(config, workdir)
     for split, figures in summary.get("splits", {}).items():
         for section in ("exact", "sampled"):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.get(section, {}).items())
             if shown:
                 logging.info("%s, %s: %s", split, section, shown)
-    sys.stdout.write(f"{workdir / SUMMARY}\n{workdir / 'report.html'}\n")
+    sys.stdout.write(f"{place}/{SUMMARY}\n{place}/report.html\n")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int32
 from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
+from cft_jax.common.mirror import checkpoint_directory
 from cft_jax.common.progress import Progress
 from cft_jax.common.writer import MetricsWriter
 from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
@@ -141,7 +142,7 @@ def train(
     with (
         _clear_memory_errors(),
         PreemptionWatch(enabled=checkpoint.on_preemption) as watch,
-        Checkpoints(workdir / "checkpoints", keep=checkpoint.keep) as checkpoints,
+        Checkpoints(checkpoint_directory(workdir), keep=checkpoint.keep) as checkpoints,
     ):
         restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(_check_same, record))
         state = initial_state(weights, optimizer) if restored is None else restored.state
