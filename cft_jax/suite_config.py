@@ -89,12 +89,13 @@ class NoveltyBenchConfig:
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """Texts in PALOMA's layout under `data`, and how they are cut into windows."""
+    """Texts in PALOMA's layout under `data` (documents by file; 0 for all), and how they are cut into windows."""
 
     data: str = ""
     split: str = "test"
     context_length: int = 2048
     stride: int = 1024
+    windows: tuple[str, ...] = PERPLEXITY_WINDOWS
     max_documents: int = 0
 
 
@@ -184,6 +185,8 @@ def _perplexity_problems(record: PerplexityConfig) -> list[str]:
     found = _at_least(path, [("context_length", record.context_length, 2), ("max_documents", record.max_documents, 0)])
     if not 1 <= record.stride <= record.context_length:
         found.append(f"config.{path}.stride={record.stride} must be between 1 and context_length")
+    if not record.windows or not set(record.windows) <= set(PERPLEXITY_WINDOWS):
+        found.append(f"config.{path}.windows={record.windows} takes one or both of {', '.join(PERPLEXITY_WINDOWS)}")
     return found
 
 

@@ -13,6 +13,7 @@ from cft_jax.config import Config
 from cft_jax.distributions import configured_tasks
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.jax_backend import JaxBackend
+from cft_jax.evaluate.perplexity import find_files, run_perplexity
 from cft_jax.evaluate.structured import run_structured
 from cft_jax.evaluation import evaluation_tasks, prompt_codec, structured_settings
 from cft_jax.models.transformer import Transformer
@@ -61,11 +62,25 @@ def _structured(
     )
 
 
+def _perplexity(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> Summary:
+    return run_perplexity(backend, tokenizer, config.suite.perplexity, directory, checkpoint=checkpoint, write=write)
+
+
 RUNNERS: Mapping[str, Runner] = {
     "structured": _structured,
+    "perplexity": _perplexity,
 }
 # What a suite can tell without a model, before any work: its check raises the UserError that its run would.
 CHECKS: Mapping[str, Callable[[Config], object]] = {
+    "perplexity": lambda config: find_files(config.suite.perplexity),
     "structured": lambda config: evaluation_tasks(config, configured_tasks(config.data)),
 }
 

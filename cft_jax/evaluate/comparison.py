@@ -233,8 +233,8 @@ def _other_table(runs: Sequence[Run], suite: str) -> str:
     return f"<h2>{html.escape(suite.replace('_', ' '))}</h2>" + _table(_heads(runs, "figure"), rows) if rows else ""
 
 
-def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             if name != "settings":
