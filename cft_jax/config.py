@@ -8,13 +8,15 @@ with `from_config_dict` and call `validate` before any other work.
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.workdir import read_config
 from cft_jax.suite_config import EvalConfig, SuiteConfig, eval_problems, suite_problems
 
 _T = TypeVar("_T")
@@ -208,6 +210,27 @@ def paper_config_dict(checkpoints: Mapping[str, str], argument: str) -> ConfigDi
         config.data.max_bins = 16384
         config.train.epochs = 2
         config.train.samples_per_prompt_per_epoch = 16
+    return config
+
+
+def eval_config_dict(suites: Sequence[str], run: str) -> ConfigDict:
+    """The settings of an evaluation.
+
+    Args:
+      suites: to run.
+      run: the directory of a run, whose data settings are taken and whose newest checkpoint is measured; empty for the
+        defaults, which leave `model.checkpoint` to be set.
+
+    Raises:
+      UserError: the directory holds no run.
+    """
+    config: Any = default_config_dict()
+    if run:
+        config = ConfigDict(dataclasses.asdict(from_config_dict(read_config(Path(run)))))
+        config.model.checkpoint = run
+        config.model.scratch.enabled = False
+    config.eval.suites = tuple(suites)
+    config.export.enabled = False
     return config
 
 

@@ -10,9 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config
-from cft_jax.distributions import configured_tasks
+from cft_jax.distributions import configured_tasks, spread
+from cft_jax.evaluate.asking import asking_of, drawing_of
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.jax_backend import JaxBackend
+from cft_jax.evaluate.mcq import read_prompt, run_mcq
+from cft_jax.evaluate.open_random import OpenPrompt, read_prompts, run_open_random
 from cft_jax.evaluate.perplexity import find_files, run_perplexity
 from cft_jax.evaluate.structured import run_structured
 from cft_jax.evaluation import evaluation_tasks, prompt_codec, structured_settings
@@ -59,6 +62,9 @@ def _structured(
         directory,
         checkpoint=checkpoint,
         write=write,
+        asking=None
+        if config.eval.method == "direct"
+        else asking_of(config, tokenizer, mode="numeric", max_new_tokens=0),
     )
 
 
@@ -74,14 +80,66 @@ def _perplexity(
     return run_perplexity(backend, tokenizer, config.suite.perplexity, directory, checkpoint=checkpoint, write=write)
 
 
+def _open_random(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> Summary:
+    suite = config.suite.open_random
+    return run_open_random(
+        backend,
+        asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens),
+        _open_prompts(config),
+        drawing_of(config, suite.num_samples),
+        directory,
+        checkpoint=checkpoint,
+        write=write,
+    )
+
+
+def _open_prompts(config: Config) -> list[OpenPrompt]:
+    prompts = read_prompts(config.suite.open_random.prompts)
+    limit = config.eval.max_prompts_per_split
+    return spread(prompts, limit, lambda prompt: "") if limit else prompts
+
+
+def _mcq(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> Summary:
+    suite = config.suite.mcq
+    return run_mcq(
+        backend,
+        asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens),
+        read_prompt(suite.prompt),
+        drawing_of(config, suite.num_samples),
+        directory,
+        checkpoint=checkpoint,
+        write=write,
+    )
+
+
 RUNNERS: Mapping[str, Runner] = {
     "structured": _structured,
+    "open_random": _open_random,
+    "mcq": _mcq,
     "perplexity": _perplexity,
 }
 # What a suite can tell without a model, before any work: its check raises the UserError that its run would.
 CHECKS: Mapping[str, Callable[[Config], object]] = {
     "perplexity": lambda config: find_files(config.suite.perplexity),
     "structured": lambda config: evaluation_tasks(config, configured_tasks(config.data)),
+    "open_random": _open_prompts,
+    "mcq": lambda config: read_prompt(config.suite.mcq.prompt),
 }
 
 

@@ -162,7 +162,7 @@ CUSTOM = """{"prompt": "Draw.", "values": ["1", "2"], "probabilities": [0.5, 0.5
         (["data.target=softly"], ["data.target='softly'", "soft, hard"]),
         (["train.batch_size=0", "data.max_bins=1"], ["train.batch_size=0", "data.max_bins=1"]),
         (["log.profile=3-5"], ["log.profile='3-5'", "5:8"]),
-        (["eval.suites=structured,mcq"], ["mcq", "structured"]),
+        (["eval.suites=structured,mqc"], ["mqc", "structured"]),
         (["data.train_families=geometrical"], ["geometrical", "geometric"]),
         (["data.max_length=9"], ["data.max_length=9", "19 tokens", "8 of 8 tasks", "raise it"]),
         (["data.custom={place}/rows.jsonl"], ["lines of", "rows.jsonl", "2:", "3:", "JSON"]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from cft_jax.common.errors import UserError
 from cft_jax.config import Config
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.ssot import Mode, ReadAnswer, clean_response, extract_answer, native_reasoning, seeded_messages
@@ -107,6 +108,12 @@ def draw(
 
 
 def drawing_of(config: Config, num_samples: int) -> Drawing:
-    """The settings of `config.eval`; a suite's own number of samples counts where it is not 0."""
-    own = num_samples or config.eval.num_samples
-    return Drawing(own, config.eval.seeds, config.eval.temperature, config.eval.top_p)
+    """The settings of `config.eval`; a suite's own number of samples counts where it is not 0.
+
+    Raises:
+      UserError: both are 0.
+    """
+    number = num_samples or config.eval.num_samples
+    if not number:
+        raise UserError("config.eval.num_samples=0 leaves nothing to measure; set it to at least 1")
+    return Drawing(number, config.eval.seeds, config.eval.temperature, config.eval.top_p)

@@ -1,14 +1,17 @@
 """Results of finished prompts, kept as they come, so that a killed evaluation goes on where it stopped."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
+from cft_jax.common.progress import Progress
 
 Record = dict[str, Any]
+Key = tuple[str, str]
+_Item = TypeVar("_Item")
 
 
 class ResultStore:
@@ -73,6 +76,46 @@ class ResultStore:
             self._file.flush()
         # What a resumed run would read, so that both see the same numbers.
         self._records[key] = json.loads(line)["record"]
+
+
+def measured(
+    path: Path,
+    items: Sequence[_Item],
+    key: Callable[[_Item], Key],
+    measure: Callable[[Sequence[_Item]], Sequence[Record]],
+    *,
+    at_once: int,
+    fingerprint: str,
+    what: str,
+    unit: str,
+    write: bool,
+) -> list[Record]:
+    """The records of all items: those in the store, and new ones, kept as they come.
+
+    Args:
+      path: of the store.
+      items: what is measured, prompts as a rule, in order.
+      key: an item's split and name.
+      measure: makes the records of a few items; a record must not depend on which others come with it.
+      at_once: items handed to `measure`; a killed run repeats at most these.
+      fingerprint: of weights and settings.
+      what: name of the work, shown with its progress.
+      unit: name of an item, shown too.
+      write: whether this process writes; process 0 does.
+
+    Raises:
+      UserError: the store is damaged.
+    """
+    with ResultStore(path, fingerprint=fingerprint, write=write) as store:
+        pending = [item for item in items if key(item) not in store]
+        done = len(items) - len(pending)
+        with Progress(what, total=len(items), unit=unit, done=done) as progress:
+            for start in range(0, len(pending), at_once):
+                chunk = pending[start : start + at_once]
+                for record in measure(chunk):
+                    store.append(record)
+                progress.advance(len(chunk))
+        return [store[key(item)] for item in items]
 
 
 def read_records(path: Path) -> list[Record]:

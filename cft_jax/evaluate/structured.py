@@ -6,19 +6,19 @@ the same numbers.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.progress import Progress
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate import prompt_figures as figures
 from cft_jax.evaluate.aggregate import SECTIONS, summarise_split
+from cft_jax.evaluate.asking import Asking
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.exact_plan import Messages, PaperPath, PromptCodec, Resolution, plan_of, task_number, task_rng
 from cft_jax.evaluate.result_files import STORE, fingerprint_of, read_summary, write_results
-from cft_jax.evaluate.store import Record, ResultStore, read_records
+from cft_jax.evaluate.store import Record, measured, read_records
 
 SUITE = "structured"
 # Prompts handed to the backend at once; a killed run repeats at most these.
@@ -58,6 +58,7 @@ def run_structured(
     *,
     checkpoint: str,
     write: bool,
+    asking: Asking | None = None,
 ) -> dict[str, Any]:
     """Measures every task and writes `summary.json`, `per_prompt.csv` and `samples.jsonl.gz`.
 
@@ -69,6 +70,8 @@ def run_structured(
       directory: where the files go, and the store of finished prompts.
       checkpoint: name of what is measured, recorded.
       write: whether this process writes; process 0 does.
+      asking: another way to ask than by the tasks' own messages; of it only samples are measured, since the model's
+        answer is then no longer the first thing it writes.
 
     Returns:
       The summary, as written.
@@ -78,18 +81,23 @@ def run_structured(
     """
     if not tasks:
         raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
-    fingerprint = fingerprint_of(backend.fingerprint, codec.name, asdict(settings))
+    method = [] if asking is None else [asking.name]
+    fingerprint = fingerprint_of(backend.fingerprint, codec.name, asdict(settings), *method)
     shown = _shown(tasks)
-    with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
-        pending = [task for task in tasks if (task.split, task.task_id) not in store]
-        done = len(tasks) - len(pending)
-        with Progress("evaluate structured", total=len(tasks), unit="prompt", done=done) as progress:
-            for chunk in _chunks(pending, _PROMPTS_AT_ONCE):
-                for record in measure(backend, codec, chunk, settings, shown):
-                    store.append(record)
-                progress.advance(len(chunk))
-        records = [store[task.split, task.task_id] for task in tasks]
+    records = measured(
+        directory / STORE,
+        tasks,
+        lambda task: (task.split, task.task_id),
+        lambda chunk: measure(backend, codec, chunk, settings, shown, asking),
+        at_once=_PROMPTS_AT_ONCE,
+        fingerprint=fingerprint,
+        what="evaluate structured",
+        unit="prompt",
+        write=write,
+    )
     summary = summarise(records, settings, checkpoint=checkpoint, fingerprint=fingerprint)
+    if asking is not None:
+        summary["protocol"] = asking.method
     if write:
         write_results(directory, summary, rows=_rows(records), samples=_samples(records))
     return summary
@@ -130,13 +138,15 @@ def measure(
     tasks: Sequence[Task],
     settings: StructuredSettings,
     shown: frozenset[tuple[str, str]],
+    asking: Asking | None = None,
 ) -> list[Record]:
     """The records of a few tasks; a record does not depend on which other tasks are measured with it."""
-    prompts = [codec.encode(_messages(task, settings.numbers_per_completion)) for task in tasks]
+    encode = codec.encode if asking is None else asking.encode
+    prompts = [encode(_messages(task, settings.numbers_per_completion)) for task in tasks]
     records: list[Record] = [
         {"split": task.split, "task_id": task.task_id, "group": task.group, "weight": task.weight} for task in tasks
     ]
-    if settings.numbers_per_completion == 1:
+    if settings.numbers_per_completion == 1 and asking is None:
         plans = [plan_of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
         papers = [PaperPath.of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
         whole = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
@@ -146,13 +156,17 @@ def measure(
             record |= plans[i].sections(whole[i], keep_distribution=keep)
             record["path"] = figures.finite({"logit_kl": papers[i].logit_kl(drawn[i])}) | record["path"]
     if settings.num_samples:
-        for record, sections in zip(records, _sample(backend, tasks, prompts, settings), strict=True):
+        for record, sections in zip(records, _sample(backend, tasks, prompts, settings, asking), strict=True):
             record |= sections
     return records
 
 
 def _sample(
-    backend: Backend, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], settings: StructuredSettings
+    backend: Backend,
+    tasks: Sequence[Task],
+    prompts: Sequence[Sequence[int]],
+    settings: StructuredSettings,
+    asking: Asking | None,
 ) -> Iterator[figures.Figures]:
     per_completion = settings.numbers_per_completion
     completions = {
@@ -160,7 +174,7 @@ def _sample(
             prompts,
             seeds=[(seed + task_number(task, "sample")) % _LARGEST_SEED for task in tasks],
             num_samples=-(-settings.num_samples // per_completion),
-            max_new_tokens=settings.max_new_tokens * per_completion,
+            max_new_tokens=settings.max_new_tokens * per_completion if asking is None else asking.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
@@ -171,7 +185,16 @@ def _sample(
         target = figures.target_of_task(task, space, settings.resolution.grid.num_decimals)
         sections = []
         for seed in settings.seeds:
-            answers = figures.read_answers(completions[seed][i], task, space, per_completion=per_completion)
+            texts = completions[seed][i]
+            read = [] if asking is None else [asking.read(text) for text in texts]
+            answers = figures.read_answers(
+                texts if asking is None else [answer.text for answer in read],
+                task,
+                space,
+                per_completion=per_completion,
+            )
+            if degraded := sum(answer.degraded for answer in read):
+                answers = replace(answers, oddities={**answers.oddities, "without_answer_tag": degraded})
             sections.append(figures.sampled_section(answers, task, space, target, task_rng(task, seed, "figures")))
         yield figures.mean_sections(sections) | {
             "samples": {str(seed): completions[seed][i] for seed in settings.seeds}
@@ -200,11 +223,6 @@ def _shown(tasks: Sequence[Task]) -> frozenset[tuple[str, str]]:
     for task in tasks:
         groups.setdefault((task.split, task.group), []).append(task.task_id)
     return frozenset((split, members[len(members) // 2]) for (split, _), members in groups.items())
-
-
-def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
-    for start in range(0, len(tasks), size):
-        yield tasks[start : start + size]
 
 
 def _rows(records: Sequence[Record]) -> list[Record]:

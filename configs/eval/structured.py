@@ -7,22 +7,11 @@ WHAT is a hub id, a directory in HF format or the directory of a run. The paper'
 `--config.data.eval_prompt_selection=paper_selected`.
 """
 
-import dataclasses
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from cft_jax.common.workdir import read_config
-from cft_jax.config import default_config_dict, from_config_dict
+from cft_jax.config import eval_config_dict
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: the directory of a run, whose data settings are taken and whose newest checkpoint is measured."""
-    config = default_config_dict()
-    if arg:
-        config = ConfigDict(dataclasses.asdict(from_config_dict(read_config(Path(arg)))))
-        config.model.checkpoint = arg
-        config.model.scratch.enabled = False
-    config.eval.suites = ("structured",)
-    config.export.enabled = False
-    return config
+    return eval_config_dict(["structured"], arg)

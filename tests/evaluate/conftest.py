@@ -106,8 +106,14 @@ class CharacterModel:
     def next_token_log_probs(self, prompts):
         return np.stack([self.next_log_probs(tuple(prompt), ()) for prompt in prompts]).astype(np.float32)
 
-    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p):
-        assert len(seeds) == len(prompts) and temperature == top_p == 1.0
+    def log_likelihoods(self, requests):
+        raise NotImplementedError
+
+    def token_log_probs(self, rows):
+        raise NotImplementedError
+
+    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p, stop=()):
+        assert not stop and len(seeds) == len(prompts) and temperature == top_p == 1.0
         return [
             [self._draw(tuple(prompt), rng, max_new_tokens) for _ in range(num_samples)]
             for prompt, rng in zip(prompts, map(np.random.default_rng, seeds), strict=True)
@@ -141,3 +147,18 @@ def character_model() -> type[CharacterModel]:
 @pytest.fixture(scope="session")
 def character_codec() -> PromptCodec:
     return PromptCodec(encode_characters, character_trie, lambda space: FullTrie(space, NUMBERS), "characters")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory, write_hf, hf_config) -> Path:
+    """A random Llama-shaped checkpoint in HF format with a tokenizer of its own: real code paths in seconds."""
+    from cft_jax.text.scratch import train_tokenizer
+
+    tokenizer = train_tokenizer(["Name a random city. Answer with nothing else.", "Question: A. B. C. D. 0123456789"])
+    directory = tmp_path_factory.mktemp("small") / "model"
+    config = hf_config(
+        "llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=4096
+    )
+    write_hf(directory, config)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -12,7 +12,9 @@ import pytest
 from cft_jax.common.errors import UserError
 from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits, task_from_spec
 from cft_jax.evaluate import metrics
+from cft_jax.evaluate.asking import Asking
 from cft_jax.evaluate.exact_plan import Resolution
+from cft_jax.evaluate.ssot import extract_answer
 from cft_jax.evaluate.structured import StructuredSettings, read_results, run_structured
 
 SETTINGS = StructuredSettings(
@@ -197,6 +199,31 @@ def test_batch_protocol_needs_the_families_prompts(model_of, character_codec, tm
         run(
             model_of([task]), character_codec, [task], tmp_path, dataclasses.replace(SETTINGS, numbers_per_completion=4)
         )
+
+
+def test_string_seeds(character_model, character_codec, tasks, tmp_path):
+    task = tasks[0]
+    asking = Asking(
+        "ssot",
+        lambda messages: [1, *character_codec.encode(messages)],
+        lambda text: extract_answer(text, "none", strict=True),
+        80,
+        "ssot of characters",
+    )
+    prompt = tuple(asking.encode(task.messages))
+    texts = ("<random_string>7</random_string><answer>1.5</answer>", "7 <answer>1.5")
+    model = character_model({prompt: OutputSpace(texts, np.array([0.75, 0.25]))}, off=0.0, tilt=0.0)
+    summary = run_structured(
+        model, character_codec, [task], SETTINGS, tmp_path, checkpoint="model", write=True, asking=asking
+    )
+    assert summary["protocol"] == "ssot"
+    split = summary["splits"][task.split]
+    assert "exact" not in split and "path" not in split
+    assert split["sampled"]["valid_rate"] == pytest.approx(0.75, abs=0.1)
+    without = split["oddities"]["without_answer_tag"]
+    assert without == round(200 * (1 - split["sampled"]["valid_rate"]))
+    with gzip.open(tmp_path / "samples.jsonl.gz", "rt") as file:
+        assert set(json.loads(file.readline())["samples"]) == set(texts)
 
 
 def test_nothing_to_evaluate(model_of, character_codec, tmp_path):
