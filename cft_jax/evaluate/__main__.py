@@ -28,7 +28,8 @@ from cft_jax.common.mirror import local_workdir
 from cft_jax.common.workdir import setting_up
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.evaluate.comparison import read_runs, render_comparison
-from cft_jax.evaluate.result_files import ALL, SUMMARY
+from cft_jax.evaluate.overview import all_summary, headline_figures
+from cft_jax.evaluate.result_files import SUMMARY
 from cft_jax.sharding import distributed
 from cft_jax.suites import RUNNERS, check_suites, run_suites
 
@@ -53,7 +54,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     else:
         directories = {suite: workdir / suite for suite in config.eval.suites}
         found = run_suites(backend, tokenizer, config, directories, checkpoint=name, write=writes)
-        summary = {"suite": ALL, "checkpoint": name, "suites": found}
+        summary = all_summary(found, checkpoint=name)
         if writes:
             write_json(workdir / SUMMARY, summary)
     if writes:
@@ -69,11 +70,10 @@ def _main(values: flags.FlagValues) -> None:
     place = values["workdir"].value or f"runs/eval-{cli.config_name(values)}"
     with local_workdir(place, write=jax.process_index() == 0) as workdir:
         summary = run(config, workdir)
-    for split, figures in summary.get("splits", {}).items():
-        for section in ("exact", "sampled"):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.get(section, {}).items())
-            if shown:
-                logging.info("%s, %s: %s", split, section, shown)
+    suites = summary.get("suites", {summary["suite"]: {"figures": headline_figures(summary)}})
+    for suite, found in suites.items():
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in found.get("figures", {}).items())
+        logging.info("%s: %s", suite, found.get("missing", shown))
     sys.stdout.write(f"{place}/{SUMMARY}\n{place}/report.html\n")
 
 

@@ -114,7 +114,8 @@ def colour_variable(style: int) -> str:
     return _CSS_VARIABLES[COLOURS[style % len(COLOURS)]]
 
 
-def _line(style: int) -> dict[str, Any]:
+def line_style(style: int) -> dict[str, Any]:
+    """How matplotlib draws a style's line."""
     style %= len(COLOURS)
     return {"color": COLOURS[style], "linestyle": _DASHES[style], "linewidth": 1.7 if style else 1.5}
 
@@ -190,7 +191,7 @@ def draw_cumulative(ax: Axes, panel: Panel) -> None:
 
     ax.fill_between(places, heights(target), step="post", color=TARGET, linewidth=0)
     for name, q in models:
-        ax.step(places, heights(q), where="post", **_line(panel.styles[name]))
+        ax.step(places, heights(q), where="post", **line_style(panel.styles[name]))
     ax.set_xlim(low, high)
     ax.set_ylim(0, 1.02)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -209,7 +210,7 @@ def calibration_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], styl
     levels = np.linspace(0, 1, len(next(iter(curves.values()))["model"]) + 1)
     ax.plot([0, 1], [0, 1], color=TARGET, linewidth=5, solid_capstyle="round")
     for name, curve in curves.items():
-        line = _line(styles[name])
+        line = line_style(styles[name])
         low, high = (np.append(0.0, curve[key]) for key in ("cumulative_p10", "cumulative_p90"))
         ax.fill_between(levels, low, high, color=line["color"], alpha=0.16, linewidth=0)
         ax.plot(levels, np.append(0.0, np.cumsum(curve["model"])), **line)
@@ -283,7 +284,7 @@ def _any_script() -> Iterator[None]:
 
 
 def _legend_entries() -> tuple[list[Any], list[str]]:
-    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **_line(style)) for style in STAGE_STYLES.values())]
+    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **line_style(style)) for style in STAGE_STYLES.values())]
     return handles, ["target", "before training", "after training"]
 
 
@@ -323,7 +324,7 @@ def _draw_density(ax: Axes, panel: Panel) -> None:
 
     ax.stairs(density(target), bounds, fill=True, color=TARGET, linewidth=0)
     for name, q in models:
-        ax.stairs(density(q), bounds, baseline=None, **_line(panel.styles[name]))
+        ax.stairs(density(q), bounds, baseline=None, **line_style(panel.styles[name]))
     _limit_height(ax, density(target), [density(q) for _, q in models])
     ax.set_xlim(low, high)
 
@@ -365,6 +366,6 @@ def _draw_mass_lines(ax: Axes, panel: Panel) -> None:
     numbers, target, models = _sorted(panel)
     ax.fill_between(numbers, target, step="mid", color=TARGET, linewidth=0)
     for name, q in models:
-        ax.step(numbers, q, where="mid", **_line(panel.styles[name]))
+        ax.step(numbers, q, where="mid", **line_style(panel.styles[name]))
     ax.set_xlim(*_shown_range(numbers, target, panel.kind))
     _limit_height(ax, target, [q for _, q in models])

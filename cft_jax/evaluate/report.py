@@ -26,8 +26,12 @@ from cft_jax.evaluate.report_tables import (
     tests_table,
     total_variation,
 )
+from cft_jax.evaluate.result_files import read_summary
+from cft_jax.evaluate.side_by_side import Run
 from cft_jax.evaluate.store import Record
 from cft_jax.evaluate.structured import SUITE, read_results
+from cft_jax.evaluate.suite_sections import suite_section
+from cft_jax.suite_config import SUITES
 
 STAGES = ("before", "after")
 _MAX_PANELS = 10
@@ -52,12 +56,14 @@ class ReportData:
       results: evaluations by stage, `before` and `after`; either may be missing.
       metrics: the rows of `metrics.jsonl`.
       run: the contents of `config.json`.
+      others: what other suites left, named by stage.
     """
 
     name: str
     results: Mapping[str, Results]
     metrics: Sequence[Mapping[str, Any]]
     run: Mapping[str, Any]
+    others: Sequence[Run] = ()
 
 
 def write_report(workdir: Path) -> Path:
@@ -77,12 +83,17 @@ def read_report_data(workdir: Path) -> ReportData:
     results = {stage: Results(*result) for stage, result in found.items() if result is not None}
     config = workdir / "config.json"
     run = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    return ReportData(workdir.resolve().name, results, read_metrics(workdir / "metrics.jsonl"), run)
+    summaries = [(stage, read_summary(workdir / "eval" / suite / stage)) for suite in SUITES for stage in STAGES]
+    others = [Run(stage, summary, []) for stage, summary in summaries if summary and summary["suite"] != SUITE]
+    return ReportData(workdir.resolve().name, results, read_metrics(workdir / "metrics.jsonl"), run, others)
 
 
 def render_report(data: ReportData) -> str:
     """The page. The same data give the same bytes."""
-    sections = [_headline(data), _gallery(data), _families(data), _curves(data), _samples(data), _appendix(data)]
+    sections = [_headline(data), _gallery(data), _families(data), _curves(data), _samples(data)]
+    suites = dict.fromkeys(run.summary["suite"] for run in data.others)
+    sections += [suite_section(data.others, suite, plots.STAGE_STYLES) for suite in suites]
+    sections.append(_appendix(data))
     template = Template(
         resources.files("cft_jax.evaluate").joinpath("templates/report.html").read_text(encoding="utf-8")
     )
@@ -128,7 +139,7 @@ def _lede(data: ReportData) -> str:
 def _headline(data: ReportData) -> str:
     splits = _splits(data)
     if not splits:
-        return '<p class="note">No evaluation has finished yet.</p>'
+        return "" if data.others else '<p class="note">No evaluation has finished yet.</p>'
     first = splits[0]
     parts = [cards(_of_split(data, first), split_title(first))]
     if len(splits) > 1:

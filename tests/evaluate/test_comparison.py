@@ -51,9 +51,9 @@ def test_figures_and_differences(root):
 
 def test_one_run_and_other_suites(root, tmp_path):
     assert "differences to" not in render_comparison(read_runs([root / "base<1>"]))
-    (tmp_path / "summary.json").write_text(json.dumps({"suite": "mcq", "figures": {"parse_rate": 0.75}}))
+    (tmp_path / "summary.json").write_text(json.dumps({"suite": "mcq", "parse_rate": 0.75, "more": {"x": 0.25}}))
     page = render_comparison(read_runs([root / "base<1>", tmp_path]))
-    assert "figures parse_rate" in page and "0.750" in page
+    assert "more x" in page and "75.0 %" in page and "not run" in page
 
 
 def test_what_is_no_evaluation(tmp_path):

@@ -1,0 +1,134 @@
+"""Tables and plots of the suites beside structured sampling, several models side by side."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from cft_jax.evaluate import plots
+from cft_jax.evaluate.overview import HEADLINES, TITLES
+from cft_jax.evaluate.parsing import ANSWER_LABELS
+from cft_jax.evaluate.report_tables import number
+from cft_jax.evaluate.side_by_side import Run, figure_of, head_row, legend, table, value_cells
+
+# Figures beside the headlines, by suite: heading, path, whether it is a share, which way is better.
+_FURTHER: Mapping[str, Sequence[tuple[str, tuple[str, ...], bool, int]]] = {
+    "open_random": (
+        ("prompts", ("num_prompts",), False, 0),
+        ("samples per prompt", ("settings", "num_samples"), False, 0),
+        ("empty answers", ("mean_empty_rate",), True, -1),
+        ("next tokens that hold 50 %, median", ("median_support_sizes", "0.50"), False, 1),
+        ("next tokens that hold 90 %, median", ("median_support_sizes", "0.90"), False, 1),
+        ("next tokens that hold 99 %, median", ("median_support_sizes", "0.99"), False, 1),
+    ),
+    "mcq": (
+        ("questions", ("num_samples",), False, 0),
+        ("chi-square, 3 degrees of freedom", ("chi_square_statistic",), False, -1),
+        ("its p-value", ("chi_square_pvalue",), False, 0),
+        ("largest deviation from uniform", ("max_abs_deviation_from_uniform",), False, -1),
+        *((f"answer {label}", (f"freq_{label.lower()}",), True, 0) for label in ANSWER_LABELS),
+    ),
+    "noveltybench": (
+        ("distinct, all prompts", ("overall", "mean_distinct"), False, 1),
+        ("utility, all prompts", ("overall", "mean_utility"), False, 1),
+        ("prompts", ("overall", "num_prompts"), False, 0),
+    ),
+}
+
+
+def suite_section(runs: Sequence[Run], suite: str, styles: Mapping[str, int]) -> str:
+    """A suite's table with differences to the first run, its plots, and every other number folded away."""
+    of_suite = [run for run in runs if run.summary["suite"] == suite and "missing" not in run.summary]
+    if not of_suite:
+        return ""
+    figures = [(h.heading, h.path, h.is_share, h.better) for h in HEADLINES if h.suite == suite]
+    rows = ""
+    for heading, path, is_share, better in (*figures, *_FURTHER.get(suite, ())):
+        values = [figure_of(run.summary, path) for run in of_suite]
+        if any(value is not None for value in values):
+            rows += f"<tr><td>{html.escape(heading)}</td>{value_cells(values, is_share, better)}</tr>"
+    shown = table(head_row(of_suite, "", styles), rows) if rows else ""
+    return f"<h2>{html.escape(TITLES.get(suite, suite)).capitalize()}</h2>{shown}" + (
+        _plots(of_suite, suite, styles) + _all_numbers(of_suite, styles)
+    )
+
+
+def _plots(runs: Sequence[Run], suite: str, styles: Mapping[str, int]) -> str:
+    drawn: list[tuple[str, Figure]] = []
+    if suite == "open_random":
+        sizes = {run.name: run.summary["median_support_sizes"] for run in runs if "median_support_sizes" in run.summary}
+        if sizes:
+            drawn.append(("Next tokens that hold a given probability, median", _support_figure(sizes, styles)))
+    if suite == "mcq":
+        shares = {
+            run.name: [run.summary[f"freq_{x.lower()}"] for x in ANSWER_LABELS]
+            for run in runs
+            if "freq_a" in run.summary
+        }
+        if shares:
+            drawn.append(("Where the right answer stands", _bars_figure(ANSWER_LABELS, shares, styles, uniform=True)))
+    if suite == "noveltybench":
+        for name, title in (("mean_distinct", "Distinct answers of ten"), ("mean_utility", "Utility, 0 to 10")):
+            splits = list(dict.fromkeys(split for run in runs for split in run.summary.get("splits", {})))
+            values = {
+                run.name: [figure_of(run.summary, ("splits", split, name)) or 0.0 for split in splits]
+                for run in runs
+                if any(figure_of(run.summary, ("splits", split, name)) is not None for split in splits)
+            }
+            if values:
+                drawn.append((title, _bars_figure(splits, values, styles, uniform=False)))
+    figures = ""
+    for title, figure in drawn:
+        image = plots.svg(figure, f"{suite}-{re.sub(r'[^a-z]+', '-', title.lower())}", title)
+        figures += f"<figure><figcaption><span><b>{html.escape(title)}</b></span></figcaption>{image}</figure>"
+    return f'{legend(runs, styles, target=False)}<div class="gallery">{figures}</div>' if figures else ""
+
+
+def _support_figure(sizes: Mapping[str, Mapping[str, float]], styles: Mapping[str, int]) -> Figure:
+    figure, (ax,) = plots.new_figure(5.6, 2.6, 1, 1)
+    for name, by_mass in sizes.items():
+        ax.plot([float(mass) for mass in by_mass], list(by_mass.values()), **plots.line_style(styles[name]))
+    ax.set_yscale("log")
+    ax.set(xlim=(0, 1), xlabel="probability", ylabel="tokens")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+def _bars_figure(
+    labels: Sequence[str], values: Mapping[str, Sequence[float]], styles: Mapping[str, int], *, uniform: bool
+) -> Figure:
+    figure, (ax,) = plots.new_figure(5.6, 2.6, 1, 1)
+    width = 0.8 / len(values)
+    for place, (name, heights) in enumerate(values.items()):
+        left = [index - 0.4 + (place + 0.5) * width for index in range(len(labels))]
+        ax.bar(left, heights, 0.92 * width, color=plots.line_style(styles[name])["color"], linewidth=0)
+    if uniform:
+        ax.axhline(1 / len(labels), color=plots.INK, linewidth=0.9, linestyle=(0, (2, 2)))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xticks(range(len(labels)), labels, parse_math=False)
+    return figure
+
+
+def _all_numbers(runs: Sequence[Run], styles: Mapping[str, int]) -> str:
+    flat = [_numbers(run.summary, "") for run in runs]
+    rows = ""
+    for name in dict.fromkeys(name for values in flat for name in values):
+        cells = "".join(f"<td>{number(values.get(name))}</td>" for values in flat)
+        rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+    if not rows:
+        return ""
+    return f"<details><summary>Every figure</summary>{table(head_row(runs, 'figure', styles), rows)}</details>"
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if name != "settings":
+                found |= _numbers(value, f"{prefix}{name} ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = value
+    return found
