@@ -1,5 +1,6 @@
 """What a model weighs, worked out from shapes alone: nothing is allocated."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -104,9 +105,10 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(variable.shape) for variable in _variables(config, None, jnp.float32))
 
 
-def _variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike) -> list[nnx.Variable]:
+@functools.cache
+def _variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike) -> tuple[nnx.Variable, ...]:
     model = nnx.eval_shape(lambda: Transformer(config, lora=lora, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
-    return [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    return tuple(variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
 def _share(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
