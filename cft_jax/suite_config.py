@@ -101,12 +101,16 @@ class PerplexityConfig:
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """TinyBenchmarks: tasks, a directory of local data (empty for the hub), and the published item parameters."""
+    """TinyBenchmarks: tasks, a directory of local data (empty for the hub), and the published item parameters.
+
+    `duplicate_bos` tokenises rendered chats with special tokens added once more, as the paper did.
+    """
 
     tasks: tuple[str, ...] = RETENTION_TASKS
     data: str = ""
     item_parameters: str = ""
     max_new_tokens: int = 256
+    duplicate_bos: bool = True
 
 
 @dataclass(frozen=True)

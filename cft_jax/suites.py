@@ -17,9 +17,11 @@ from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.mcq import read_prompt, run_mcq
 from cft_jax.evaluate.open_random import OpenPrompt, read_prompts, run_open_random
 from cft_jax.evaluate.perplexity import find_files, run_perplexity
+from cft_jax.evaluate.retention import PromptText, load_examples, load_items, run_retention
 from cft_jax.evaluate.structured import run_structured
 from cft_jax.evaluation import evaluation_tasks, prompt_codec, structured_settings
 from cft_jax.models.transformer import Transformer
+from cft_jax.text import ChatOptions
 
 Summary = dict[str, Any]
 
@@ -128,15 +130,43 @@ def _mcq(
     )
 
 
+def _retention(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> Summary:
+    settings, options = config.suite.retention, ChatOptions.from_config(config.data)
+    return run_retention(
+        backend,
+        PromptText.of(tokenizer, options, duplicate_bos=settings.duplicate_bos),
+        settings,
+        directory,
+        seed=config.seed,
+        checkpoint=checkpoint,
+        write=write,
+    )
+
+
+def _check_retention(config: Config) -> None:
+    load_examples(config.suite.retention)
+    load_items(config.suite.retention)
+
+
 RUNNERS: Mapping[str, Runner] = {
     "structured": _structured,
     "open_random": _open_random,
     "mcq": _mcq,
     "perplexity": _perplexity,
+    "retention": _retention,
 }
 # What a suite can tell without a model, before any work: its check raises the UserError that its run would.
 CHECKS: Mapping[str, Callable[[Config], object]] = {
     "perplexity": lambda config: find_files(config.suite.perplexity),
+    "retention": _check_retention,
     "structured": lambda config: evaluation_tasks(config, configured_tasks(config.data)),
     "open_random": _open_prompts,
     "mcq": lambda config: read_prompt(config.suite.mcq.prompt),

@@ -76,14 +76,21 @@ def encode_chats(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: ChatOptions
 ) -> list[list[int]]:
     """`encode_chat` for many conversations at once."""
-    template = _Template.of(tokenizer, options)
-    prefix = _generation_prefix(template, options)
-    texts = [template.render(messages, generation_prompt=True) + prefix for messages in conversations]
+    texts = render_chats(tokenizer, conversations, options)
     if not texts:
         return []
     # Templates write the BOS themselves; adding special tokens here is what doubles it.
     encoded = tokenizer(texts, add_special_tokens=options.duplicate_bos, return_attention_mask=False)
     return [list(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: ChatOptions
+) -> list[str]:
+    """The conversations as text, with the generation prompt and prefix at the end."""
+    template = _Template.of(tokenizer, options)
+    prefix = _generation_prefix(template, options)
+    return [template.render(messages, generation_prompt=True) + prefix for messages in conversations]
 
 
 def terminator_id(tokenizer: PreTrainedTokenizerBase, which: str) -> int:

@@ -1,0 +1,298 @@
+"""The retention suite: what a model still knows after calibration, by TinyBenchmarks and the paper's protocol.
+
+Five data sets of 100 questions each: multiple choice by the log-probabilities of the answers, GSM8K by greedy text.
+Every question is shown as one user's message in the model's chat template. With the published item parameters, the
+accuracy on the whole benchmarks is estimated too. Finished questions are kept, so a killed evaluation goes on where
+it stopped and ends with the same numbers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.common.errors import UserError
+from cft_jax.common.progress import Progress
+from cft_jax.evaluate.backend import Backend
+from cft_jax.evaluate.item_response import HOW_TO_GET, NUM_SCORES, ItemParameters
+from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
+from cft_jax.evaluate.ssot import native_reasoning
+from cft_jax.evaluate.store import Record, ResultStore
+from cft_jax.evaluate.tiny_benchmarks import (
+    STOP_STRINGS,
+    TASKS,
+    Example,
+    Task,
+    aggregate,
+    choice_row,
+    clean_response,
+    response_rows,
+    score_choices,
+    score_response,
+)
+from cft_jax.suite_config import RetentionConfig
+from cft_jax.text import ChatOptions
+from cft_jax.text.chat import render_chats
+from cft_jax.text.tokenizer import fingerprint as tokenizer_fingerprint
+
+SUITE = "retention"
+# Questions handed to the backend at once, always the same ones together; a killed run repeats at most these.
+_EXAMPLES_AT_ONCE = 20
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """How a question becomes tokens.
+
+    Attributes:
+      tokenizer: of the model.
+      options: of its chat template; not used where it has none.
+      add_special_tokens: whether tokenising the rendered text adds the special tokens (once more).
+      thinks: whether the model writes reasoning blocks, which are taken out of its answers.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    options: ChatOptions
+    add_special_tokens: bool
+    thinks: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, *, duplicate_bos: bool) -> "PromptText":
+        """As the paper does it: thinking off; without a chat template the question as it stands."""
+        template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else None
+        return cls(
+            tokenizer,
+            replace(options, enable_thinking=False),
+            duplicate_bos or template is None,
+            template is not None and native_reasoning(template) == "tags",
+        )
+
+    def text(self, prompt: str) -> str:
+        """What the model is shown."""
+        if self.tokenizer.chat_template is None:
+            return prompt
+        return render_chats(self.tokenizer, [[{"role": "user", "content": prompt}]], self.options)[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of such a text."""
+        ids = self.tokenizer(text, add_special_tokens=self.add_special_tokens, return_attention_mask=False)["input_ids"]
+        assert isinstance(ids, list)
+        return ids
+
+    def request(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Context and continuation of a question's answer.
+
+        The joined text is tokenised, and what follows as many tokens as the context alone has is the continuation: a
+        token that crosses the seam counts as context.
+
+        Raises:
+          UserError: no token is left to be scored, or none to predict it from.
+        """
+        text = self.text(prompt)
+        count, ids = len(self.encode(text)), self.encode(text + continuation)
+        if not 0 < count < len(ids):
+            raise UserError(
+                f"the answer {continuation!r} after {prompt[-40:]!r} is no token of its own; a chat template would "
+                "separate them, so use an instruction-tuned checkpoint or set config.model.tokenizer"
+            )
+        return ids[:count], ids[count:]
+
+
+def load_examples(settings: RetentionConfig) -> dict[str, list[Example]]:
+    """The questions of every task asked for.
+
+    Raises:
+      UserError: a data set is missing (where it was looked for, and how to get it), or of another form.
+    """
+    found = {}
+    for name in settings.tasks:
+        task = TASKS[name]
+        rows, place = _rows(task, settings.data)
+        found[name] = task.examples(rows, place)
+    return found
+
+
+def load_items(settings: RetentionConfig) -> ItemParameters | None:
+    """The item parameters; None, with a word about it, where none are configured.
+
+    Raises:
+      UserError: the file named is missing or damaged.
+    """
+    if settings.item_parameters:
+        return ItemParameters.load(Path(settings.item_parameters).expanduser())
+    logging.info("no item parameters, so no gp-IRT estimates; %s", HOW_TO_GET)
+    return None
+
+
+def run_retention(
+    backend: Backend,
+    prompts: PromptText,
+    settings: RetentionConfig,
+    directory: Path,
+    *,
+    seed: int,
+    checkpoint: str,
+    write: bool,
+) -> dict[str, Any]:
+    """Asks every question; `per_prompt.csv` has a row per question, `samples.jsonl.gz` its scores or its answer.
+
+    Args:
+      backend: the model.
+      prompts: how questions become tokens.
+      settings: which tasks, and where the data lies.
+      directory: where the files go, and the store of finished questions.
+      seed: of the backend's generator, without effect as answers are greedy.
+      checkpoint: name of what is measured, recorded.
+      write: whether this process writes; process 0 does.
+
+    Returns:
+      The summary, as written.
+
+    Raises:
+      UserError: data is missing or of another form, or an answer cannot be scored.
+    """
+    examples, items = load_examples(settings), load_items(settings)
+    shown = {name: [asdict(example) for example in members] for name, members in examples.items()}
+    options = [asdict(prompts.options), prompts.add_special_tokens, settings.max_new_tokens]
+    tokens = tokenizer_fingerprint(prompts.tokenizer)
+    # Where the data lies does not matter, only what it says.
+    fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens, options, fingerprint_of(shown))
+    records: dict[str, list[Record]] = {}
+    total = sum(map(len, examples.values()))
+    with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
+        with Progress("evaluate retention", total=total, unit="question", done=len(store)) as progress:
+            for name, chunk in _chunks(examples):
+                missing = [example for example in chunk if (name, example.example_id) not in store]
+                # Whoever is missing, all are asked again: figures do not depend on where a run was killed.
+                for record in measure(backend, prompts, TASKS[name], chunk, settings, seed) if missing else []:
+                    if (name, record["task_id"]) not in store:
+                        store.append(record)
+                progress.advance(len(missing))
+        for name, members in examples.items():
+            records[name] = [store[name, example.example_id] for example in members]
+    rows = task_rows(records, items)
+    summary = {"suite": SUITE, "checkpoint": checkpoint, "fingerprint": fingerprint, "settings": asdict(settings)}
+    summary |= {"tasks": {row["task_name"]: _present(row) for row in rows}, "aggregate": _present(aggregate(rows))}
+    if write:
+        everything = [record for members in records.values() for record in members]
+        write_results(directory, summary, rows=[_flat(record) for record in everything], samples=everything)
+    return summary
+
+
+def measure(
+    backend: Backend,
+    prompts: PromptText,
+    task: Task,
+    examples: Sequence[Example],
+    settings: RetentionConfig,
+    seed: int,
+) -> Iterator[Record]:
+    """The records of some questions of a task."""
+    names = [{"split": task.name, "task_id": example.example_id} for example in examples]
+    if not task.metric:
+        texts = backend.sample(
+            [prompts.encode(prompts.text(example.prompt)) for example in examples],
+            seeds=[seed + int(example.example_id[-3:]) for example in examples],
+            num_samples=1,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            stop=STOP_STRINGS,
+        )
+        for name, example, (text,) in zip(names, examples, texts, strict=True):
+            response = clean_response(text, thinks=prompts.thinks)
+            yield name | {"response": response} | score_response(response, example.target_answer)
+        return
+    requests = [
+        prompts.request(context, continuation)
+        for example in examples
+        for context, continuation in zip(_contexts(example), example.continuations, strict=True)
+    ]
+    answers = iter(backend.log_likelihoods(requests))
+    for name, example in zip(names, examples, strict=True):
+        log_probs = [next(answers).log_prob for _ in example.continuations]
+        yield name | {"log_probs": log_probs} | score_choices(example, task.metric, log_probs)
+
+
+def task_rows(records: Mapping[str, Sequence[Record]], items: ItemParameters | None) -> list[dict[str, Any]]:
+    """The rows of all tasks, with estimates where there are item parameters and as many scores as they need."""
+    rows = []
+    for name, members in records.items():
+        task = TASKS[name]
+        own = [choice_row(task, members)] if task.metric else response_rows(members)
+        columns = ["example_score"] if task.metric else ["strict_correct", "flexible_correct"]
+        for row, column in zip(own, columns, strict=True):
+            scores = np.array([float(record[column]) for record in members])
+            if items is not None and scores.size == NUM_SCORES:
+                estimate = items.estimate(task.benchmark, scores)
+                row |= {"irt": estimate.irt, "pirt": estimate.pirt, "gpirt": estimate.gpirt}
+            rows.append(row)
+    return rows
+
+
+def _contexts(example: Example) -> tuple[str, ...]:
+    return example.contexts or (example.prompt,) * len(example.continuations)
+
+
+def _chunks(examples: Mapping[str, Sequence[Example]]) -> Iterator[tuple[str, Sequence[Example]]]:
+    for name, members in examples.items():
+        for start in range(0, len(members), _EXAMPLES_AT_ONCE):
+            yield name, members[start : start + _EXAMPLES_AT_ONCE]
+
+
+def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
+    """A task's rows, and where they were found."""
+    source, config, split = task.source
+    folder = source.partition("/")[2]
+    if not data:
+        return _from_datasets(source, config, split), f"the data set {source}"
+    root = Path(data).expanduser()
+    file, directory = root / f"{task.name}.jsonl", root / folder
+    if file.is_file():
+        try:
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line], str(file)
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); copy it again") from error
+    if directory.is_dir():
+        return _from_datasets(str(directory), config, split), str(directory)
+    raise UserError(
+        f"config.suite.retention.data={data!r} holds neither {file.name} nor {folder}/; get it with "
+        f"`hf download {source} --repo-type dataset --local-dir {directory}`, or leave the field empty for the hub"
+    )
+
+
+def _from_datasets(source: str, config: str, split: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise UserError(f"the data set {source} is read by `datasets` ({error}): pip install datasets") from error
+    try:
+        return [dict(row) for row in datasets.load_dataset(source, config or None, split=split)]
+    except (OSError, ValueError, DatasetsError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the data set {source} (split {split}) cannot be had: {first}; check the network, or run `hf download "
+            f"{source} --repo-type dataset --local-dir tiny/{Path(source).name}` where there is one and set "
+            "config.suite.retention.data=tiny"
+        ) from error
+
+
+def _present(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What was computed."""
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    """A question's row: its single figures."""
+    named = {"task": record["split"], "example_id": record["task_id"]}
+    return named | {
+        name: value
+        for name, value in record.items()
+        if name not in ("split", "task_id", "response") and not isinstance(value, list)
+    }
