@@ -1,6 +1,8 @@
 """Settings of every test: eight simulated CPU devices, strict ranks, golden values, the real tokenizers if present."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,7 +13,20 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import pytest
 
+# Linux lets a process have 65,530 mappings; XLA's programs take some each, and it aborts when there are no more.
+_MAPPINGS = Path("/proc/self/maps")
+_MANY_MAPPINGS = 20_000
+
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_dropped():
+    """Drops compiled programs after a module when there are so many that the process would end at a system limit."""
+    yield
+    if "jax" in sys.modules and _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +78,7 @@ def write_hf():
 
         generator = torch.Generator().manual_seed(seed)
         model_class = getattr(transformers, config.architectures[0])
+        torch.manual_seed(seed)  # vectors keep the values that the model's own initialisation draws
         model = model_class(config)
         with torch.no_grad():
             for parameter in model.parameters():
