@@ -114,6 +114,20 @@ class RetentionConfig:
 
 
 @dataclass(frozen=True)
+class LmEvalConfig:
+    """How lm-eval asks the tasks that `config.tasks` names; -1 examples and limit 0 leave both to the task.
+
+    `max_length` is lm-eval's argument of that name: tokens of a row, beyond which a context loses its beginning.
+    """
+
+    num_fewshot: int = -1
+    limit: int = 0
+    apply_chat_template: bool = False
+    max_length: int = 4096
+    include_path: str = ""
+
+
+@dataclass(frozen=True)
 class SuiteConfig:
     """What belongs to one suite each."""
 
@@ -123,6 +137,7 @@ class SuiteConfig:
     noveltybench: NoveltyBenchConfig = field(default_factory=NoveltyBenchConfig)
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 
 
 def eval_problems(evaluation: EvalConfig) -> list[str]:
@@ -160,6 +175,14 @@ def suite_problems(suite: SuiteConfig) -> list[str]:
         *_noveltybench_problems(suite.noveltybench),
         *_perplexity_problems(suite.perplexity),
         *_retention_problems(suite.retention),
+        *_at_least(
+            "suite.lm_eval",
+            [
+                ("num_fewshot", suite.lm_eval.num_fewshot, -1),
+                ("limit", suite.lm_eval.limit, 0),
+                ("max_length", suite.lm_eval.max_length, 2),
+            ],
+        ),
     ]
 
 

@@ -140,6 +140,18 @@ def _retention(
     write: bool,
 ) -> Summary:
     settings, options = config.suite.retention, ChatOptions.from_config(config.data)
+    if config.tasks:
+        return _lm_eval().run_lm_eval(
+            backend,
+            tokenizer,
+            config.tasks,
+            config.suite.lm_eval,
+            options,
+            directory,
+            seed=config.seed,
+            checkpoint=checkpoint,
+            write=write,
+        )
     return run_retention(
         backend,
         PromptText.of(tokenizer, options, duplicate_bos=settings.duplicate_bos),
@@ -151,7 +163,19 @@ def _retention(
     )
 
 
+def _lm_eval() -> Any:
+    """The adapter, whose library is an extra."""
+    try:
+        from cft_jax.evaluate import lm_eval_tasks
+    except ImportError as error:
+        raise UserError(f"config.tasks needs lm-eval ({error}): pip install 'cft_jax[eval]'") from error
+    return lm_eval_tasks
+
+
 def _check_retention(config: Config) -> None:
+    if config.tasks:
+        _lm_eval()
+        return
     load_examples(config.suite.retention)
     load_items(config.suite.retention)
 
