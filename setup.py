@@ -28,6 +28,7 @@ CORE = [
 TEST = [
     "beartype>=0.20",
     "hypothesis>=6.100",
+    "lm-eval>=0.4.13",
     "peft>=0.17",
     "pyright>=1.1.400",
     "pytest>=8.2",
@@ -53,7 +54,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.7.2"],
         # Workdirs on gs://.
         "gcs": ["gcsfs>=2024.6"],
-        "eval": ["lm-eval>=0.4.9", "peft>=0.17", "torch"],
+        "eval": ["lm-eval>=0.4.13", "peft>=0.17", "torch"],
         "test": TEST,
         "tpu": ["jax[tpu]>=0.7.2"],
     },
