@@ -15,6 +15,13 @@ from cft_jax.evaluate.asking import asking_of, drawing_of
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.mcq import read_prompt, run_mcq
+from cft_jax.evaluate.noveltybench import Generations, IncompleteError, generate, judge
+from cft_jax.evaluate.noveltybench_sources import (
+    NoveltyPrompt,
+    find_classifier,
+    find_reward_model,
+    read_novelty_prompts,
+)
 from cft_jax.evaluate.open_random import OpenPrompt, read_prompts, run_open_random
 from cft_jax.evaluate.perplexity import find_files, run_perplexity
 from cft_jax.evaluate.retention import PromptText, load_examples, load_items, run_retention
@@ -180,10 +187,62 @@ def _check_retention(config: Config) -> None:
     load_items(config.suite.retention)
 
 
+def _noveltybench(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    directory: Path,
+    *,
+    checkpoint: str,
+    write: bool,
+) -> Summary:
+    suite = config.suite.noveltybench
+    found = (
+        generate(
+            backend,
+            asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens),
+            _novelty_prompts(config),
+            drawing_of(config, suite.num_samples),
+            directory,
+            checkpoint=checkpoint,
+            write=write,
+        )
+        if "generate" in suite.stages
+        else Generations.read(directory)
+    )
+    return judge(found, suite, directory, local_files_only=config.model.local_files_only, write=write)
+
+
+def _novelty_prompts(config: Config) -> list[NoveltyPrompt]:
+    prompts = read_novelty_prompts(config.suite.noveltybench)
+    limit = config.eval.max_prompts_per_split
+    if not limit:
+        return prompts
+    splits = dict.fromkeys(prompt.split for prompt in prompts)
+    return [
+        prompt
+        for split in splits
+        for prompt in spread(
+            [prompt for prompt in prompts if prompt.split == split], limit, lambda prompt: prompt.split
+        )
+    ]
+
+
+def _check_noveltybench(config: Config) -> None:
+    suite, local = config.suite.noveltybench, config.model.local_files_only
+    if "generate" in suite.stages:
+        read_novelty_prompts(suite)
+    if "partition" in suite.stages:
+        find_classifier(suite, local_files_only=local)
+    if "score" in suite.stages:
+        find_reward_model(suite, local_files_only=local)
+
+
 RUNNERS: Mapping[str, Runner] = {
     "structured": _structured,
     "open_random": _open_random,
     "mcq": _mcq,
+    "noveltybench": _noveltybench,
     "perplexity": _perplexity,
     "retention": _retention,
 }
@@ -194,6 +253,7 @@ CHECKS: Mapping[str, Callable[[Config], object]] = {
     "structured": lambda config: evaluation_tasks(config, configured_tasks(config.data)),
     "open_random": _open_prompts,
     "mcq": lambda config: read_prompt(config.suite.mcq.prompt),
+    "noveltybench": _check_noveltybench,
 }
 
 
@@ -212,6 +272,17 @@ def check_suites(config: Config) -> None:
             CHECKS[name](config)
 
 
+def generations_to_judge(config: Config, directory: Path) -> Generations | None:
+    """What the scorers of NoveltyBench are to judge, where no model is asked for anything; None where one is.
+
+    Raises:
+      UserError: there is nothing to judge.
+    """
+    if config.eval.suites != ("noveltybench",) or "generate" in config.suite.noveltybench.stages:
+        return None
+    return Generations.read(directory)
+
+
 def run_suites(
     backend: Backend,
     tokenizer: PreTrainedTokenizerBase,
@@ -226,13 +297,17 @@ def run_suites(
     Args are those of a `Runner`, but for `directories`, one for each suite.
 
     Returns:
-      By suite its summary, or `{"suite": name, "missing": reason}`.
+      By suite its summary, with the reason as `incomplete` where a part is missing, or
+      `{"suite": name, "missing": reason}`.
     """
     found = {}
     for name, directory in directories.items():
         logging.info("suite %s, into %s", name, directory)
         try:
             found[name] = RUNNERS[name](backend, tokenizer, config, directory, checkpoint=checkpoint, write=write)
+        except IncompleteError as error:
+            logging.warning("suite %s is incomplete: %s", name, error)
+            found[name] = {**error.summary, "incomplete": str(error)}
         except UserError as error:
             logging.warning("suite %s is left out: %s", name, error)
             found[name] = {"suite": name, "missing": str(error)}

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from absl import flags, logging
+from transformers import PreTrainedTokenizerBase
 
 from cft_jax.backends import load_backend
 from cft_jax.common import cli
@@ -27,11 +28,13 @@ from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.mirror import local_workdir
 from cft_jax.common.workdir import setting_up
 from cft_jax.config import Config, from_config_dict, validate
+from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.comparison import read_runs, render_comparison
+from cft_jax.evaluate.noveltybench import judge
 from cft_jax.evaluate.overview import all_summary, headline_figures
 from cft_jax.evaluate.result_files import SUMMARY
 from cft_jax.sharding import distributed
-from cft_jax.suites import RUNNERS, check_suites, run_suites
+from cft_jax.suites import RUNNERS, check_suites, generations_to_judge, run_suites
 
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:
@@ -47,23 +50,37 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     with setting_up(workdir, config, devices=f"{len(jax.devices())} x {jax.devices()[0].device_kind}", write=writes):
         if len(config.eval.suites) == 1:
             check_suites(config)
-        backend, tokenizer, name = load_backend(config)
-    if len(config.eval.suites) == 1:
-        runner = RUNNERS[config.eval.suites[0]]
-        summary = runner(backend, tokenizer, config, workdir, checkpoint=name, write=writes)
+        generations = generations_to_judge(config, workdir)
+        loaded = load_backend(config) if generations is None else None
+    if loaded is None:
+        assert generations is not None
+        local = config.model.local_files_only
+        summary = judge(generations, config.suite.noveltybench, workdir, local_files_only=local, write=writes)
     else:
-        directories = {suite: workdir / suite for suite in config.eval.suites}
-        found = run_suites(backend, tokenizer, config, directories, checkpoint=name, write=writes)
-        summary = all_summary(found, checkpoint=name)
-        if writes:
-            write_json(workdir / SUMMARY, summary)
+        summary = _measure(loaded, config, workdir, write=writes)
     if writes:
         write_atomically(workdir / "report.html", render_comparison(read_runs([workdir])))
     return summary
 
 
+def _measure(
+    loaded: tuple[Backend, PreTrainedTokenizerBase, str], config: Config, workdir: Path, *, write: bool
+) -> Mapping[str, Any]:
+    backend, tokenizer, name = loaded
+    if len(config.eval.suites) == 1:
+        return RUNNERS[config.eval.suites[0]](backend, tokenizer, config, workdir, checkpoint=name, write=write)
+    directories = {suite: workdir / suite for suite in config.eval.suites}
+    found = run_suites(backend, tokenizer, config, directories, checkpoint=name, write=write)
+    summary = all_summary(found, checkpoint=name)
+    if write:
+        write_json(workdir / SUMMARY, summary)
+    return summary
+
+
 def _main(values: flags.FlagValues) -> None:
-    config = from_config_dict(cli.config_of(values))
+    config = from_config_dict(
+        cli.config_of(values, example="configs/eval/structured.py with --config.model.checkpoint=WHAT")
+    )
     validate(config)
     distributed.start()
     use_compilation_cache()

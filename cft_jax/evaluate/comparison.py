@@ -111,15 +111,19 @@ def _runs_of(path: Path) -> list[Run]:
     if whole_run.summary["suite"] != ALL:
         return [whole_run]
     return [
-        Run(name, {"suite": suite, **found}, []) if "missing" in found else _read(name, path / suite)
+        Run(name, {"suite": suite, **found}, [])
+        if "missing" in found
+        else _read(name, path / suite, incomplete=found.get("incomplete", ""))
         for suite, found in whole_run.summary["suites"].items()
     ]
 
 
-def _read(name: str, path: Path) -> Run:
+def _read(name: str, path: Path, *, incomplete: str = "") -> Run:
     summary = read_summary(path)
     if summary is None:
         raise UserError(f"{path} holds no finished evaluation (no summary.json); run cft_jax.evaluate first")
+    if incomplete:
+        summary["incomplete"] = incomplete
     return Run(name, summary, read_records(path / STORE) if summary["suite"] == SUITE else [])
 
 

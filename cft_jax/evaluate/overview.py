@@ -55,6 +55,8 @@ HEADLINES = (
     Headline("noveltybench", "utility, curated", ("splits", "curated", "mean_utility"), False, 1),
     Headline("noveltybench", "distinct, WildChat", ("splits", "wildchat", "mean_distinct"), False, 1),
     Headline("noveltybench", "utility, WildChat", ("splits", "wildchat", "mean_utility"), False, 1),
+    Headline("noveltybench", "distinct", ("overall", "mean_distinct"), False, 1),
+    Headline("noveltybench", "utility", ("overall", "mean_utility"), False, 1),
     Headline("perplexity", "perplexity", ("total", "paper", "perplexity"), False, -1),
     Headline("perplexity", "bits per byte", ("total", "covering", "bits_per_byte"), False, -1),
     Headline("retention", "mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), True, 1),
@@ -62,7 +64,7 @@ HEADLINES = (
 )  # fmt: skip
 
 
-def headline_figures(summary: Mapping[str, Any]) -> dict[str, float]:
+def headline_figures(summary: Mapping[str, Any]) -> dict[str, float | int]:
     """A suite's headline figures by heading; those that were not computed are absent."""
     found = {h.heading: figure_of(summary, h.path) for h in HEADLINES if h.suite == summary["suite"]}
     return {heading: value for heading, value in found.items() if value is not None}
@@ -74,7 +76,10 @@ def all_summary(summaries: Mapping[str, Mapping[str, Any]], *, checkpoint: str) 
         "suite": ALL,
         "checkpoint": checkpoint,
         "suites": {
-            name: {"missing": summary["missing"]} if "missing" in summary else {"figures": headline_figures(summary)}
+            name: {"missing": summary["missing"]}
+            if "missing" in summary
+            else {"figures": headline_figures(summary)}
+            | {key: summary[key] for key in ("incomplete",) if key in summary}
             for name, summary in summaries.items()
         },
     }
@@ -106,9 +111,10 @@ def overview_table(runs: Sequence[Run]) -> str:
                 cells += "".join(_cell(h, model, of, models) for h in members) or "<td>–</td>"
         rows += f"<tr><td>{html.escape(model)}</td>{cells}</tr>"
     reasons = "".join(
-        f"<li>{html.escape(run.name)}, {TITLES[run.summary['suite']]}: {html.escape(run.summary['missing'])}</li>"
+        f"<li>{html.escape(run.name)}, {TITLES[run.summary['suite']]}: {html.escape(run.summary[key])}</li>"
         for run in runs
-        if "missing" in run.summary
+        for key in ("missing", "incomplete")
+        if key in run.summary
     )
     notes = f'<p class="note">Missing:</p><ul class="note">{reasons}</ul>' if reasons else ""
     first = '<th class="group"></th>'

@@ -61,12 +61,24 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
       UserError: the file is damaged, or no summary of an evaluation.
     """
     path = directory / SUMMARY
+    summary = read_json(path)
+    if summary is not None and "suite" not in summary:
+        raise UserError(f"{path} is not the summary of an evaluation; give the --workdir of cft_jax.evaluate")
+    return summary
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A record that a suite wrote; None where there is no such file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and repeat the evaluation") from None
-    if not isinstance(summary, dict) or "suite" not in summary:
-        raise UserError(f"{path} is not the summary of an evaluation; give the --workdir of cft_jax.evaluate")
-    return summary
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no record; delete it and repeat the evaluation")
+    return found

@@ -80,7 +80,7 @@ def legend(runs: Sequence[Run], styles: Mapping[str, int], *, target: bool) -> s
     return f'<div class="legend runs">{entries}</div>'
 
 
-def figure_of(summary: Mapping[str, Any], path: Sequence[str]) -> float | None:
+def figure_of(summary: Mapping[str, Any], path: Sequence[str]) -> float | int | None:
     """The number at a path of a summary; None where there is none."""
     found: Any = summary
     for name in path:

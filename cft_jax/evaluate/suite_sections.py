@@ -31,11 +31,7 @@ _FURTHER: Mapping[str, Sequence[tuple[str, tuple[str, ...], bool, int]]] = {
         ("largest deviation from uniform", ("max_abs_deviation_from_uniform",), False, -1),
         *((f"answer {label}", (f"freq_{label.lower()}",), True, 0) for label in ANSWER_LABELS),
     ),
-    "noveltybench": (
-        ("distinct, all prompts", ("overall", "mean_distinct"), False, 1),
-        ("utility, all prompts", ("overall", "mean_utility"), False, 1),
-        ("prompts", ("overall", "num_prompts"), False, 0),
-    ),
+    "noveltybench": (("prompts", ("overall", "num_prompts"), False, 0),),
 }
 
 
@@ -123,8 +119,8 @@ def _all_numbers(runs: Sequence[Run], styles: Mapping[str, int]) -> str:
     return f"<details><summary>Every figure</summary>{table(head_row(runs, 'figure', styles), rows)}</details>"
 
 
-def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             if name != "settings":

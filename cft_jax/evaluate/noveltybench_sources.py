@@ -1,0 +1,149 @@
+"""Where NoveltyBench (arXiv 2504.05228) takes its prompts and its scorers from: local files, or the hub."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cft_jax.checkpoints import hub
+from cft_jax.common.errors import UserError
+from cft_jax.suite_config import NoveltyBenchConfig
+
+_FIELD = "config.suite.noveltybench.data"
+_GET = "hf download yimingzhang/novelty-bench --repo-type dataset --local-dir novelty-bench"
+
+
+@dataclass(frozen=True)
+class NoveltyPrompt:
+    """A prompt of a split, with its id there."""
+
+    split: str
+    task_id: str
+    text: str
+
+
+def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
+    """The prompts that `data` names.
+
+    A JSONL file has rows with `id` and `prompt`, and `split` where it holds several; without it the file's name is the
+    split. A directory has a file `<split>.jsonl` for each of the `splits`, or is a download of the hub's data set.
+
+    Raises:
+      UserError: there are none: what is missing, where it was looked for, and how to get it.
+    """
+    if not settings.data:
+        raise UserError(f"{_FIELD} is empty; name a JSONL file with id and prompt, or get the data with `{_GET}`")
+    path = Path(settings.data).expanduser()
+    if path.is_file():
+        prompts = list(_from_jsonl(path, path.stem))
+    elif path.is_dir() and any(path.glob("*.jsonl")):
+        prompts = []
+        for split in settings.splits:
+            file = path / f"{split}.jsonl"
+            if not file.is_file():
+                raise UserError(f"{_FIELD}={settings.data} holds no {file.name}; set config.suite.noveltybench.splits")
+            prompts += _from_jsonl(file, split)
+    elif not path.is_dir() and (path.suffix in (".jsonl", ".json") or settings.data.startswith((".", "/", "~"))):
+        raise UserError(f"{_FIELD}={settings.data}: no such file or directory; get the data with `{_GET}`")
+    else:
+        source = str(path) if path.is_dir() else settings.data
+        prompts = [
+            _prompt(row, split, f"{source}, split {split}, row {number}")
+            for split in settings.splits
+            for number, row in enumerate(_from_datasets(source, split), 1)
+        ]
+    return _checked(prompts, settings.data)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer, loaded when it is first needed.
+
+    Attributes:
+      identity: of its weights: part of the results' fingerprint.
+      load: makes the scorer.
+    """
+
+    identity: str
+    load: Callable[[], Any]
+
+
+def find_classifier(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
+    """The classifier of equivalent answers, downloaded if need be.
+
+    Raises:
+      UserError: there is none: where it was looked for, and how to get it.
+    """
+    return _find("classifier", settings.classifier, "Classifier", settings, local_files_only)
+
+
+def find_reward_model(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
+    """The reward model, as `find_classifier`."""
+    return _find("reward_model", settings.reward_model, "RewardModel", settings, local_files_only)
+
+
+def _find(field: str, path_or_id: str, kind: str, settings: NoveltyBenchConfig, local_files_only: bool) -> Scorer:
+    try:
+        from cft_jax.evaluate import scorers
+    except ImportError as error:
+        raise UserError(f"NoveltyBench's scorers need torch ({error}): pip install 'cft_jax[eval]'") from error
+    try:
+        directory, _ = hub.resolve(path_or_id, revision="main", local_files_only=local_files_only)
+    except UserError as error:
+        raise UserError(
+            f"config.suite.noveltybench.{field}={path_or_id}: {error}. Get it with `hf download {path_or_id}` where "
+            "there is a network, or run the stages that need no scorer: --config.suite.noveltybench.stages=generate"
+        ) from error
+
+    def load() -> Any:
+        return getattr(scorers, kind)(directory, dtype=settings.scorer_dtype, batch=settings.scorer_batch)
+
+    return Scorer(scorers.checkpoint_identity(directory), load)
+
+
+def _from_jsonl(path: Path, split: str) -> Iterator[NoveltyPrompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{_FIELD}={path} cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is no JSON ({error})") from None
+            yield _prompt(row, split, f"{path}, line {number}")
+
+
+def _prompt(row: Any, split: str, place: str) -> NoveltyPrompt:
+    if not isinstance(row, Mapping) or "id" not in row or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+        raise UserError(f"{place}: a row needs `id` and a text `prompt`")
+    return NoveltyPrompt(str(row.get("split", split)), str(row["id"]), row["prompt"])
+
+
+def _checked(prompts: Sequence[NoveltyPrompt], data: str) -> list[NoveltyPrompt]:
+    if not prompts:
+        raise UserError(f"{_FIELD}={data} holds no prompts")
+    seen = set()
+    for prompt in prompts:
+        if (prompt.split, prompt.task_id) in seen:
+            raise UserError(f"{_FIELD}={data} has the id {prompt.task_id!r} twice in split {prompt.split}")
+        seen.add((prompt.split, prompt.task_id))
+    return list(prompts)
+
+
+def _from_datasets(source: str, split: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise UserError(f"the data set {source} is read by `datasets` ({error}): pip install datasets") from error
+    try:
+        return [dict(row) for row in datasets.load_dataset(source, split=split)]
+    except (OSError, ValueError, DatasetsError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{_FIELD}={source} (split {split}) cannot be had: {first}; check the network, or run `{_GET}` where there "
+            "is one and set the field to that directory"
+        ) from error

@@ -1,0 +1,159 @@
+"""The two models that judge answers in NoveltyBench, run by `transformers`: equivalence of answers, and their reward.
+
+Weights come from safetensors alone and no checkpoint's own code is run.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from cft_jax.common.errors import UserError
+
+# Tokens of an answer that the classifier reads, as in NoveltyBench's own code (github.com/novelty-bench).
+_ANSWER_TOKENS = 128
+# Tokens of a conversation that the reward model reads.
+_CONVERSATION_TOKENS = 4096
+_EQUIVALENT = 1
+
+
+class Classifier:
+    """The probability that two answers are equivalent: class 1 of a classifier of text pairs.
+
+    Args:
+      directory: in HF format.
+      dtype: of the weights.
+      batch: pairs in one forward pass.
+
+    Raises:
+      UserError: the checkpoint cannot be loaded, or has not two classes.
+    """
+
+    def __init__(self, directory: Path, *, dtype: str, batch: int) -> None:
+        self._tokenizer, self._model = _load(directory, dtype)
+        self._batch = batch
+        if self._model.config.num_labels != 2:
+            raise UserError(
+                f"{directory} tells {self._model.config.num_labels} classes apart; a classifier of pairs has 2"
+            )
+        if None in (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id):
+            raise UserError(
+                f"the tokenizer in {directory} has no tokens [CLS] and [SEP], which separate the two answers"
+            )
+
+    def __call__(self, answer: str, others: Sequence[str]) -> list[float]:
+        """The probability of equivalence with each of the others, in order."""
+        rows = [self._pair(answer, other) for other in others]
+        found: list[float] = []
+        for start in range(0, len(rows), self._batch):
+            found += self._probabilities(rows[start : start + self._batch])
+        return found
+
+    def _pair(self, first: str, second: str) -> tuple[list[int], int]:
+        """[CLS] first [SEP] second [SEP], and the length of its first part."""
+        parts = [
+            self._tokenizer.encode(text, truncation=True, max_length=_ANSWER_TOKENS, add_special_tokens=False)
+            for text in (first, second)
+        ]
+        cls, sep = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
+        return [cls, *parts[0], sep, *parts[1], sep], len(parts[0]) + 2
+
+    @torch.inference_mode()
+    def _probabilities(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+        ids, mask = _padded([tokens for tokens, _ in rows], self._tokenizer.pad_token_id or 0)
+        kinds = torch.zeros_like(ids)
+        for row, (tokens, first) in enumerate(rows):
+            kinds[row, first : len(tokens)] = 1
+        device = self._model.device
+        logits = self._model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), token_type_ids=kinds.to(device)
+        ).logits
+        return torch.softmax(logits.float(), -1)[:, _EQUIVALENT].tolist()
+
+
+class RewardModel:
+    """A number for how good an answer to a prompt is: the only output of a classifier of conversations.
+
+    Args:
+      directory: in HF format, with a chat template.
+      dtype: of the weights.
+      batch: conversations in one forward pass.
+
+    Raises:
+      UserError: the checkpoint cannot be loaded, has several outputs or no chat template.
+    """
+
+    def __init__(self, directory: Path, *, dtype: str, batch: int) -> None:
+        self._tokenizer, self._model = _load(directory, dtype)
+        self._batch = batch
+        if self._model.config.num_labels != 1:
+            raise UserError(f"{directory} has {self._model.config.num_labels} outputs; a reward model has 1")
+        if self._tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer in {directory} has no chat template, by which the reward model reads answers"
+            )
+        pad = self._tokenizer.pad_token_id
+        # The reward is read at the last token that is no padding, which `transformers` finds by this id.
+        self._model.config.pad_token_id = self._tokenizer.eos_token_id if pad is None else pad
+
+    def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
+        """The reward of each answer, in order."""
+        rows = [self._conversation(prompt, answer) for answer in answers]
+        found: list[float] = []
+        for start in range(0, len(rows), self._batch):
+            found += self._rewards(rows[start : start + self._batch])
+        return found
+
+    def _conversation(self, prompt: str, answer: str) -> list[int]:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        # The template writes the BOS itself.
+        text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        return self._tokenizer.encode(text, add_special_tokens=False)[:_CONVERSATION_TOKENS]
+
+    @torch.inference_mode()
+    def _rewards(self, rows: Sequence[list[int]]) -> list[float]:
+        ids, mask = _padded(rows, self._model.config.pad_token_id)
+        device = self._model.device
+        return self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float().tolist()
+
+
+def checkpoint_identity(directory: Path) -> str:
+    """Identifies a scorer's weights and tokenizer by the sizes of its files and what they begin with."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".model")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(file.read(1 << 26))
+    return digest.hexdigest()[:16]
+
+
+def _load(directory: Path, dtype: str) -> tuple[Any, Any]:
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} holds no .safetensors; other formats of weights can run code and are not loaded")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            str(directory),
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the scorer in {directory} cannot be loaded: {first}") from error
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64[R, T], padded on the right."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        mask[row, : len(tokens)] = 1
+    return ids, mask

@@ -1,0 +1,279 @@
+"""NoveltyBench: a small DeBERTa and a small reward model made on the spot, three stages together, apart and killed."""
+
+import csv
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cft_jax.common.errors import UserError
+from cft_jax.evaluate import metrics
+from cft_jax.evaluate.__main__ import run
+from cft_jax.evaluate.noveltybench_sources import read_novelty_prompts
+from cft_jax.evaluate.scorers import Classifier, RewardModel, checkpoint_identity
+from cft_jax.suite_config import NoveltyBenchConfig
+
+CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "noveltybench.py"
+FILES = ("summary.json", "per_prompt.csv", "samples.jsonl.gz")
+LONG = [
+    "the quick brown fox jumps over the lazy dog",
+    "a slow green turtle sleeps under the old bridge",
+    "the quick brown fox jumps over the lazy cat",
+]
+
+
+def letters_tokenizer(special):
+    """A tokenizer of single bytes, with BERT's or a chat's special tokens."""
+    names = [*special.values(), *(chr(code) for code in range(32, 127)), "[UNK]"]
+    rust = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    rust.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="[UNK]", **special)
+
+
+def randomise(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 2.0 / parameter.shape[-1] ** 0.5, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_prompts_at_once():
+    """So that there is a half-way to be killed at, with the shapes of all other runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cft_jax.evaluate.noveltybench._PROMPTS_AT_ONCE", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("classifier")
+    tokenizer = letters_tokenizer({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        type_vocab_size=2, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+        position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, pooler_hidden_size=24, num_labels=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    randomise(transformers.DebertaV2ForSequenceClassification(config), 3).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward")
+    tokenizer = letters_tokenizer({"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, num_labels=1, pad_token_id=tokenizer.pad_token_id, sliding_window=16,
+    )  # fmt: skip
+    model = randomise(transformers.Gemma2ForSequenceClassification(config), 5)
+    with torch.no_grad():
+        # Rewards of the published model lie around its thresholds, between -8 and -2.
+        model.score.weight.mul_(-1.0)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "curated.jsonl"
+    rows = [{"id": f"c-{index}", "prompt": f"Tell a story about {text}."} for index, text in enumerate(LONG)]
+    rows.append({"id": "w-0", "prompt": "Name a colour.", "split": "wildchat"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_the_classifier_reads_pairs(classifier):
+    judge = Classifier(classifier, dtype="float32", batch=2)
+    together = judge(LONG[0], LONG)
+    alone = [judge(LONG[0], [other])[0] for other in LONG]
+    # Padding must not matter; nor may the order of a pair be lost.
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert all(0 < p < 1 for p in together) and len({round(p, 4) for p in together}) == 3
+    assert judge(LONG[1], [LONG[0]])[0] != pytest.approx(judge(LONG[0], [LONG[1]])[0], abs=1e-4)
+    # By hand, by transformers' own pair encoding.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    first, second = (tokenizer.encode(text, add_special_tokens=False) for text in LONG[:2])
+    ids = [tokenizer.cls_token_id, *first, tokenizer.sep_token_id, *second, tokenizer.sep_token_id]
+    kinds = [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([kinds])).logits
+    assert together[1] == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-6)
+
+
+def test_the_reward_does_not_depend_on_the_batch(reward_model):
+    judge = RewardModel(reward_model, dtype="float32", batch=3)
+    answers = ["short", "a much longer answer than the first", "", "another"]
+    together = judge("Tell me.", answers)
+    assert together == pytest.approx([judge("Tell me.", [answer])[0] for answer in answers], abs=1e-5)
+    assert len({round(reward, 3) for reward in together}) == 4
+    assert judge("Something else.", answers) != pytest.approx(together, abs=1e-3)
+
+
+def test_scorers_that_do_not_fit(classifier, reward_model, tmp_path):
+    with pytest.raises(UserError, match="a reward model has 1"):
+        RewardModel(classifier, dtype="float32", batch=1)
+    with pytest.raises(UserError, match="a classifier of pairs has 2"):
+        Classifier(reward_model, dtype="float32", batch=1)
+    for file in classifier.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no \.safetensors"):
+        Classifier(tmp_path, dtype="float32", batch=1)
+    assert checkpoint_identity(classifier) != checkpoint_identity(reward_model)
+
+
+@pytest.fixture(scope="module")
+def settings(small_checkpoint, classifier, reward_model, prompts, configured):
+    """The suite's configuration with overrides."""
+
+    def make(*overrides):
+        return configured(
+            CONFIG,
+            f"model.checkpoint={small_checkpoint}",
+            "model.dtype=float32",
+            "eval.num_samples=5",
+            "suite.noveltybench.max_new_tokens=120",
+            f"suite.noveltybench.data={prompts}",
+            f"suite.noveltybench.classifier={classifier}",
+            f"suite.noveltybench.reward_model={reward_model}",
+            "suite.noveltybench.scorer_dtype=float32",
+            "suite.noveltybench.threshold=0.002",
+            *overrides,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(settings, program_cache, tmp_path_factory):
+    """The directory of an undisturbed evaluation."""
+    directory = tmp_path_factory.mktemp("whole")
+    run(settings(), directory)
+    return directory
+
+
+def test_figures_are_those_of_the_answers(whole, classifier, reward_model):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert {name: split["num_prompts"] for name, split in summary["splits"].items()} == {"curated": 3, "wildchat": 1}
+    with gzip.open(whole / "samples.jsonl.gz", "rt") as file:
+        samples = [json.loads(line) for line in file]
+    judge, reward = (
+        Classifier(classifier, dtype="float32", batch=4),
+        RewardModel(reward_model, dtype="float32", batch=4),
+    )
+    lists = []
+    for row in samples:
+        assert len(row["samples"]) == 5
+        got = metrics.partition_answers(row["answers"], judge, threshold=0.002)
+        assert list(got.classes) == row["classes"]
+        lists.append(metrics.score_list(got.classes, reward(row["prompt"], row["answers"]), patience=0.8))
+    expected = metrics.noveltybench_summary(lists)
+    assert summary["overall"] == {name: pytest.approx(value) for name, value in expected.items()}
+    assert 1 < summary["overall"]["mean_distinct"] < 5
+    rows = list(csv.DictReader((whole / "per_prompt.csv").read_text().splitlines()))
+    assert [row["task_id"] for row in rows] == ["c-0", "c-1", "c-2", "w-0"]
+    assert float(rows[0]["utility"]) == pytest.approx(lists[0].utility)
+    assert "utility" in (whole / "report.html").read_text(encoding="utf-8")
+
+
+def test_stages_run_apart(whole, settings, tmp_path, monkeypatch):
+    first = run(settings("suite.noveltybench.stages=generate"), tmp_path / "apart")
+    assert first["overall"] == {"num_prompts": 4}
+    # From here on no model is needed.
+    monkeypatch.setattr("cft_jax.evaluate.__main__.load_backend", None)
+    with pytest.raises(UserError, match="stage partition"):
+        run(settings("suite.noveltybench.stages=score"), tmp_path / "apart")
+    second = run(settings("suite.noveltybench.stages=partition"), tmp_path / "apart")
+    assert "mean_distinct" in second["overall"] and "mean_utility" not in second["overall"]
+    run(settings("suite.noveltybench.stages=score"), tmp_path / "apart")
+    for name in FILES:
+        assert (tmp_path / "apart" / name).read_bytes() == (whole / name).read_bytes(), name
+    with pytest.raises(UserError, match="run the stage generate first"):
+        run(settings("suite.noveltybench.stages=partition"), tmp_path / "new")
+
+
+def test_each_stage_goes_on_after_a_kill(whole, settings, tmp_path, monkeypatch):
+    places = (
+        ("cft_jax.evaluate.jax_backend.JaxBackend.sample", 1),
+        ("cft_jax.evaluate.scorers.Classifier.__call__", 3),
+        ("cft_jax.evaluate.scorers.RewardModel.__call__", 2),
+    )
+    for place, calls in places:
+        owner, _, name = place.rpartition(".")
+        module, _, kind = owner.rpartition(".")
+        real = getattr(getattr(__import__(module, fromlist=[kind]), kind), name)
+        left = [calls]
+
+        def killed(self, *args, real=real, left=left, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return real(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(settings(), tmp_path / "killed")
+    run(settings(), tmp_path / "killed")
+    for name in FILES:
+        assert (tmp_path / "killed" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_is_missing_is_said_before_any_work(settings, tmp_path):
+    for override, words in (
+        ("data=/no/where.jsonl", r"/no/where\.jsonl: no such file.*hf download yimingzhang/novelty-bench"),
+        ("data=", r"suite\.noveltybench\.data is empty.*hf download"),
+        ("classifier=/no/classifier", r"noveltybench\.classifier=/no/classifier.*stages=generate"),
+        ("reward_model=no/such-model", r"noveltybench\.reward_model=no/such-model.*hf download no/such-model"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(settings(f"suite.noveltybench.{override}", "model.local_files_only=True"), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_beside_other_suites_a_missing_scorer_leaves_the_rest(settings, program_cache, tmp_path):
+    few = ("eval.suites=noveltybench,mcq", "suite.mcq.max_new_tokens=4", "suite.noveltybench.reward_model=/no/model")
+    summary = run(settings(*few), tmp_path / "all")
+    novelty = summary["suites"]["noveltybench"]
+    assert "/no/model" in novelty["incomplete"]
+    assert "distinct" in novelty["figures"] and "utility" not in novelty["figures"]
+    assert "parsed" in summary["suites"]["mcq"]["figures"]
+    assert "/no/model" in (tmp_path / "all/report.html").read_text(encoding="utf-8")
+
+
+def test_prompts_from_files(tmp_path):
+    def read(**fields):
+        return read_novelty_prompts(NoveltyBenchConfig(**fields))
+
+    for split in ("curated", "wildchat"):
+        (tmp_path / f"{split}.jsonl").write_text('{"id": 1, "prompt": "a"}\n\n{"id": "2", "prompt": "b"}\n')
+    found = read(data=str(tmp_path))
+    assert [(p.split, p.task_id, p.text) for p in found] == [
+        ("curated", "1", "a"), ("curated", "2", "b"), ("wildchat", "1", "a"), ("wildchat", "2", "b"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"holds no other\.jsonl"):
+        read(data=str(tmp_path), splits=("other",))
+    mine = tmp_path / "mine.jsonl"
+    for content, words in (
+        ('{"id": 1}', "line 1: a row needs"),
+        ("{", "line 1 is no JSON"),
+        ("", "holds no prompts"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "'1' twice"),
+    ):
+        mine.write_text(content)
+        with pytest.raises(UserError, match=words):
+            read(data=str(mine))
