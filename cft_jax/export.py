@@ -102,7 +102,7 @@ def _main(values: flags.FlagValues) -> None:
         found = {stage: read_results(run / "eval" / SUITE / stage) for stage in STAGES}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
         export_model(config, model, directory, form=form, base=config.model.checkpoint, summaries=summaries)
-    sys.stdout.write(f"step {step} of {workdir}, {form}: {output}\n")
+    sys.stdout.write(f"step {step} of {workdir}, {form}: {output} (README.md there says how to load it)\n")
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cft_jax.base import base_checkpoint, base_tokenizer, load_model
+from cft_jax.base import base_checkpoint, base_tokenizer, check_memory, load_model
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.mirror import local_workdir
+from cft_jax.common.mirror import local_workdir, shown
 from cft_jax.common.workdir import check_workdir, setting_up
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.example import render_example
@@ -60,7 +60,11 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     check_workdir(workdir, config)
     finished = _finished(workdir, config)
     if finished is not None:
-        logging.info("%s is finished (step %d); name a new --workdir for another run", workdir, finished["step"])
+        if jax.process_index() == 0:
+            sys.stdout.write(
+                f"{shown(workdir)} is finished (step {finished['step']}): {shown(workdir / 'report.html')}\n"
+                "raise config.train.max_steps where it was set, or name a new --workdir for another run\n"
+            )
         return finished
     writes = jax.process_index() == 0
     with setting_up(workdir, config, devices=_devices(), write=writes):
@@ -72,6 +76,8 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
         dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
         logging.info("%s", render_example(tokenizer, dataset.batch(0), dataset.beginning))
+        rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
+        logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
         model = load_model(config, base, mesh)
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
@@ -162,9 +168,18 @@ def _figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _say_where(workdir: Path, report: Path, exported: Path | None, evaluations: Mapping[str, Any]) -> None:
     """The last words of a run: its headline figures, where everything is, what to do next."""
-    lines = [*_headline(evaluations.get(SUITE, {})), f"report      {report}", f"figures     {workdir / 'summary.json'}"]
+    lines = [
+        *_headline(evaluations.get(SUITE, {})),
+        f"report      {shown(report)}",
+        f"figures     {shown(workdir / 'summary.json')}",
+    ]
     if exported is not None:
-        lines.append(f"weights     {exported} (Hugging Face format; README.md there says how to load them)")
+        lines.append(f"weights     {shown(exported)} (Hugging Face format; README.md there says how to load them)")
+    lines.append(
+        f"next        python -m cft_jax.export --workdir={shown(workdir)} --output=DIR --format=merged|adapter"
+    )
+    if evaluations:
+        lines.append(f"            python -m cft_jax.compare --output=FILE.html {shown(workdir)} [OTHER RUNS]")
     sys.stdout.write("\n".join(["", *lines, ""]))
 
 

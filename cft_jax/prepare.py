@@ -88,7 +88,7 @@ def _main(values: flags.FlagValues) -> None:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; name another --output") from error
     width = max(map(len, figures))
     lines = [f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else value}" for name, value in figures.items()]
-    sys.stdout.write("\n".join([example, *lines]) + "\n")
+    sys.stdout.write("\n".join([example, *lines, f"written to {path}; cft_jax.main with this config finds it"]) + "\n")
 
 
 def main() -> None:

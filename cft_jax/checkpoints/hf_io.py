@@ -14,12 +14,13 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from cft_jax.checkpoints import hf_names, hub, placement
-from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, read_checkpoint
+from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, read_checkpoint, read_config
 from cft_jax.checkpoints.lora_weights import adapter_tensors
 from cft_jax.checkpoints.peft_import import PeftAdapter, check_matches, is_adapter, read_adapter, stack
 from cft_jax.common.errors import UserError
+from cft_jax.common.progress import Progress
 from cft_jax.models.config import LoraSpec, ModelConfig
-from cft_jax.models.families import PUBLISHED
+from cft_jax.models.families import PUBLISHED, config_from_hf
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.source import Source
 from cft_jax.models.transformer import Transformer
@@ -82,6 +83,18 @@ def from_pretrained(
     model = nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
     model.source = dataclasses.replace(where, config_json=checkpoint.config_json)
     return model
+
+
+def model_config(path_or_id: str, *, revision: str, local_files_only: bool) -> ModelConfig:
+    """Sizes of a checkpoint's model without its weights: known by a published name, else from its config.json.
+
+    Raises:
+      UserError: the checkpoint is missing, or its config.json damaged or of an unknown architecture.
+    """
+    if path_or_id in PUBLISHED:
+        return PUBLISHED[path_or_id]
+    where, _ = _locate(path_or_id, None, revision=revision, local_files_only=local_files_only)
+    return config_from_hf(read_config(Path(where.directory))[1])
 
 
 def _locate(
@@ -152,17 +165,20 @@ def _base_weights(
     base = {path: variable for path, variable in flat.items() if not isinstance(variable, LoraParam)}
     match_shapes(checkpoint, {path: variable.shape for path, variable in base.items()})
     values: dict[hf_names.Path, jax.Array] = {}
-    for path, names in hf_names.group_by_path(hf_names.tensor_names(checkpoint.config)).items():
-        variable = base[path]
-        values[path] = placement.place_stack(
-            [checkpoint.tensors[name.hf] for name in names],
-            names[0].layout,
-            variable.shape,
-            np.dtype(variable.dtype),
-            placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh),
-            stacked=names[0].layer is not None,
-            piece_bytes=piece_bytes,
-        )
+    groups = hf_names.group_by_path(hf_names.tensor_names(checkpoint.config))
+    with Progress("load weights", total=sum(map(len, groups.values())), unit="tensor") as progress:
+        for path, names in groups.items():
+            variable = base[path]
+            values[path] = placement.place_stack(
+                [checkpoint.tensors[name.hf] for name in names],
+                names[0].layout,
+                variable.shape,
+                np.dtype(variable.dtype),
+                placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh),
+                stacked=names[0].layer is not None,
+                piece_bytes=piece_bytes,
+            )
+            progress.advance(len(names))
     return values
 
 

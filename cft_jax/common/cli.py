@@ -9,6 +9,7 @@ import logging as stdlib_logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ _TAKEN = {
     "Non-boolean argument": "True or False",
     "is not a dict": "set field by field, as --config.model.dtype=float32",
 }
+_HELP_WIDTH = 100
+_EXIT_CODES = """Exit codes: 0 done, 2 a mistake in the command, 75 other machines did not come (try again),
+130 Ctrl-C, 143 saved after SIGTERM, 1 a fault of the program's own."""
 Main = Callable[[flags.FlagValues], None]
 
 
@@ -71,15 +75,21 @@ def run(main: Main, values: flags.FlagValues, description: str) -> None:
         sys.exit(130)
 
 
-def config_of(values: flags.FlagValues) -> ConfigDict:
+def config_of(
+    values: flags.FlagValues, *, example: str = "configs/demo.py, which needs no network and no accelerator"
+) -> ConfigDict:
     """The ConfigDict of `--config`, with its overrides.
+
+    Args:
+      values: the parsed flags.
+      example: a config that fits the command, named where there is none.
 
     Raises:
       UserError: no `--config` was given.
     """
     config = values["config"].value
     if config is None:
-        raise UserError("--config is missing; try --config=configs/demo.py, which needs no network and no accelerator")
+        raise UserError(f"--config is missing; try --config={example}")
     return config
 
 
@@ -101,6 +111,8 @@ def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, see --help")
     if len(rest) > 1:
         values["args"].value = rest[1:]
+    if values["quiet"].value and values["verbose"].value:
+        raise UserError("--quiet and --verbose exclude each other; give one of them")
 
 
 def _mended(error: Exception, argv: Sequence[str]) -> str:
@@ -181,6 +193,10 @@ def _help(values: flags.FlagValues, description: str) -> str:
     lines = [description.strip(), "", "Flags:"]
     for name in sorted(name for name in values if len(name) > 1):
         flag = values[name]
-        default = "" if flag.default in (None, False, "") else f" (default: {flag.default})"
-        lines.append(f"  --{name}: {flag.help}{default}")
-    return "\n".join(lines) + "\n"
+        default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
+        # Words that follow the flags are a flag to absl alone.
+        text = f"{flag.help}{default}" if name == "args" else f"--{name}: {flag.help}{default}"
+        lines.append(textwrap.fill(text, _HELP_WIDTH, initial_indent="  ", subsequent_indent=" " * 6))
+    if "config" in values:
+        lines += ["", "docs/config.md explains every field of the configuration."]
+    return "\n".join([*lines, "", _EXIT_CODES]) + "\n"

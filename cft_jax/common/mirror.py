@@ -174,6 +174,12 @@ def checkpoint_directory(workdir: Path) -> epath.Path:
     return epath.Path(workdir if mirror is None else mirror.origin) / CHECKPOINTS
 
 
+def shown(path: Path) -> str:
+    """How to name a path to a reader: in a mirror, by its place on the store."""
+    mirror = _mirror_of(path)
+    return str(path if mirror is None else mirror.origin / path.relative_to(mirror.local).as_posix())
+
+
 def publish(path: Path) -> None:
     """Makes what was written so far last where `path` belongs to a mirror; a file on a disk needs nothing."""
     mirror = _mirror_of(path)

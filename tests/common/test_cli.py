@@ -1,5 +1,6 @@
 """What a user sees of a command: help, one line per mistake, exit codes."""
 
+import importlib
 import subprocess
 import sys
 
@@ -83,6 +84,7 @@ def test_main_sees_config_and_overrides(config_file):
         (["--config={file}", "--config.train.batch_size=many"], ["batch_size", "many"]),
         (["--config={file}", "--wrkdir=x"], ["wrkdir", "workdir"]),
         (["--config={file}", "stray"], ["stray"]),
+        (["--config={file}", "--quiet", "--verbose"], ["--quiet", "--verbose", "exclude"]),
         (["--config={other}:3b"], ["other.py:3b", "takes no argument"]),
         (["--config={other}"], ["other.py, line 4", "TypeError"]),
         (["--config={picky}:9b"], ["picky.py:9b: no model '9b'"]),
@@ -106,6 +108,21 @@ def test_help_lists_flags_and_exits_with_0(capsys):
     code, out, _ = exit_of(capsys, lambda values: None, "--help")
     assert code == 0
     assert "Does the work." in out and "--workdir: Where." in out
+    assert "docs/config.md" in out and "Exit codes: 0 done" in out
+
+
+@pytest.mark.parametrize("name", ["main", "prepare", "evaluate", "export", "compare"])
+def test_every_command_explains_itself(capsys, monkeypatch, name):
+    module = f"cft_jax.{name}"
+    place = f"{module}.__main__" if name == "evaluate" else module
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(place).main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"python -m {module} " in out  # an example
+    undocumented = [line for line in out.splitlines() if line.startswith("  --") and line.endswith(":")]
+    assert not undocumented and "--args" not in out
 
 
 def test_a_message_of_several_lines_is_folded(capsys, config_file):
