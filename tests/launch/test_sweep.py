@@ -108,19 +108,15 @@ def test_runs_are_handed_to_a_launcher(sweep, tmp_path):
 
 
 def test_a_tiny_sweep_goes_on_where_it_stopped(sweep, capfd, monkeypatch, tmp_path, program_cache):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(program_cache))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    fast = ("--config.train.epochs=1", "--config.eval.num_samples=0", "--config.export.enabled=False")
-    good = sweep.Run("good", (f"--config={TINY}", f"--workdir={tmp_path}/runs/good", *fast))
-    bad = sweep.Run("bad", (f"--config={TINY}", f"--workdir={tmp_path}/runs/bad", "--config.train.epochs=0"))
-    monkeypatch.setattr(sweep, "grid", lambda *_: [bad, good])
-    assert sweep.main(["--root=runs", "--run"]) == 1
-    assert "failed: bad" in capfd.readouterr().err
-    assert sweep.status("runs", good)[0] == sweep.DONE
+    fast = ("--config.train.epochs=1", "--config.eval.enabled=False", "--config.export.enabled=False")
+    tiny = sweep.Run("tiny", (f"--config={TINY}", f"--workdir={tmp_path}/runs/tiny", *fast))
+    monkeypatch.setattr(sweep, "grid", lambda *_: [tiny])
+    assert sweep.main(["--root=runs", "--run"]) == 0
+    assert "cft_jax.main" in capfd.readouterr().err
     sweep.main(["--root=runs"])
-    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("good"))
-    assert line.split()[:3] == ["good", "done", "2"] and " > " in line
-    monkeypatch.setattr(sweep, "grid", lambda *_: [good])
+    assert capfd.readouterr().out.splitlines()[1:] == ["tiny  done           2", "1 done, 0 started, 0 to do"]
     assert sweep.main(["--root=runs", "--run"]) == 0
     assert "cft_jax.main" not in capfd.readouterr().err  # nothing was started
