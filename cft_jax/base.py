@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cft_jax.checkpoints import from_pretrained, write_random_llama
+from cft_jax.checkpoints.hf_io import model_config
 from cft_jax.common.errors import UserError
 from cft_jax.common.mirror import publish, refresh
 from cft_jax.config import Config, ModelSettings, ScratchConfig
 from cft_jax.distributions import Task
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
+from cft_jax.models.memory import Batch, MemoryEstimate, device_memory, estimate_memory, require_memory
 from cft_jax.models.transformer import Transformer
 from cft_jax.text import load_tokenizer, terminator_id
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
@@ -107,6 +109,34 @@ def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokeni
     return load_tokenizer(named, revision=settings.revision, local_files_only=settings.local_files_only)
 
 
+def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, length: int) -> MemoryEstimate:
+    """What training takes on each device, worked out before anything is loaded.
+
+    Args:
+      config: of the run.
+      checkpoint: of the base model.
+      mesh: that it will lie on.
+      rows: of a batch, over all devices.
+      length: tokens of a row.
+
+    Raises:
+      UserError: it cannot fit; or see `model_config`.
+    """
+    settings = config.model
+    lora = _lora(settings)
+    estimate = estimate_memory(
+        model_config(checkpoint, revision=settings.revision, local_files_only=settings.local_files_only),
+        lora=lora,
+        dtype=settings.dtype,
+        param_dtype=settings.dtype if lora else "float32",
+        mesh=mesh,
+        batch=Batch(-(-rows // config.train.grad_accum_steps), length),
+        remat=settings.remat,
+    )
+    require_memory(estimate, device_memory())
+    return estimate
+
+
 def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
     """The model to train, on the mesh; the trained weights are float32, frozen ones in `model.dtype`.
 
@@ -114,9 +144,7 @@ def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
       UserError: see `from_pretrained`.
     """
     settings = config.model
-    lora = None
-    if settings.lora.enabled:
-        lora = LoraSpec(settings.lora.rank, settings.lora.alpha, settings.lora.dropout, settings.lora.targets)
+    lora = _lora(settings)
     return from_pretrained(
         checkpoint,
         dtype=settings.dtype,
@@ -129,3 +157,8 @@ def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
         remat=settings.remat,
         seed=config.seed,
     )
+
+
+def _lora(settings: ModelSettings) -> LoraSpec | None:
+    lora = settings.lora
+    return LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.enabled else None

@@ -118,9 +118,16 @@ def no_terminator(base):
     return "ends an assistant's turn", "config.data.terminator"
 
 
+def too_large(base):
+    """Refused by its sizes, before any weight is looked at."""
+    change_json(base / "config.json", lambda r: r.update(hidden_size=10 * 2**14, intermediate_size=2**24))
+    return "GiB per device", "config.mesh.fsdp"
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        too_large,
         truncate,
         lose_a_shard,
         break_config,

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from dataclasses import dataclass
 
 import jax
@@ -158,6 +159,9 @@ def require_memory(estimate: MemoryEstimate, available: int | None) -> None:
 
 
 def device_memory() -> int | None:
-    """Bytes that the first local device can hand out; None where it does not tell, as CPUs."""
-    stats = jax.local_devices()[0].memory_stats()
+    """Bytes that the first local device can hand out; CPU devices share the machine's; None where it does not tell."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    stats = device.memory_stats()
     return None if stats is None else stats.get("bytes_limit")
