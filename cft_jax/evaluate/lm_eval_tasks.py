@@ -291,15 +291,19 @@ def run_lm_eval(
     rows, samples = _documents(found["samples"])
     summary = {
         "suite": SUITE,
-        "protocol": f"lm-eval {version}",
         "checkpoint": checkpoint,
         "fingerprint": fingerprint,
         "settings": asdict(settings) | {"tasks": list(names)},
-        "tasks": {name: _figures(figures) for name, figures in (found["results"] | found.get("groups", {})).items()},
+        "lm_eval": {
+            "version": version,
+            "tasks": {
+                name: _figures(figures) for name, figures in (found["results"] | found.get("groups", {})).items()
+            },
+        },
     }
     if write:
         write_results(directory, summary, rows=rows, samples=samples)
-    for name, figures in summary["tasks"].items():
+    for name, figures in summary["lm_eval"]["tasks"].items():
         logging.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     return summary
 

@@ -177,7 +177,8 @@ def run_retention(
             records[name] = [store[name, example.example_id] for example in members]
     rows = task_rows(records, items)
     summary = {"suite": SUITE, "checkpoint": checkpoint, "fingerprint": fingerprint, "settings": asdict(settings)}
-    summary |= {"tasks": {row["task_name"]: _present(row) for row in rows}, "aggregate": _present(aggregate(rows))}
+    by_task = {row["task_name"]: _present(row) for row in rows}
+    summary["tinybenchmarks"] = {"tasks": by_task, "aggregate": _present(aggregate(rows))}
     if write:
         everything = [record for members in records.values() for record in members]
         write_results(directory, summary, rows=[_flat(record) for record in everything], samples=everything)

@@ -50,7 +50,7 @@ def value_cells(
     """
     show = percent if is_share else number
     known = [value for value in values if value is not None]
-    best = (max(known) if better > 0 else min(known)) if len(known) > 1 and better else None
+    best = (max(known) if better > 0 else min(known)) if len(set(known)) > 1 and better else None
     cells = ""
     for index, value in enumerate(values):
         text = show(value)
@@ -60,7 +60,8 @@ def value_cells(
         if interval is not None:
             text += f" <small>[{show(interval[0])}, {show(interval[1])}]</small>"
         base = values[0]
-        if index and value is not None and base is not None:
+        # Numbers of prompts and the like need no word where they are the same.
+        if index and value is not None and base is not None and (better or value != base):
             text += f"<br><small>{_difference(value - base, is_share)}</small>"
         cells += f"<td>{text}</td>"
     return cells
@@ -88,6 +89,6 @@ def figure_of(summary: Mapping[str, Any], path: Sequence[str]) -> float | int | 
     return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def _difference(value: float, is_share: bool) -> str:
+def _difference(value: float | int, is_share: bool) -> str:
     sign = "+" if value > 0 else "−" if value < 0 else "±"
     return f"{sign}{100 * abs(value):.1f} points" if is_share else f"{sign}{number(abs(value))}"

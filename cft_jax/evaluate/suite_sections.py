@@ -1,12 +1,13 @@
 """Tables and plots of the suites beside structured sampling, several models side by side."""
 
 import html
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
 from cft_jax.evaluate import plots
 from cft_jax.evaluate.overview import HEADLINES, TITLES
@@ -14,6 +15,16 @@ from cft_jax.evaluate.parsing import ANSWER_LABELS
 from cft_jax.evaluate.report_tables import number
 from cft_jax.evaluate.side_by_side import Run, figure_of, head_row, legend, table, value_cells
 
+_RETENTION_TITLES = {
+    "tiny_mmlu": "MMLU",
+    "tiny_hellaswag": "HellaSwag",
+    "tiny_truthfulqa": "TruthfulQA",
+    "tiny_winogrande": "Winogrande",
+    "tiny_gsm8k_strict": "GSM8K, strict",
+    "tiny_gsm8k_flexible": "GSM8K, flexible",
+}
+# Labels of bars with more letters than this together are slanted.
+_LEVEL_LETTERS = 60
 # Figures beside the headlines, by suite: heading, path, whether it is a share, which way is better.
 _FURTHER: Mapping[str, Sequence[tuple[str, tuple[str, ...], bool, int]]] = {
     "open_random": (
@@ -32,6 +43,16 @@ _FURTHER: Mapping[str, Sequence[tuple[str, tuple[str, ...], bool, int]]] = {
         *((f"answer {label}", (f"freq_{label.lower()}",), True, 0) for label in ANSWER_LABELS),
     ),
     "noveltybench": (("prompts", ("overall", "num_prompts"), False, 0),),
+    "perplexity": (
+        ("documents", ("total", "num_documents"), False, 0),
+        ("perplexity, with BOS, every token", ("total", "covering", "perplexity"), False, -1),
+        ("bits per byte, the paper's", ("total", "paper", "bits_per_byte"), False, -1),
+    ),
+    "retention": tuple(
+        (f"{title}, {name}", ("tinybenchmarks", "tasks", task, figure), True, 1)
+        for task, title in _RETENTION_TITLES.items()
+        for figure, name in (("accuracy", "accuracy"), ("gpirt", "gp-IRT"))
+    ),
 }
 
 
@@ -53,34 +74,59 @@ def suite_section(runs: Sequence[Run], suite: str, styles: Mapping[str, int]) ->
 
 
 def _plots(runs: Sequence[Run], suite: str, styles: Mapping[str, int]) -> str:
-    drawn: list[tuple[str, Figure]] = []
-    if suite == "open_random":
-        sizes = {run.name: run.summary["median_support_sizes"] for run in runs if "median_support_sizes" in run.summary}
-        if sizes:
-            drawn.append(("Next tokens that hold a given probability, median", _support_figure(sizes, styles)))
-    if suite == "mcq":
-        shares = {
-            run.name: [run.summary[f"freq_{x.lower()}"] for x in ANSWER_LABELS]
-            for run in runs
-            if "freq_a" in run.summary
-        }
-        if shares:
-            drawn.append(("Where the right answer stands", _bars_figure(ANSWER_LABELS, shares, styles, uniform=True)))
-    if suite == "noveltybench":
-        for name, title in (("mean_distinct", "Distinct answers of ten"), ("mean_utility", "Utility, 0 to 10")):
-            splits = list(dict.fromkeys(split for run in runs for split in run.summary.get("splits", {})))
-            values = {
-                run.name: [figure_of(run.summary, ("splits", split, name)) or 0.0 for split in splits]
-                for run in runs
-                if any(figure_of(run.summary, ("splits", split, name)) is not None for split in splits)
-            }
-            if values:
-                drawn.append((title, _bars_figure(splits, values, styles, uniform=False)))
+    drawers = {
+        "open_random": _open_random_plots,
+        "mcq": _mcq_plots,
+        "noveltybench": _noveltybench_plots,
+        "perplexity": _perplexity_plots,
+        "retention": _retention_plots,
+    }
     figures = ""
-    for title, figure in drawn:
+    for title, figure in drawers[suite](runs, styles) if suite in drawers else ():
         image = plots.svg(figure, f"{suite}-{re.sub(r'[^a-z]+', '-', title.lower())}", title)
         figures += f"<figure><figcaption><span><b>{html.escape(title)}</b></span></figcaption>{image}</figure>"
     return f'{legend(runs, styles, target=False)}<div class="gallery">{figures}</div>' if figures else ""
+
+
+def _open_random_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
+    sizes = {run.name: run.summary["median_support_sizes"] for run in runs if "median_support_sizes" in run.summary}
+    if sizes:
+        yield "Next tokens that hold a given probability, median", _support_figure(sizes, styles)
+
+
+def _mcq_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
+    names = [f"freq_{label.lower()}" for label in ANSWER_LABELS]
+    shares = {run.name: [run.summary[name] for name in names] for run in runs if names[0] in run.summary}
+    if shares:
+        yield "Where the right answer stands", _bars_figure(ANSWER_LABELS, shares, styles, uniform=True)
+
+
+def _noveltybench_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
+    splits = list(dict.fromkeys(split for run in runs for split in run.summary.get("splits", {})))
+    for name, title in (("mean_distinct", "Distinct answers"), ("mean_utility", "Utility")):
+        if heights := _bars(runs, [("splits", split, name) for split in splits]):
+            yield title, _bars_figure(splits, heights, styles, uniform=False)
+
+
+def _perplexity_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
+    slices = list(dict.fromkeys(name for run in runs for name in run.summary.get("slices", {})))
+    if bits := _bars(runs, [("slices", name, "covering", "bits_per_byte") for name in slices]):
+        yield "Bits per byte", _bars_figure(slices, bits, styles, uniform=False)
+
+
+def _retention_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
+    if shares := _bars(runs, [("tinybenchmarks", "tasks", task, "accuracy") for task in _RETENTION_TITLES]):
+        yield "Accuracy", _bars_figure(list(_RETENTION_TITLES.values()), shares, styles, uniform=False)
+
+
+def _bars(runs: Sequence[Run], paths: Sequence[tuple[str, ...]]) -> dict[str, list[float]]:
+    """Heights of bars by run, no bar where a figure is missing; runs without any are left out."""
+    found = {run.name: [figure_of(run.summary, path) for path in paths] for run in runs}
+    return {
+        name: [math.nan if value is None else float(value) for value in values]
+        for name, values in found.items()
+        if any(value is not None for value in values)
+    }
 
 
 def _support_figure(sizes: Mapping[str, Mapping[str, float]], styles: Mapping[str, int]) -> Figure:
@@ -90,6 +136,8 @@ def _support_figure(sizes: Mapping[str, Mapping[str, float]], styles: Mapping[st
     ax.set_yscale("log")
     ax.set(xlim=(0, 1), xlabel="probability", ylabel="tokens")
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
@@ -104,7 +152,8 @@ def _bars_figure(
     if uniform:
         ax.axhline(1 / len(labels), color=plots.INK, linewidth=0.9, linestyle=(0, (2, 2)))
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_xticks(range(len(labels)), labels, parse_math=False)
+    slanted: dict[str, Any] = {"rotation": 30, "ha": "right"} if sum(map(len, labels)) > _LEVEL_LETTERS else {}
+    ax.set_xticks(range(len(labels)), labels, parse_math=False, **slanted)
     return figure
 
 

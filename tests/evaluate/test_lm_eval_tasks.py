@@ -209,7 +209,7 @@ def test_a_killed_run_ends_with_the_same_files(settings, tokenizer, tmp_path, mo
 
     whole = Counting()
     summary = measure(whole, "whole")
-    assert set(summary["tasks"]) == set(TASKS) and summary["protocol"].startswith("lm-eval 0.")
+    assert set(summary["lm_eval"]["tasks"]) == set(TASKS) and summary["lm_eval"]["version"].startswith("0.")
     with pytest.raises(KeyboardInterrupt):
         measure(Counting(4), "killed")
     rest = Counting()
@@ -246,8 +246,8 @@ def test_the_command(settings, checkpoint, configured, tmp_path):
         f"suite.lm_eval.max_length={MAX_LENGTH}",
     )
     summary = run(config, tmp_path)
-    assert set(summary["tasks"]) == {"local_choices", "local_answer"}
-    assert "tiny_mmlu" not in summary["tasks"]
+    assert set(summary["lm_eval"]["tasks"]) == {"local_choices", "local_answer"}
+    assert "tinybenchmarks" not in summary
     table = (tmp_path / "per_prompt.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 3
     assert "local_choices" in (tmp_path / "report.html").read_text()

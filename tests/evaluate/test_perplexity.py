@@ -13,6 +13,7 @@ import torch
 from cft_jax.checkpoints import from_pretrained
 from cft_jax.common.errors import UserError
 from cft_jax.evaluate.__main__ import run
+from cft_jax.evaluate.comparison import read_runs, render_comparison
 from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.perplexity import run_perplexity
 from cft_jax.evaluate.windows import Window, covering_windows, paper_windows
@@ -221,3 +222,11 @@ def test_the_command(data, checkpoint, configured, tmp_path):
     ]  # fmt: skip
     assert both[0]["total"]["paper"] == pytest.approx(both[1]["total"]["paper"], rel=1e-4)
     assert "bits_per_byte" in (tmp_path / "jax" / "report.html").read_text()
+
+
+def test_models_side_by_side(data, checkpoint, tmp_path):
+    for name in ("base", "soft"):
+        run_perplexity(Uniform(), checkpoint[1], settings(data), tmp_path / name, checkpoint=name, write=True)
+    page = render_comparison(read_runs([tmp_path / "base", tmp_path / "soft"]))
+    assert "Bits per byte" in page and page.count("<svg") == 1
+    assert "perplexity, with BOS, every token" in page

@@ -117,9 +117,10 @@ def test_a_killed_run_ends_with_the_same_files(data, tokenizer, tmp_path):
     whole = Hashing()
     summary = measure(whole, tokenizer, data, tmp_path / "whole")
     assert whole.calls == 25
-    assert set(summary["tasks"]) == {*RETENTION_TASKS[:-1], "tiny_gsm8k_strict", "tiny_gsm8k_flexible"}
-    assert summary["aggregate"]["num_tasks"] == 6 and "mean_gpirt" not in summary["aggregate"]
-    assert summary["tasks"]["tiny_truthfulqa"]["metric_name"] == "mc2"
+    found = summary["tinybenchmarks"]
+    assert set(found["tasks"]) == {*RETENTION_TASKS[:-1], "tiny_gsm8k_strict", "tiny_gsm8k_flexible"}
+    assert found["aggregate"]["num_tasks"] == 6 and "mean_gpirt" not in found["aggregate"]
+    assert found["tasks"]["tiny_truthfulqa"]["metric_name"] == "mc2"
     for calls in (0, 7, 24):
         with pytest.raises(KeyboardInterrupt):
             measure(Hashing(calls), tokenizer, data, tmp_path / f"killed{calls}")
@@ -145,7 +146,7 @@ def test_estimates_come_with_item_parameters(data, tokenizer, golden, tmp_path):
         arrays[f"{name}.lambdas"] = np.array([scenario["optimal_lambda"] for scenario in bundle["scenarios"]])
     np.savez(tmp_path / "items.npz", **arrays)
     options = {"tasks": ("tiny_mmlu", "tiny_gsm8k"), "item_parameters": str(tmp_path / "items.npz")}
-    summary = measure(Hashing(), tokenizer, data, tmp_path / "run", **options)
+    summary = measure(Hashing(), tokenizer, data, tmp_path / "run", **options)["tinybenchmarks"]
     estimates = [row["gpirt"] for row in summary["tasks"].values()]
     assert len(estimates) == 3 and all(0 <= value <= 1 for value in estimates)
     assert summary["aggregate"]["mean_gpirt"] == pytest.approx(sum(estimates) / 3)
@@ -176,7 +177,7 @@ def test_the_command_with_both_backends(data, checkpoint, configured, tmp_path):
     records = {}
     for backend in ("jax", "hf"):
         summary = run(configured(CONFIG, *common, f"backend={backend}"), tmp_path / backend)
-        assert summary["tasks"]["tiny_winogrande"]["num_examples"] == 100
+        assert summary["tinybenchmarks"]["tasks"]["tiny_winogrande"]["num_examples"] == 100
         with gzip.open(tmp_path / backend / "samples.jsonl.gz", "rt") as file:
             records[backend] = [json.loads(line) for line in file]
     for mine, theirs in zip(*records.values(), strict=True):
@@ -185,4 +186,5 @@ def test_the_command_with_both_backends(data, checkpoint, configured, tmp_path):
             assert mine["log_probs"] == pytest.approx(theirs["log_probs"], abs=1e-4)
         else:
             assert mine["response"] == theirs["response"]
-    assert "accuracy" in (tmp_path / "jax" / "report.html").read_text()
+    page = (tmp_path / "jax" / "report.html").read_text()
+    assert "GSM8K, strict, accuracy" in page and "<svg" in page and "MMLU, accuracy" not in page
