@@ -153,9 +153,9 @@ def test_commands_run(here, demo, words):
 def test_configs_are_valid(configured, monkeypatch, words):
     monkeypatch.chdir(ROOT)
     file = next(word.removeprefix("--config=") for word in words if word.startswith("--config="))
-    if file.partition(":")[2].startswith("runs/") or "..." in words:
+    if file.partition(":")[2].startswith("runs/"):
         pytest.skip("takes its settings from a run")
-    overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+    overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.") and "$" not in word]
     validate(configured(file, *overrides))
 
 
