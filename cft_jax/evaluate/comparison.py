@@ -65,7 +65,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     """The page; the first run is the base of all deltas. The same runs give the same bytes."""
     models = list(dict.fromkeys(run.name for run in runs))
     styles = {name: index if len(models) > 1 else 1 for index, name in enumerate(models)}
-    sections = [overview_table(runs)]
+    sections = [overview_table(runs, styles)]
     structured = [run for run in runs if run.summary["suite"] == SUITE and "missing" not in run.summary]
     if structured:
         splits = list(dict.fromkeys(split for run in structured for split in run.summary["splits"]))

@@ -151,8 +151,11 @@ def judge(
     except UserError as error:
         problem = error if asked else None
     except _NotKeptError:
-        if "score" in settings.stages and classes is None:
-            problem = UserError("the stage score needs the classes of the stage partition; run that one first")
+        pass
+    if classes is None and problem is None and "score" in settings.stages:
+        problem = UserError(
+            "the stage score needs what the stage partition finds with this classifier and threshold; run that first"
+        )
     names = ("classifier", "threshold", "reward_model", "patience")
     summary = finish(
         found,

@@ -1,4 +1,4 @@
-"""The headline figures of all suites in one table, a row for each model, as in the paper; why others are missing."""
+"""The headline figures of all suites in one table, and why some are missing."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cft_jax.distributions.splits import OOD, UNSEEN
-from cft_jax.evaluate.report_tables import number, percent
 from cft_jax.evaluate.result_files import ALL
-from cft_jax.evaluate.side_by_side import Run, figure_of, table
+from cft_jax.evaluate.side_by_side import Run, figure_of, head_row, table, value_cells
 from cft_jax.suite_config import SUITES
 
 TITLES = {
@@ -23,11 +22,11 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure worth a column.
+    """A figure worth a row.
 
     Attributes:
       suite: it belongs to.
-      heading: of the column.
+      heading: of the row.
       path: of the figure in the suite's summary.
       is_share: shown in percent.
       better: -1 for less, 1 for more.
@@ -55,8 +54,8 @@ HEADLINES = (
     Headline("noveltybench", "utility, curated", ("splits", "curated", "mean_utility"), False, 1),
     Headline("noveltybench", "distinct, WildChat", ("splits", "wildchat", "mean_distinct"), False, 1),
     Headline("noveltybench", "utility, WildChat", ("splits", "wildchat", "mean_utility"), False, 1),
-    Headline("noveltybench", "distinct", ("overall", "mean_distinct"), False, 1),
-    Headline("noveltybench", "utility", ("overall", "mean_utility"), False, 1),
+    Headline("noveltybench", "distinct, all prompts", ("overall", "mean_distinct"), False, 1),
+    Headline("noveltybench", "utility, all prompts", ("overall", "mean_utility"), False, 1),
     Headline("perplexity", "perplexity", ("total", "paper", "perplexity"), False, -1),
     Headline("perplexity", "bits per byte", ("total", "covering", "bits_per_byte"), False, -1),
     Headline("retention", "mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), True, 1),
@@ -85,54 +84,45 @@ def all_summary(summaries: Mapping[str, Mapping[str, Any]], *, checkpoint: str) 
     }
 
 
-def overview_table(runs: Sequence[Run]) -> str:
-    """One row per model, columns by suite; below it the reasons for what is missing. Empty for a single suite."""
+def overview_table(runs: Sequence[Run], styles: Mapping[str, int]) -> str:
+    """A column per model, rows by suite; below it the reasons for what is missing. Empty for a single suite."""
     suites = [suite for suite in SUITES if any(run.summary["suite"] == suite for run in runs)]
     if len(suites) < 2:
         return ""
-    models = list(dict.fromkeys(run.name for run in runs))
     of = {(run.name, run.summary["suite"]): run.summary for run in runs}
-    columns = [h for h in HEADLINES if h.suite in suites and _shown(h, runs)]
-    groups, heads = "", ""
-    for suite in suites:
-        members = [h for h in columns if h.suite == suite] or [None]
-        groups += f'<th class="group" colspan="{len(members)}">{TITLES[suite]}</th>'
-        heads += "".join(f"<th>{html.escape(h.heading) if h else ''}</th>" for h in members)
-    rows = ""
-    for model in models:
-        cells = ""
-        for suite in suites:
-            members = [h for h in columns if h.suite == suite]
-            summary = of.get((model, suite))
-            if summary is None or "missing" in summary:
-                word = "not run" if summary is None else "missing"
-                cells += f'<td colspan="{max(len(members), 1)}">{word}</td>'
-            else:
-                cells += "".join(_cell(h, model, of, models) for h in members) or "<td>–</td>"
-        rows += f"<tr><td>{html.escape(model)}</td>{cells}</tr>"
-    reasons = "".join(
-        f"<li>{html.escape(run.name)}, {TITLES[run.summary['suite']]}: {html.escape(run.summary[key])}</li>"
-        for run in runs
-        for key in ("missing", "incomplete")
-        if key in run.summary
+    # The first run of every model stands for it in the head.
+    models = list({run.name: run for run in reversed(runs)}.values())[::-1]
+    rows = "".join(_suite_rows(suite, [of.get((model.name, suite)) for model in models]) for suite in suites)
+    return f"<h2>All suites</h2>{table(head_row(models, '', styles), rows)}{_reasons(runs)}"
+
+
+def _suite_rows(suite: str, summaries: Sequence[Mapping[str, Any] | None]) -> str:
+    there = [summary for summary in summaries if summary is not None and "missing" not in summary]
+    notes = [
+        "not run" if summary is None else next((key for key in ("missing", "incomplete") if key in summary), "")
+        for summary in summaries
+    ]
+    cells = "".join(f'<td style="text-align:right">{note}</td>' for note in notes)
+    rows = f'<tr class="head"><td>{TITLES[suite]}</td>{cells}</tr>'
+    for headline in HEADLINES:
+        values = [figure_of(summary or {}, headline.path) for summary in summaries]
+        if headline.suite == suite and there and any(value is not None for value in values):
+            shown = value_cells(values, headline.is_share, headline.better)
+            rows += f"<tr><td>{html.escape(headline.heading)}</td>{shown}</tr>"
+    return rows
+
+
+def _reasons(runs: Sequence[Run]) -> str:
+    """Why something is missing, said once for all models that lack it."""
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for key in ("missing", "incomplete"):
+            if key in run.summary:
+                lacking.setdefault((run.summary["suite"], run.summary[key]), []).append(run.name)
+    if not lacking:
+        return ""
+    items = "".join(
+        f"<li><b>{TITLES[suite]}</b> ({html.escape(', '.join(names))}): {html.escape(reason)}</li>"
+        for (suite, reason), names in lacking.items()
     )
-    notes = f'<p class="note">Missing:</p><ul class="note">{reasons}</ul>' if reasons else ""
-    first = '<th class="group"></th>'
-    return f"<h2>All suites</h2>{table(f'<tr>{first}{groups}</tr><tr><th></th>{heads}</tr>', rows)}{notes}"
-
-
-def _shown(headline: Headline, runs: Sequence[Run]) -> bool:
-    return any(
-        figure_of(run.summary, headline.path) is not None for run in runs if run.summary["suite"] == headline.suite
-    )
-
-
-def _cell(
-    headline: Headline, model: str, of: Mapping[tuple[str, str], Mapping[str, Any]], models: Sequence[str]
-) -> str:
-    values = [figure_of(of.get((name, headline.suite), {}), headline.path) for name in models]
-    known = [value for value in values if value is not None]
-    value = values[models.index(model)]
-    text = percent(value) if headline.is_share else number(value)
-    best = (max(known) if headline.better > 0 else min(known)) if len(known) > 1 else None
-    return f"<td><b>{text}</b></td>" if value is not None and value == best else f"<td>{text}</td>"
+    return f'<p class="note">Missing:</p><ul class="note">{items}</ul>'

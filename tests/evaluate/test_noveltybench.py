@@ -250,7 +250,8 @@ def test_beside_other_suites_a_missing_scorer_leaves_the_rest(settings, program_
     summary = run(settings(*few), tmp_path / "all")
     novelty = summary["suites"]["noveltybench"]
     assert "/no/model" in novelty["incomplete"]
-    assert "distinct" in novelty["figures"] and "utility" not in novelty["figures"]
+    figures = novelty["figures"]
+    assert "distinct, all prompts" in figures and "utility, all prompts" not in figures
     assert "parsed" in summary["suites"]["mcq"]["figures"]
     assert "/no/model" in (tmp_path / "all/report.html").read_text(encoding="utf-8")
 
