@@ -1,7 +1,8 @@
 """Log-likelihoods of given texts: continuations of contexts, and whole rows of tokens.
 
-Texts are packed one behind the other into rows of few lengths. Continuations of one context stand behind it as
-branches: each sees the context and itself, at the positions it would have alone, so the context is computed once.
+Texts are packed one behind the other into rows of few lengths. Texts with a common beginning (the answers to a
+question, the questions behind the same examples) stand as a tree in depth-first order: each token sees those above it,
+at the positions it would have alone, so what is shared is computed once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from cft_jax.sharding.rules import constrain
 # Texts of at most so many tokens share rows with others; longer ones get rows of the next power of two.
 ROW_LENGTH = 2048
 _LEAST_ROW = 64
+# Texts that share fewer tokens, and less than half of themselves, are packed wherever there is room.
+_LEAST_SHARED = 32
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,39 @@ class Block:
         return cls(given[:size], index, np.full(size, size), index, given[1:])
 
     @classmethod
-    def of_choices(cls, context: Sequence[int], choices: Sequence[Sequence[int]]) -> "Block":
-        """Asks about all tokens of several continuations (none empty), one after the other."""
-        start = len(context)
-        # The last token of a continuation predicts nothing that is asked.
-        sizes = [len(choice) - 1 for choice in choices]
-        begins = start + np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
-        ends = begins + sizes
-        pairs = list(zip(begins, ends, strict=True))
+    def of_tree(cls, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> "Block":
+        """Asks about the tokens of every row from its start on, one row after the other.
+
+        Args:
+          rows: token ids, in lexicographic order, which is the depth-first order of their tree.
+          starts: first token asked about, at least 1.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        until: list[int] = []
+        # Places of the current row's tokens in the block.
+        path: list[int] = []
+        places, previous = [], ()
+        for row, start in zip(rows, starts, strict=True):
+            shared = _common(previous, row)
+            for node in path[shared:]:
+                until[node] = len(tokens)
+            # The last token predicts nothing that is asked.
+            added = range(shared, len(row) - 1)
+            path = [*path[:shared], *range(len(tokens), len(tokens) + len(added))]
+            tokens += [row[depth] for depth in added]
+            positions += added
+            until += [0] * len(added)
+            places.append(np.array(path[start - 1 :]))
+            previous = row[:-1]
+        for node in path:
+            until[node] = len(tokens)
         return cls(
-            tokens=np.concatenate([np.asarray(context), *(np.asarray(choice[:-1]) for choice in choices)]).astype(int),
-            positions=np.concatenate([np.arange(start), *(start + np.arange(size) for size in sizes)]),
-            until=np.concatenate([np.full(start, start + sum(sizes)), *(np.full(e - b, e) for b, e in pairs)]),
-            places=np.concatenate([np.append(start - 1, np.arange(b, e)) for b, e in pairs]),
-            targets=np.concatenate([np.asarray(choice) for choice in choices]).astype(int),
+            np.array(tokens),
+            np.array(positions),
+            np.array(until),
+            np.concatenate(places),
+            np.concatenate([np.asarray(row[start:]) for row, start in zip(rows, starts, strict=True)]),
         )
 
 
@@ -94,7 +116,7 @@ class LikelihoodScorer:
         self._tokens_per_call = tokens_per_call
 
     def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """Log-likelihoods of continuations; those of the same context share its computation.
+        """Log-likelihoods of continuations; what several texts begin with is computed once.
 
         Args:
           requests: token ids of a context and of its continuation. An empty continuation has probability 1.
@@ -105,10 +127,12 @@ class LikelihoodScorer:
         check_prompts(
             [[*context, *continuation] if context else [] for context, continuation in requests], self._vocab_size
         )
-        groups = list(_groups(requests))
-        answers = self._answers([Block.of_choices(requests[g[0]][0], [requests[i][1] for i in g]) for g in groups])
+        texts = [(*context, *continuation) for context, continuation in requests]
+        groups = list(_groups([text if requests[i][1] else () for i, text in enumerate(texts)]))
+        starts = [len(context) for context, _ in requests]
+        blocks = [Block.of_tree([texts[i] for i in group], [starts[i] for i in group]) for group in groups]
         found = [Likelihood(0.0, True)] * len(requests)
-        for indices, (log_probs, best) in zip(groups, answers, strict=True):
+        for indices, (log_probs, best) in zip(groups, self._answers(blocks), strict=True):
             ends = np.cumsum([len(requests[i][1]) for i in indices])
             for i, end in zip(indices, ends, strict=True):
                 own = slice(end - len(requests[i][1]), end)
@@ -144,21 +168,25 @@ class LikelihoodScorer:
         return found
 
 
-def _groups(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[int]]:
-    """Requests of the same context, as many as go into one row; those with nothing to score left out."""
-    contexts: dict[tuple[int, ...], list[int]] = {}
-    for i, (context, continuation) in enumerate(requests):
-        if len(continuation):
-            contexts.setdefault(tuple(context), []).append(i)
-    for context, indices in contexts.items():
-        group, size = [], len(context)
-        for i in indices:
-            tokens = len(requests[i][1]) - 1
-            if group and size + tokens > ROW_LENGTH:
-                yield group
-                group, size = [], len(context)
-            group.append(i)
-            size += tokens
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _groups(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Texts with a common beginning, in lexicographic order, as many as go into one row; empty ones left out."""
+    group: list[int] = []
+    size = 0
+    for i in sorted((i for i, text in enumerate(texts) if text), key=lambda i: tuple(texts[i])):
+        fed = len(texts[i]) - 1
+        shared = _common(texts[group[-1]][:-1], texts[i]) if group else 0
+        alike = shared >= _LEAST_SHARED or 2 * shared >= fed
+        if group and (not alike or size + fed - shared > ROW_LENGTH):
+            yield group
+            group, size, shared = [], 0, 0
+        group.append(i)
+        size += fed - shared
+    if group:
         yield group
 
 

@@ -37,7 +37,14 @@ def alone(log_probs_of, context, continuation):
 
 
 def by_model(model):
-    return lambda tokens: np.asarray(jax.nn.log_softmax(model(np.array([tokens]))[0]), np.float64)
+    """Runs each text by itself, filled up on the right to one of two lengths, so that two programs are compiled."""
+
+    def log_probs(tokens):
+        width = 64 if len(tokens) <= 64 else 160
+        logits = model(np.array([[*tokens, *[0] * (width - len(tokens))]]))[0, : len(tokens)]
+        return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+    return log_probs
 
 
 def by_torch(model):
@@ -80,21 +87,46 @@ def test_greedy_continuations_are_found(make_model):
     np.testing.assert_allclose(found[0].log_prob, alone(by_model(model), context, best)[0], atol=1e-5)
 
 
-def test_choices_of_one_context_share_its_tokens(make_model, monkeypatch):
-    blocks, pack = [], likelihood._pack
+@pytest.fixture
+def packed_sizes(monkeypatch):
+    """Sizes of the blocks that were packed."""
+    sizes, pack = [], likelihood._pack
 
-    def recorded(packed, **sizes):
-        blocks.extend(block for row in packed for block in row)
-        return pack(packed, **sizes)
+    def recorded(packed, **options):
+        sizes.extend(block.tokens.size for row in packed for block in row)
+        return pack(packed, **options)
 
     monkeypatch.setattr(likelihood, "_pack", recorded)
+    return sizes
+
+
+def test_choices_of_one_context_share_its_tokens(make_model, monkeypatch, packed_sizes):
     context, *choices = texts(40, 3, 1, 5, 2)
-    LikelihoodScorer(make_model("qwen3")).log_likelihoods([(context, choice) for choice in choices])
-    assert [block.tokens.size for block in blocks] == [40 + 2 + 0 + 4 + 1]
-    blocks.clear()
-    monkeypatch.setattr(likelihood, "ROW_LENGTH", 43)
-    LikelihoodScorer(make_model("qwen3")).log_likelihoods([(context, choice) for choice in choices])
-    assert sorted(block.tokens.size for block in blocks) == [40 + 1, 40 + 2 + 0, 40 + 4]
+    requests = [(context, choice) for choice in choices]
+    whole = LikelihoodScorer(make_model("qwen3")).log_likelihoods(requests)
+    assert packed_sizes == [40 + 2 + 0 + 4 + 1]
+    packed_sizes.clear()
+    # Rows too short for all of them.
+    monkeypatch.setattr(likelihood, "ROW_LENGTH", 44)
+    parts = LikelihoodScorer(make_model("qwen3")).log_likelihoods(requests)
+    assert len(packed_sizes) > 1 and max(packed_sizes) <= 44
+    np.testing.assert_allclose([item.log_prob for item in parts], [item.log_prob for item in whole], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_questions_behind_the_same_examples_share_them(family, make_model, packed_sizes):
+    model = make_model(family)
+    examples, *questions = texts(33, 10, 10, 10, seed=7)
+    choices = texts(3, 3, 1, seed=8)
+    requests = [([*examples, *question], choice) for question in questions for choice in choices]
+    # A text that is the beginning of others, the same text with another seam, and a text of its own.
+    requests += [(examples, questions[0][:2]), (examples[:5], examples[5:]), (texts(6, seed=9)[0], choices[0])]
+    order = np.random.default_rng(1).permutation(len(requests))
+    found = LikelihoodScorer(model).log_likelihoods([requests[i] for i in order])
+    want = [alone(by_model(model), *requests[i]) for i in order]
+    np.testing.assert_allclose([item.log_prob for item in found], [item[0] for item in want], atol=1e-5)
+    assert [item.greedy for item in found] == [item[1] for item in want]
+    assert sorted(packed_sizes) == [6 + 2, 33 + 3 * (10 + 2 + 2)]
 
 
 def test_long_texts_get_rows_of_their_own(make_model, monkeypatch):
