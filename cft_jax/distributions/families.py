@@ -109,7 +109,12 @@ class Family:
           UserError: see `validate`.
         """
         self.validate(parameters)
-        return self.distribution(**self.arguments_of(*self._ordered(parameters)))
+        # Counts as integers: scipy's random numbers refuse floats there.
+        values = [
+            int(value) if rule.whole else value
+            for value, rule in zip(self._ordered(parameters), self.rules.values(), strict=True)
+        ]
+        return self.distribution(**self.arguments_of(*values))
 
     def support(self, parameters: Mapping[str, Any]) -> tuple[float, float]:
         """The smallest and the largest possible value; -inf or inf where unbounded.

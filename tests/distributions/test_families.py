@@ -111,6 +111,15 @@ def test_integers_are_numbers_too():
     assert FAMILIES["binomial"].frozen({"n": 4, "p": 0.5}).pmf(2) == pytest.approx(6 / 16)  # by hand: C(4,2) / 2^4
 
 
+@pytest.mark.parametrize("family_id", FAMILIES)
+def test_draws_follow_the_family(family_id):
+    """scipy refuses counts that are floats; 0.05 is the DKW bound of 2,000 draws at a chance of 1e-4."""
+    family = FAMILIES[family_id]
+    frozen = family.frozen(family.prompt_parameters(middle_point(family_id)))
+    draws, counts = np.unique(frozen.rvs(2000, random_state=np.random.default_rng(0)), return_counts=True)
+    assert np.max(np.abs(np.cumsum(counts) / 2000 - frozen.cdf(draws))) < 0.05
+
+
 def test_unknown_family_names_the_nearest():
     with pytest.raises(UserError, match=r"unknown family 'gausian'; did you mean gaussian\?"):
         find_family("gausian")
