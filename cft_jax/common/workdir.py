@@ -13,6 +13,7 @@ from typing import Any
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
+from cft_jax.common.mirror import shown
 
 # What may differ when a run is resumed, as paths in the config; everything else shapes the weights.
 MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "suite", "tasks", "export")
@@ -34,10 +35,10 @@ def check_workdir(workdir: Path, config: Any) -> bool:
         check_same_run(read_config(workdir), _plain(config), workdir)
         return False
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a new or empty directory")
+        raise UserError(f"--workdir={shown(workdir)} is a file; name a new or empty directory")
     # Another process of the same run may be writing the record just now.
     if workdir.exists() and any(not path.name.startswith(f".{RECORD}.") for path in workdir.iterdir()):
-        raise UserError(f"--workdir={workdir} is not empty and holds no run; name a new or empty directory")
+        raise UserError(f"--workdir={shown(workdir)} is not empty and holds no run; name a new or empty directory")
     return True
 
 
@@ -78,7 +79,9 @@ def _record(workdir: Path, record: Mapping[str, Any]) -> None:
     try:
         write_json(workdir / RECORD, record)
     except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}; name another one") from error
+        raise UserError(
+            f"cannot write to --workdir={shown(workdir)}: {error.strerror or error}; name another one"
+        ) from error
 
 
 def _empty(workdir: Path) -> None:
@@ -128,7 +131,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Pa
     ]
     if changed:
         raise UserError(
-            f"--workdir={workdir} holds a run of another config: {'; '.join(changed)}. Name a new --workdir, or "
+            f"--workdir={shown(workdir)} holds a run of another config: {'; '.join(changed)}. Name a new --workdir, or "
             f"restore these fields (only {', '.join(MAY_CHANGE)} may change on resume)"
         )
 
