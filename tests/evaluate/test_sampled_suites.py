@@ -226,6 +226,23 @@ def test_mcq_on_a_real_model(small_checkpoint, configured, program_cache, tmp_pa
         run(configured(CONFIGS / "mcq.py", *which, "eval.num_samples=0"), tmp_path / "none")
 
 
+def test_string_seeds_on_a_real_model(small_checkpoint, configured, program_cache, tmp_path, monkeypatch):
+    # The small tokenizer spells texts out in bytes; the method's own would be thousands of tokens.
+    short = {"role": "system", "content": "Seed."}
+    monkeypatch.setattr("cft_jax.evaluate.asking.seeded_messages", lambda messages, *_: [short, *messages])
+    which = (f"model.checkpoint={small_checkpoint}", *SMALL, "eval.method=ssot", "suite.ssot.max_new_tokens=6")
+    families = ("data.train_families=binomial", "data.heldout_families=poisson", "eval.suites=structured,open_random")
+    few = ("suite.open_random.num_samples=6", "eval.max_prompts_per_split=1")
+    config = configured(CONFIGS / "all.py", *which, *families, *few)
+    summary = run(config, tmp_path / "out")
+    assert summary["suites"]["open_random"]["figures"].keys() >= {"unique answers"}
+    structured = json.loads((tmp_path / "out/structured/summary.json").read_text())
+    assert structured["protocol"] == "ssot"
+    split = structured["splits"]["test_unseen_params"]
+    assert "exact" not in split and split["oddities"]["without_answer_tag"] == 6 * split["num_prompts"]
+    assert json.loads((tmp_path / "out/open_random/summary.json").read_text())["mean_degraded_rate"] == 1
+
+
 def test_a_missing_file_leaves_nothing(small_checkpoint, configured, tmp_path):
     config = configured(
         CONFIGS / "open_random.py", f"model.checkpoint={small_checkpoint}", "suite.open_random.prompts=/no/where.json"
