@@ -8,6 +8,7 @@ from typing import Any
 
 from cft_jax.checkpoints import hub
 from cft_jax.common.errors import UserError
+from cft_jax.evaluate.hub_rows import data_set_rows
 from cft_jax.suite_config import NoveltyBenchConfig
 
 _FIELD = "config.suite.noveltybench.data"
@@ -48,10 +49,11 @@ def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
         raise UserError(f"{_FIELD}={settings.data}: no such file or directory; get the data with `{_GET}`")
     else:
         source = str(path) if path.is_dir() else settings.data
+        cure = f"run `{_GET}` where there is one and set {_FIELD} to that directory"
         prompts = [
             _prompt(row, split, f"{source}, split {split}, row {number}")
             for split in settings.splits
-            for number, row in enumerate(_from_datasets(source, split), 1)
+            for number, row in enumerate(data_set_rows(source, None, split, cure=cure), 1)
         ]
     return _checked(prompts, settings.data)
 
@@ -131,19 +133,3 @@ def _checked(prompts: Sequence[NoveltyPrompt], data: str) -> list[NoveltyPrompt]
             raise UserError(f"{_FIELD}={data} has the id {prompt.task_id!r} twice in split {prompt.split}")
         seen.add((prompt.split, prompt.task_id))
     return list(prompts)
-
-
-def _from_datasets(source: str, split: str) -> list[dict[str, Any]]:
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise UserError(f"the data set {source} is read by `datasets` ({error}): pip install datasets") from error
-    try:
-        return [dict(row) for row in datasets.load_dataset(source, split=split)]
-    except (OSError, ValueError, DatasetsError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{_FIELD}={source} (split {split}) cannot be had: {first}; check the network, or run `{_GET}` where there "
-            "is one and set the field to that directory"
-        ) from error

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
 from cft_jax.evaluate.backend import Backend
+from cft_jax.evaluate.hub_rows import data_set_rows
 from cft_jax.evaluate.item_response import HOW_TO_GET, NUM_SCORES, ItemParameters
 from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
 from cft_jax.evaluate.ssot import native_reasoning
@@ -250,8 +251,12 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
     """A task's rows, and where they were found."""
     source, config, split = task.source
     folder = source.partition("/")[2]
+    cure = (
+        f"run `hf download {source} --repo-type dataset --local-dir tiny/{folder}` where there is one and set "
+        "config.suite.retention.data=tiny"
+    )
     if not data:
-        return _from_datasets(source, config, split), f"the data set {source}"
+        return data_set_rows(source, config or None, split, cure=cure), f"the data set {source}"
     root = Path(data).expanduser()
     file, directory = root / f"{task.name}.jsonl", root / folder
     if file.is_file():
@@ -260,28 +265,11 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from error
     if directory.is_dir():
-        return _from_datasets(str(directory), config, split), str(directory)
+        return data_set_rows(str(directory), config or None, split, cure=cure), str(directory)
     raise UserError(
         f"config.suite.retention.data={data!r} holds neither {file.name} nor {folder}/; get it with "
         f"`hf download {source} --repo-type dataset --local-dir {directory}`, or leave the field empty for the hub"
     )
-
-
-def _from_datasets(source: str, config: str, split: str) -> list[dict[str, Any]]:
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise UserError(f"the data set {source} is read by `datasets` ({error}): pip install datasets") from error
-    try:
-        return [dict(row) for row in datasets.load_dataset(source, config or None, split=split)]
-    except (OSError, ValueError, DatasetsError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the data set {source} (split {split}) cannot be had: {first}; check the network, or run `hf download "
-            f"{source} --repo-type dataset --local-dir tiny/{Path(source).name}` where there is one and set "
-            "config.suite.retention.data=tiny"
-        ) from error
 
 
 def _present(figures: Mapping[str, Any]) -> dict[str, Any]:

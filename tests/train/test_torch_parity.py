@@ -1,4 +1,4 @@
-"""Ten optimizer steps beside PyTorch: transformers' Llama and PEFT, full logits, as a user would write it.
+"""Optimizer steps beside PyTorch: transformers' models and PEFT, full logits, as a user would write it.
 
 The same weights through files in HF format, the same batches, dropout 0, learning rate 2e-4, the paper's schedule.
 """
@@ -13,16 +13,18 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file
 
-from cft_jax.checkpoints import from_pretrained
+from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.objectives.batch_loss import head_options
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.train.optimizer import adamw, warmup_cosine
 from cft_jax.train.state import initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step
 
-STEPS, TOTAL = 10, 60
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STEPS, TOTAL, MANY = 10, 60, 50
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 def torch_loss(model, batch, kind):
@@ -87,18 +89,23 @@ def torch_run(base, adapter, batches, kind):
     return losses, gradients
 
 
+def our_step(model, kind, total):
+    """Parts, step, first state and frozen weights of a training over `total` steps."""
+    optimizer = adamw(weight_decay=0.01, max_grad_norm=0.0)
+    parts, weights, frozen = split_model(model)
+    rate = functools.partial(warmup_cosine, peak=2e-4, warmup_ratio=0.03, total_steps=total)
+    loss = head_options(kind, tau=1.0, softcap=None, mesh=model.mesh)
+    options = StepOptions(loss, (), 1, 11, optimizer, rate)
+    step = make_train_step(parts, options, state_shardings(weights, optimizer))
+    return parts, step, initial_state(weights, optimizer), frozen
+
+
 def jax_run(base, adapter, batches, kind, put):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model = from_pretrained(base, dtype=jnp.float32, param_dtype=jnp.float32, mesh=mesh, adapter=adapter)
-    optimizer = adamw(weight_decay=0.01, max_grad_norm=0.0)
-    parts, weights, frozen = split_model(model)
-    rate = functools.partial(warmup_cosine, peak=2e-4, warmup_ratio=0.03, total_steps=TOTAL)
-    loss = head_options(kind, tau=1.0, softcap=None, mesh=mesh)
-    options = StepOptions(loss, (), 1, 11, optimizer, rate)
-    step = make_train_step(parts, options, state_shardings(weights, optimizer))
-    state = initial_state(weights, optimizer)
+    _, step, state, frozen = our_step(model, kind, TOTAL)
     losses, gradients = [], []
-    moments = {name: np.zeros(weight.shape, np.float64) for name, weight in weights.items()}
+    moments = {name: np.zeros(weight.shape, np.float64) for name, weight in state.weights.items()}
     for batch in batches:
         state, metrics = step(state, frozen, put(batch, mesh))
         losses.append(float(metrics.loss))
@@ -145,3 +152,57 @@ def test_all_weights_train_as_in_torch(base, make_batch, put):
         np.testing.assert_allclose(whole[0], whole[1], rtol=1e-5)
         for name, key in (("embed", "model.embed_tokens.weight"), ("head", "lm_head.weight")):
             assert np.linalg.norm(ours[name] - theirs[key]) <= 1e-4 * np.linalg.norm(theirs[key])
+
+
+def fifty_torch_steps(theirs, adapter, trained, batches, kind):
+    """Losses; the adapter is written to `adapter` before and to `trained` after."""
+    torch.manual_seed(1)
+    model = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(ATTENTION)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.01)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, int(0.03 * MANY), MANY)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = torch_loss(model, batch, kind)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        schedule.step()
+    model.save_pretrained(trained)
+    return losses
+
+
+def our_fifty_steps(base, adapter, trained, batches, kind, put):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = from_pretrained(base, dtype=jnp.float32, param_dtype=jnp.float32, mesh=mesh, adapter=adapter)
+    parts, step, state, frozen = our_step(model, kind, MANY)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, frozen, put(batch, mesh))
+        losses.append(float(metrics.loss))
+    parts.update(model, state.weights)
+    save_pretrained(model, trained, format="adapter")
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_oss"])
+def test_fifty_steps_of_every_family(tmp_path, write_hf, hf_config, make_batch, put, family, kind):
+    """The whole schedule; rows are longer than the sliding windows."""
+    theirs = write_hf(tmp_path / "base", hf_config(family))
+    batches = [make_batch(seed, kind=kind) for seed in range(MANY)]
+    losses = fifty_torch_steps(theirs, tmp_path / "adapter", tmp_path / "torch", batches, kind)
+    ours = our_fifty_steps(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours", batches, kind, put)
+    np.testing.assert_allclose(ours, losses, rtol=1e-5)
+    expected = load_file(tmp_path / "torch" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, matrix in expected.items():
+        assert np.linalg.norm(matrix - before[name]) > 1e-2 * np.linalg.norm(before[name]), name
+        assert np.linalg.norm(found[name] - matrix) <= 1e-3 * np.linalg.norm(matrix), name

@@ -1,0 +1,31 @@
+"""Rows of data sets, from the hub or a directory in its format."""
+
+from typing import Any
+
+from cft_jax.common.errors import UserError
+
+
+def data_set_rows(source: str, config: str | None, split: str, *, cure: str) -> list[dict[str, Any]]:
+    """All rows of a data set's split, read by `datasets`.
+
+    Args:
+      source: hub id or directory.
+      config: name of the data set's configuration, where it has several.
+      split: name of the split.
+      cure: what to do where it cannot be had; completes "check the network, or ...".
+
+    Raises:
+      UserError: `datasets` is not installed, or the data set cannot be had.
+    """
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise UserError(f"the data set {source} is read by `datasets` ({error}): pip install datasets") from error
+    try:
+        return [dict(row) for row in datasets.load_dataset(source, config, split=split)]
+    except (OSError, ValueError, DatasetsError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the data set {source} (split {split}) cannot be had: {first}; check the network, or {cure}"
+        ) from error
