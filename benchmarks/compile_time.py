@@ -1,6 +1,6 @@
 """How long the training step takes to compile, by depth: layers are scanned, so depth should hardly matter.
 
-    python benchmarks/compile_time.py [--layers 8 48] [--repeats 3]
+    python benchmarks/compile_time.py [--layers 8 48] [--repeats 3] [--families qwen3]
 
 Prints seconds of tracing and compiling per family and depth, and the ratio to the first depth.
 """
@@ -85,8 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 48])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     arguments = parser.parse_args()
-    for name in FAMILIES:
+    for name in arguments.families:
         times = [min(seconds(narrow(name, depth)) for _ in range(arguments.repeats)) for depth in arguments.layers]
         figures = ", ".join(f"{depth} layers {t:.2f} s" for depth, t in zip(arguments.layers, times, strict=True))
         print(f"{name:8} {figures}; ratio {times[-1] / times[0]:.2f}")
