@@ -10,8 +10,7 @@ so that neither sees the other's threads or memory.
 - hard: 16 strings of each prompt, 32 strings a step, 16,384 bins; this engine packs a prompt's strings into one row.
 
 On a CPU: a model of Qwen3's shape with 6 layers of width 256 and the real 151,936 tokens, in float32. On a GPU: the
-shapes of Qwen3-0.6B and 1.7B in bfloat16, 256 strings a step, and the share of the device's peak that this engine
-uses (4 operations per parameter and token with LoRA; recomputation is not counted).
+shapes of Qwen3-0.6B and 1.7B in bfloat16, 256 strings a step.
 
     CFT_TOKENIZERS=/path/to/tokenizers python benchmarks/train_step.py [--kinds soft gathered hard] [--steps 6]
 
