@@ -82,7 +82,7 @@ def estimate_memory(
       remat: see `Transformer`.
     """
     parameters = trainable = weights = trained = 0
-    for variable in _variables(config, lora, param_dtype):
+    for variable in variables(config, lora, param_dtype):
         shape, axes = variable.shape, variable.get_metadata("axes")
         size, share = math.prod(shape), _share(shape, axes, mesh)
         weights += share * jnp.dtype(variable.dtype).itemsize
@@ -103,11 +103,12 @@ def estimate_memory(
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, a tied head counted once."""
-    return sum(math.prod(variable.shape) for variable in _variables(config, None, jnp.float32))
+    return sum(math.prod(variable.shape) for variable in variables(config, None, jnp.float32))
 
 
 @functools.cache
-def _variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike) -> tuple[nnx.Variable, ...]:
+def variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike) -> tuple[nnx.Variable, ...]:
+    """Every weight of a model as shapes, with its logical axes; adapters included where there are some."""
     model = nnx.eval_shape(lambda: Transformer(config, lora=lora, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
     return tuple(variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)))
 

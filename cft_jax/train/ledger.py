@@ -8,6 +8,7 @@ import jax
 
 from cft_jax.common.progress import Progress
 from cft_jax.common.writer import MetricsWriter
+from cft_jax.models.flops import Operations
 from cft_jax.train.step import StepMetrics
 
 # Steps handed to the devices before the host waits for the oldest of them: enough to keep the devices busy, few
@@ -39,6 +40,8 @@ class Ledger:
         stop: int,
         steps_per_epoch: int,
         examples_per_step: float,
+        operations: Operations,
+        peak: float | None,
         stop_on_nonfinite: bool,
     ) -> None:
         """Starts the clock.
@@ -51,11 +54,14 @@ class Ledger:
           stop: the last step of this run.
           steps_per_epoch: for the rows' `epoch`.
           examples_per_step: mean number of strings (prompts for `exact`) in a batch.
+          operations: of a step.
+          peak: operations per second of all devices together; None where it is not known.
           stop_on_nonfinite: whether a loss or gradient that is not finite raises.
         """
         self._writer, self._progress = writer, progress
         self._every, self._stop = every, stop
         self._steps_per_epoch, self._examples_per_step = steps_per_epoch, examples_per_step
+        self._operations, self._peak, self._computed = operations, peak, 0
         self._stop_on_nonfinite = stop_on_nonfinite
         self._pending: deque[tuple[int, float, StepMetrics]] = deque()
         self._last_logged = (done, time.monotonic())
@@ -100,6 +106,7 @@ class Ledger:
         for (step, moment, _), found in zip(due, values, strict=True):
             if self._stop_on_nonfinite and not found.finite:
                 raise NotFiniteError(step, float(found.loss))
+            self._computed += self._operations.count(tokens=int(found.tokens), steps=int(found.steps))
             if self._is_logged(step):
                 self._write(step, moment, found)
 
@@ -116,6 +123,9 @@ class Ledger:
             "step_seconds": seconds,
             "padding_fraction": float(metrics.padding_fraction),
         }
+        if self._peak is not None:
+            row["model_flops_utilization"] = self._computed / max(moment - then, 1e-9) / self._peak
+        self._computed = 0
         if not self._stop_on_nonfinite:
             row["skipped_steps"] = int(metrics.skipped)
         self._writer.write(step, row)

@@ -23,6 +23,7 @@ from cft_jax.common.progress import Progress
 from cft_jax.common.writer import MetricsWriter
 from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
+from cft_jax.models.flops import Operations, all_devices_peak
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import head_options
 from cft_jax.train.dashboards import Dashboards
@@ -163,6 +164,8 @@ def train(
                 stop=stop,
                 steps_per_epoch=per_epoch,
                 examples_per_step=dataset.num_examples / per_epoch,
+                operations=Operations.of(model.config, lora=model.lora_spec is not None),
+                peak=all_devices_peak(),
                 stop_on_nonfinite=train.on_nonfinite == "stop",
             ) as ledger,
             profile,

@@ -27,6 +27,8 @@ class StepMetrics(NamedTuple):
       finite: whether loss and gradient were; if not, the update was left out.
       skipped: updates left out so far.
       padding_fraction: share of token places that are padding.
+      tokens: that went through the model, padding aside; what all rows begin with counts once.
+      steps: whose loss was taken.
     """
 
     loss: Float[Array, ""]
@@ -35,6 +37,8 @@ class StepMetrics(NamedTuple):
     finite: Bool[Array, ""]
     skipped: Int[Array, ""]
     padding_fraction: Float[Array, ""]
+    tokens: Int[Array, ""]
+    steps: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainSta
         )
         skipped = state.skipped + jnp.where(finite, 0, 1)
         padding = jnp.mean(batch.until == 0, dtype=jnp.float32)
-        metrics = StepMetrics(loss, grad_norm, rate, finite, skipped, padding)
+        tokens = jnp.sum(batch.until > 0) + len(options.beginning)
+        steps = jnp.sum(batch.step_weight > 0)
+        metrics = StepMetrics(loss, grad_norm, rate, finite, skipped, padding, tokens, steps)
         return TrainState(state.step + 1, skipped, weights, moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
