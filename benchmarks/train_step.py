@@ -9,6 +9,9 @@ so that neither sees the other's threads or memory.
 - gathered: the same with a thriftier PyTorch, which takes the log-softmax at the steps alone;
 - hard: 16 strings of each prompt, 32 strings a step, 16,384 bins; this engine packs a prompt's strings into one row.
 
+Where the device's peak is known, this engine's model FLOP utilisation stands in the last column: operations counted as
+in `cft_jax.models.flops`, 4 per parameter and token, the head at the steps alone.
+
 On a CPU: a model of Qwen3's shape with 6 layers of width 256 and the real 151,936 tokens, in float32. On a GPU: the
 shapes of Qwen3-0.6B and 1.7B in bfloat16, 256 strings a step.
 
@@ -58,7 +61,7 @@ SHAPES: dict[str, dict[str, int]] = {
 STRINGS = {"small": 32, "0.6b": 256, "1.7b": 256}
 # Bounds of the project: speed and memory against PyTorch's.
 FASTER = {("small", "soft"): 4.0, ("small", "hard"): 7.0, ("1.7b", "soft"): 3.0}
-SMALLER, PACKED = 1 / 3, 16
+SMALLER, PACKED, UTILIZED = 1 / 3, 16, 0.45
 KINDS = ("soft", "gathered", "hard")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -197,6 +200,7 @@ class Engine:
         import jax.numpy as jnp
 
         from cft_jax.checkpoints import from_pretrained
+        from cft_jax.models.flops import Operations
         from cft_jax.objectives.batch_loss import head_options
         from cft_jax.sharding.mesh import make_mesh
         from cft_jax.train.optimizer import adamw
@@ -207,6 +211,7 @@ class Engine:
         dtype = jnp.float32 if shape == "small" else jnp.bfloat16
         model = from_pretrained(directory, adapter=directory / "adapter", dtype=dtype, param_dtype=dtype, mesh=mesh)
         self.data = dataset(kind, STRINGS[shape], packed=True, shared=True)
+        self.operations, self.computed = Operations.of(model.config, lora=True), 0
         optimizer = adamw(weight_decay=0.01, max_grad_norm=0.0)
         parts, weights, self.frozen = split_model(model)
         loss = head_options("hard" if kind == "hard" else "soft", tau=1.0, softcap=None, mesh=mesh)
@@ -229,6 +234,7 @@ class Engine:
 
         self.state, metrics = self.run(self.state, self.frozen, batch)
         jax.block_until_ready(self.state)
+        self.computed = self.operations.count(tokens=int(metrics.tokens), steps=int(metrics.steps))
         return float(metrics.loss)
 
 
@@ -245,7 +251,16 @@ def serve(side: str, kind: str, shape: str, directory: Path) -> None:
         loss = engine.step(batch)
         seconds = time.perf_counter() - start
         answer = {"seconds": seconds, "loss": loss, "peak": _memory(), "before": before}
+        if isinstance(engine, Engine):
+            answer["utilization"] = _utilization(engine.computed, seconds)
         print(json.dumps(answer), file=told, flush=True)
+
+
+def _utilization(operations: int, seconds: float) -> float | None:
+    from cft_jax.models.flops import all_devices_peak
+
+    peak = all_devices_peak()
+    return None if peak is None else operations / seconds / peak
 
 
 def _memory() -> float:
@@ -277,7 +292,7 @@ class Side:
         )
         self._read()
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, Any]:
         """Runs one step and returns its figures."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{number}\n")
@@ -305,7 +320,7 @@ def compare(kind: str, shape: str, steps: int) -> None:
         sides = {side: Side(side, kind, shape, Path(place)) for side in ("torch", "engine")}
         # The same first batches, to compile, to warm up and to compare the losses.
         warm = {side: [partner.step(number) for number in range(2)] for side, partner in sides.items()}
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for number in range(2, 2 + steps):
             for side, partner in sides.items():
                 runs[side].append(partner.step(number))
@@ -319,13 +334,15 @@ def compare(kind: str, shape: str, steps: int) -> None:
         for a, b in zip(warm["torch"] + runs["torch"], warm["engine"] + runs["engine"], strict=True)
     )
     ratio, bound = seconds["torch"] / seconds["engine"], FASTER.get((shape, kind))
+    used = [run["utilization"] for run in runs["engine"]]
+    utilized = "" if used[0] is None else f" | FLOP utilisation {np.median(used):.0%} (wanted {UTILIZED:.0%})"
     rates = {side: STRINGS[shape] / value for side, value in seconds.items()}
     wanted = "" if bound is None else f" (wanted {bound:g})"
     print(
         f"{shape:6}{kind:9} PyTorch {rates['torch']:8.2f} strings/s, {peak['torch']:6.2f} GiB | this engine "
         f"{rates['engine']:8.2f} strings/s, {peak['engine']:6.2f} GiB | {ratio:5.2f} x as fast{wanted}, "
         f"{peak['engine'] / peak['torch']:.2f} of the peak memory (wanted {SMALLER:.2f}), "
-        f"{above['engine'] / above['torch']:.2f} of what a step adds | losses differ by {difference:.1e}",
+        f"{above['engine'] / above['torch']:.2f} of what a step adds | losses differ by {difference:.1e}{utilized}",
         flush=True,
     )
 
