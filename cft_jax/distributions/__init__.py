@@ -2,7 +2,8 @@
 
 from cft_jax.distributions.configured import configured_tasks, space_settings
 from cft_jax.distributions.custom import read_tasks
-from cft_jax.distributions.families import FAMILIES, HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
+from cft_jax.distributions.families import FAMILIES, HELDOUT_FAMILIES, TRAIN_FAMILIES, find_family
+from cft_jax.distributions.family import Family
 from cft_jax.distributions.output_space import NumberSpace, OutputSpace, number_space, output_space
 from cft_jax.distributions.parse import ParsedNumber, number_error, parse_number, parse_numbers, strip_thinking
 from cft_jax.distributions.splits import SPLITS, PromptSpec, build_splits, spread

@@ -8,7 +8,8 @@ from types import MappingProxyType
 import numpy as np
 
 from cft_jax.common.errors import UserError
-from cft_jax.distributions.families import FAMILIES, Family
+from cft_jax.distributions.families import FAMILIES
+from cft_jax.distributions.family import Family
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from cft_jax.common.errors import UserError
-from cft_jax.distributions.families import Family, find_family
+from cft_jax.distributions.families import find_family
+from cft_jax.distributions.family import Family
 from cft_jax.distributions.splits import PromptSpec
 
 SUM_TOLERANCE = 1e-6
