@@ -71,7 +71,8 @@ class McqConfig:
 class NoveltyBenchConfig:
     """NoveltyBench: prompts (JSONL file or hub id), the two scorers (hub ids or directories), and what runs now.
 
-    `num_samples=0` stands for `eval.num_samples`; `scorer_dtype` and `scorer_batch` are of both scorers.
+    `num_samples=0` stands for `eval.num_samples`. `classifier_tokenizer` is taken where the classifier brings none, as
+    the published one. `scorer_batch` is of both scorers; their dtypes are those of NoveltyBench's own code.
     """
 
     data: str = "yimingzhang/novelty-bench"
@@ -79,19 +80,25 @@ class NoveltyBenchConfig:
     num_samples: int = 10
     max_new_tokens: int = 512
     classifier: str = "yimingzhang/deberta-v3-large-generation-similarity"
+    classifier_tokenizer: str = "microsoft/deberta-v3-large"
+    classifier_dtype: str = "float32"
     threshold: float = 0.102
     reward_model: str = "Skywork/Skywork-Reward-Gemma-2-27B-v0.2"
+    reward_dtype: str = "bfloat16"
     patience: float = 0.8
-    scorer_dtype: str = "bfloat16"
     scorer_batch: int = 16
     stages: tuple[str, ...] = NOVELTYBENCH_STAGES
 
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """Texts in PALOMA's layout under `data` (documents by file; 0 for all), and how they are cut into windows."""
+    """Texts in PALOMA's layout under `data`, and how they are cut into windows.
+
+    `slices` are directories of `data`, empty for all there are; `max_documents` is by file, 0 for all.
+    """
 
     data: str = ""
+    slices: tuple[str, ...] = ()
     split: str = "test"
     context_length: int = 2048
     stride: int = 1024
@@ -195,7 +202,8 @@ def _noveltybench_problems(record: NoveltyBenchConfig) -> list[str]:
     path = "suite.noveltybench"
     found = _sampled_problems(path, record)
     found += _at_least(path, [("scorer_batch", record.scorer_batch, 1)])
-    found += _one_of(f"{path}.scorer_dtype", record.scorer_dtype, ("bfloat16", "float32", "float16"))
+    for name in ("classifier_dtype", "reward_dtype"):
+        found += _one_of(f"{path}.{name}", getattr(record, name), ("bfloat16", "float32", "float16"))
     for stage in record.stages:
         found += _one_of(f"{path}.stages", stage, NOVELTYBENCH_STAGES)
     if not record.stages:

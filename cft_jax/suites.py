@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from absl import logging
@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config
-from cft_jax.distributions import configured_tasks, spread
+from cft_jax.distributions import Task, configured_tasks, spread
 from cft_jax.evaluate.asking import asking_of, drawing_of
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.mcq import read_prompt, run_mcq
-from cft_jax.evaluate.noveltybench import Generations, IncompleteError, generate, judge
+from cft_jax.evaluate.noveltybench import Generations, IncompleteError, check_processes, generate, judge
 from cft_jax.evaluate.noveltybench_sources import (
     NoveltyPrompt,
     find_classifier,
@@ -24,6 +24,7 @@ from cft_jax.evaluate.noveltybench_sources import (
 )
 from cft_jax.evaluate.open_random import OpenPrompt, read_prompts, run_open_random
 from cft_jax.evaluate.perplexity import find_files, run_perplexity
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.retention import PromptText, load_examples, load_items, run_retention
 from cft_jax.evaluate.structured import run_structured
 from cft_jax.evaluation import evaluation_tasks, prompt_codec, structured_settings
@@ -33,81 +34,31 @@ from cft_jax.text import ChatOptions
 Summary = dict[str, Any]
 
 
-class Runner(Protocol):
-    """Runs one suite: measures `backend` as `config` says and leaves its files in `directory`.
-
-    Returns the summary, as written; `write` is true in the process that writes. A killed run goes on where it stopped.
-
-    Raises:
-      UserError: something the suite needs is missing: what, where it was looked for, and how to get it.
-    """
-
-    def __call__(
-        self,
-        backend: Backend,
-        tokenizer: PreTrainedTokenizerBase,
-        config: Config,
-        directory: Path,
-        *,
-        checkpoint: str,
-        write: bool,
-    ) -> Summary: ...
+# Runs one suite: measures the model as the configuration says, leaves its files where results go, returns the summary.
+# Raises a UserError where something that the suite needs is missing: what, where it was looked for, how to get it.
+Runner = Callable[[Backend, PreTrainedTokenizerBase, Config, Results], Summary]
 
 
-def _structured(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> Summary:
-    return run_structured(
-        backend,
-        prompt_codec(tokenizer, config.data),
-        evaluation_tasks(config, configured_tasks(config.data)),
-        structured_settings(config),
-        directory,
-        checkpoint=checkpoint,
-        write=write,
-        asking=None
-        if config.eval.method == "direct"
-        else asking_of(config, tokenizer, mode="numeric", max_new_tokens=0),
-    )
+def _structured(backend: Backend, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> Summary:
+    asking = None
+    if config.eval.method != "direct":
+        asking = asking_of(config, tokenizer, mode="numeric", max_new_tokens=0)
+    codec, settings = prompt_codec(tokenizer, config.data), structured_settings(config)
+    return run_structured(backend, codec, _structured_tasks(config), settings, results, asking)
 
 
-def _perplexity(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> Summary:
-    return run_perplexity(backend, tokenizer, config.suite.perplexity, directory, checkpoint=checkpoint, write=write)
+def _structured_tasks(config: Config) -> list[Task]:
+    return evaluation_tasks(config, configured_tasks(config.data))
 
 
-def _open_random(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> Summary:
+def _perplexity(backend: Backend, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> Summary:
+    return run_perplexity(backend, tokenizer, config.suite.perplexity, results)
+
+
+def _open_random(backend: Backend, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> Summary:
     suite = config.suite.open_random
-    return run_open_random(
-        backend,
-        asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens),
-        _open_prompts(config),
-        drawing_of(config, suite.num_samples),
-        directory,
-        checkpoint=checkpoint,
-        write=write,
-    )
+    asking = asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens)
+    return run_open_random(backend, asking, _open_prompts(config), drawing_of(config, suite.num_samples), results)
 
 
 def _open_prompts(config: Config) -> list[OpenPrompt]:
@@ -116,58 +67,19 @@ def _open_prompts(config: Config) -> list[OpenPrompt]:
     return spread(prompts, limit, lambda prompt: "") if limit else prompts
 
 
-def _mcq(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> Summary:
+def _mcq(backend: Backend, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> Summary:
     suite = config.suite.mcq
-    return run_mcq(
-        backend,
-        asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens),
-        read_prompt(suite.prompt),
-        drawing_of(config, suite.num_samples),
-        directory,
-        checkpoint=checkpoint,
-        write=write,
-    )
+    asking = asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens)
+    return run_mcq(backend, asking, read_prompt(suite.prompt), drawing_of(config, suite.num_samples), results)
 
 
-def _retention(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> Summary:
+def _retention(backend: Backend, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> Summary:
     settings, options = config.suite.retention, ChatOptions.from_config(config.data)
     if config.tasks:
-        return _lm_eval().run_lm_eval(
-            backend,
-            tokenizer,
-            config.tasks,
-            config.suite.lm_eval,
-            options,
-            directory,
-            seed=config.seed,
-            checkpoint=checkpoint,
-            write=write,
-        )
-    return run_retention(
-        backend,
-        PromptText.of(tokenizer, options, duplicate_bos=settings.duplicate_bos),
-        settings,
-        directory,
-        seed=config.seed,
-        checkpoint=checkpoint,
-        write=write,
-    )
+        run = _lm_eval().run_lm_eval
+        return run(backend, tokenizer, config.tasks, config.suite.lm_eval, options, results, seed=config.seed)
+    prompts = PromptText.of(tokenizer, options, duplicate_bos=settings.duplicate_bos)
+    return run_retention(backend, prompts, settings, results, seed=config.seed)
 
 
 def _lm_eval() -> Any:
@@ -187,30 +99,15 @@ def _check_retention(config: Config) -> None:
     load_items(config.suite.retention)
 
 
-def _noveltybench(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> Summary:
-    suite = config.suite.noveltybench
-    found = (
-        generate(
-            backend,
-            asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens),
-            _novelty_prompts(config),
-            drawing_of(config, suite.num_samples),
-            directory,
-            checkpoint=checkpoint,
-            write=write,
-        )
-        if "generate" in suite.stages
-        else Generations.read(directory)
-    )
-    return judge(found, suite, directory, local_files_only=config.model.local_files_only, write=write)
+def _noveltybench(backend: Backend, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> Summary:
+    suite, directory = config.suite.noveltybench, results.directory
+    if "generate" in suite.stages:
+        asking = asking_of(config, tokenizer, mode="open", max_new_tokens=suite.max_new_tokens)
+        drawing = drawing_of(config, suite.num_samples)
+        found = generate(backend, asking, _novelty_prompts(config), drawing, results)
+    else:
+        found = Generations.read(directory)
+    return judge(found, suite, directory, local_files_only=config.model.local_files_only, write=results.write)
 
 
 def _novelty_prompts(config: Config) -> list[NoveltyPrompt]:
@@ -218,18 +115,15 @@ def _novelty_prompts(config: Config) -> list[NoveltyPrompt]:
     limit = config.eval.max_prompts_per_split
     if not limit:
         return prompts
-    splits = dict.fromkeys(prompt.split for prompt in prompts)
-    return [
-        prompt
-        for split in splits
-        for prompt in spread(
-            [prompt for prompt in prompts if prompt.split == split], limit, lambda prompt: prompt.split
-        )
-    ]
+    by_split: dict[str, list[NoveltyPrompt]] = {}
+    for prompt in prompts:
+        by_split.setdefault(prompt.split, []).append(prompt)
+    return [prompt for members in by_split.values() for prompt in spread(members, limit, lambda prompt: prompt.split)]
 
 
 def _check_noveltybench(config: Config) -> None:
     suite, local = config.suite.noveltybench, config.model.local_files_only
+    check_processes(suite)
     if "generate" in suite.stages:
         read_novelty_prompts(suite)
     if "partition" in suite.stages:
@@ -250,7 +144,7 @@ RUNNERS: Mapping[str, Runner] = {
 CHECKS: Mapping[str, Callable[[Config], object]] = {
     "perplexity": lambda config: find_files(config.suite.perplexity),
     "retention": _check_retention,
-    "structured": lambda config: evaluation_tasks(config, configured_tasks(config.data)),
+    "structured": _structured_tasks,
     "open_random": _open_prompts,
     "mcq": lambda config: read_prompt(config.suite.mcq.prompt),
     "noveltybench": _check_noveltybench,
@@ -294,7 +188,13 @@ def run_suites(
 ) -> dict[str, Summary]:
     """Runs several suites; one that lacks something does not keep the others from running.
 
-    Args are those of a `Runner`, but for `directories`, one for each suite.
+    Args:
+      backend: the model.
+      tokenizer: of the model.
+      config: of the run.
+      directories: where the files of each suite go, by its name.
+      checkpoint: name of what is measured, recorded.
+      write: whether this process writes; process 0 does.
 
     Returns:
       By suite its summary, with the reason as `incomplete` where a part is missing, or
@@ -304,7 +204,7 @@ def run_suites(
     for name, directory in directories.items():
         logging.info("suite %s, into %s", name, directory)
         try:
-            found[name] = RUNNERS[name](backend, tokenizer, config, directory, checkpoint=checkpoint, write=write)
+            found[name] = RUNNERS[name](backend, tokenizer, config, Results(directory, checkpoint, write))
         except IncompleteError as error:
             logging.warning("suite %s is incomplete: %s", name, error)
             found[name] = {**error.summary, "incomplete": str(error)}

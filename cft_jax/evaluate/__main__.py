@@ -32,7 +32,7 @@ from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.comparison import read_runs, render_comparison
 from cft_jax.evaluate.noveltybench import judge
 from cft_jax.evaluate.overview import all_summary, headline_figures
-from cft_jax.evaluate.result_files import SUMMARY
+from cft_jax.evaluate.result_files import SUMMARY, Results
 from cft_jax.sharding import distributed
 from cft_jax.suites import RUNNERS, check_suites, generations_to_judge, run_suites
 
@@ -68,7 +68,7 @@ def _measure(
 ) -> Mapping[str, Any]:
     backend, tokenizer, name = loaded
     if len(config.eval.suites) == 1:
-        return RUNNERS[config.eval.suites[0]](backend, tokenizer, config, workdir, checkpoint=name, write=write)
+        return RUNNERS[config.eval.suites[0]](backend, tokenizer, config, Results(workdir, name, write))
     directories = {suite: workdir / suite for suite in config.eval.suites}
     found = run_suites(backend, tokenizer, config, directories, checkpoint=name, write=write)
     summary = all_summary(found, checkpoint=name)

@@ -2,7 +2,8 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -105,6 +106,11 @@ def draw(
         for own, drawn in zip(found, texts, strict=True):
             own[str(seed)] = drawn
     return found
+
+
+def settings_of(asking: Asking, drawing: Drawing) -> dict[str, Any]:
+    """Both, as a summary records them."""
+    return {"method": asking.method, "max_new_tokens": asking.max_new_tokens, **asdict(drawing)}
 
 
 def drawing_of(config: Config, num_samples: int) -> Drawing:

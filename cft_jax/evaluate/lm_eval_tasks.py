@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.progress import Progress
 from cft_jax.evaluate.backend import Backend
-from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
+from cft_jax.evaluate.result_files import Results, fingerprint_of
 from cft_jax.evaluate.retention import SUITE
-from cft_jax.evaluate.store import Record, ResultStore
+from cft_jax.evaluate.store import Record, ResultStore, measured
 from cft_jax.suite_config import LmEvalConfig
 from cft_jax.text import ChatOptions
 from cft_jax.text.chat import render_chats
@@ -50,6 +49,11 @@ class _Question:
     kind: str
     name: str
     asked: Any
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Of the answer in the store."""
+        return self.kind, self.name
 
 
 class BackendModel(TemplateLM):
@@ -170,18 +174,20 @@ class BackendModel(TemplateLM):
         return [answer["text"] for answer in self._answers(questions, "generation")]
 
     def _answers(self, questions: Sequence[_Question], what: str) -> list[Record]:
-        different = list({(question.kind, question.name): question for question in questions}.values())
-        done = sum((question.kind, question.name) in self._store for question in different)
-        with Progress(f"lm-eval {what}", total=len(different), unit="request", done=done) as progress:
-            for chunk in _chunks(different):
-                missing = [question for question in chunk if (question.kind, question.name) not in self._store]
-                # Whoever is missing, all are asked again: answers do not depend on where a run was killed.
-                answers = self._ask(chunk) if missing else []
-                for question, answer in zip(chunk, answers, strict=False):
-                    if (question.kind, question.name) not in self._store:
-                        self._store.append({"split": question.kind, "task_id": question.name} | answer)
-                progress.advance(len(missing))
-        return [self._store[question.kind, question.name] for question in questions]
+        different = {question.key: question for question in questions}
+        measured(
+            self._store,
+            list(different.values()),
+            lambda question: question.key,
+            lambda chunk: [
+                {"split": question.kind, "task_id": question.name} | answer
+                for question, answer in zip(chunk, self._ask(chunk), strict=True)
+            ],
+            at_once=_REQUESTS_AT_ONCE,
+            what=f"lm-eval {what}",
+            unit="request",
+        )
+        return [self._store[question.key] for question in questions]
 
     def _ask(self, questions: Sequence[_Question]) -> list[dict[str, Any]]:
         if questions[0].kind == "log_likelihood":
@@ -244,13 +250,13 @@ def run_lm_eval(
     names: Sequence[str],
     settings: LmEvalConfig,
     options: ChatOptions,
-    directory: Path,
+    results: Results,
     *,
     seed: int,
-    checkpoint: str,
-    write: bool,
 ) -> dict[str, Any]:
-    """Runs tasks of lm-eval; `per_prompt.csv` has a row per document, `samples.jsonl.gz` the answers.
+    """Runs tasks of lm-eval and returns the summary; a killed run goes on where it stopped.
+
+    `per_prompt.csv` has a row per document, `samples.jsonl.gz` the answers.
 
     Args:
       backend: the model.
@@ -258,13 +264,8 @@ def run_lm_eval(
       names: of tasks, groups or tags.
       settings: how they are asked.
       options: of the chat template.
-      directory: where the files go, and the store of finished requests.
+      results: where the files go.
       seed: of samples, where a task draws them.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
-
-    Returns:
-      The summary, as written.
 
     Raises:
       UserError: there is no such task, its data cannot be had, or it asks for what the sampler lacks.
@@ -275,7 +276,7 @@ def run_lm_eval(
     tasks = load_tasks(names, settings)
     # lm-eval would fork for its bootstrap, and a fork of JAX's threads can hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
+    with results.store(fingerprint) as store:
         model = BackendModel(backend, tokenizer, store, max_length=settings.max_length, options=options, seed=seed)
         found: Any = simple_evaluate(
             model=model,
@@ -289,23 +290,12 @@ def run_lm_eval(
             torch_random_seed=None,  # type: ignore[arg-type]
         )
     rows, samples = _documents(found["samples"])
-    summary = {
-        "suite": SUITE,
-        "checkpoint": checkpoint,
-        "fingerprint": fingerprint,
-        "settings": asdict(settings) | {"tasks": list(names)},
-        "lm_eval": {
-            "version": version,
-            "tasks": {
-                name: _figures(figures) for name, figures in (found["results"] | found.get("groups", {})).items()
-            },
-        },
-    }
-    if write:
-        write_results(directory, summary, rows=rows, samples=samples)
-    for name, figures in summary["lm_eval"]["tasks"].items():
-        logging.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    return summary
+    by_task = {name: _figures(values) for name, values in (found["results"] | found.get("groups", {})).items()}
+    for name, values in by_task.items():
+        logging.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+    used = asdict(settings) | {"tasks": list(names)}
+    figures = {"lm_eval": {"version": version, "tasks": by_task}}
+    return results.finish(SUITE, fingerprint, used, figures, rows=rows, samples=samples)
 
 
 def _text_and_settings(request: Instance) -> tuple[str, dict[str, Any]]:
@@ -336,8 +326,3 @@ def _documents(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
-
-
-def _chunks(questions: Sequence[_Question]) -> Iterator[Sequence[_Question]]:
-    for start in range(0, len(questions), _REQUESTS_AT_ONCE):
-        yield questions[start : start + _REQUESTS_AT_ONCE]

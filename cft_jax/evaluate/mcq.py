@@ -1,5 +1,6 @@
 """The multiple-choice suite: the model writes questions with options A to D; does it put the answer at random?"""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import resources
@@ -7,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
-from cft_jax.evaluate.asking import Asking, Drawing, draw
+from cft_jax.evaluate.asking import Asking, Drawing, draw, settings_of
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.metrics import answer_frequencies, mcq_summary
 from cft_jax.evaluate.parsing import parse_mcq
-from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
+from cft_jax.evaluate.result_files import Results, fingerprint_of
 from cft_jax.evaluate.store import Record, measured
 
 SUITE = "mcq"
@@ -39,48 +40,31 @@ def read_prompt(path: str) -> str:
     return text
 
 
-def run_mcq(
-    backend: Backend,
-    asking: Asking,
-    prompt: str,
-    drawing: Drawing,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
-) -> dict[str, Any]:
-    """Has the questions written and writes the suite's files; a killed run goes on where it stopped.
+def run_mcq(backend: Backend, asking: Asking, prompt: str, drawing: Drawing, results: Results) -> dict[str, Any]:
+    """Has the questions written and returns the summary; a killed run goes on where it stopped.
+
+    Where no question can be read, what questions would tell is absent.
 
     Args:
       backend: the model.
       asking: how it is asked.
       prompt: what it is asked.
       drawing: how many questions for each seed, and how.
-      directory: where the files go.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
-
-    Returns:
-      The summary, as written. Where no question can be read, what questions would tell is absent.
+      results: where the files go.
     """
-    settings = {"method": asking.method, "max_new_tokens": asking.max_new_tokens, **asdict(drawing)}
+    settings = settings_of(asking, drawing)
     fingerprint = fingerprint_of(SUITE, backend.fingerprint, asking.name, settings, prompt)
     tokens = asking.encode([{"role": "user", "content": prompt}])
-
-    def write_questions(parts: Sequence[tuple[int, int]]) -> list[Record]:
-        return [_part(backend, asking, tokens, drawing, seed, first) for seed, first in parts]
-
-    records = measured(
-        directory / STORE,
-        [(seed, first) for seed in drawing.seeds for first in range(0, drawing.num_samples, _QUESTIONS_AT_ONCE)],
-        lambda part: (SUITE, _part_name(*part)),
-        write_questions,
-        at_once=1,
-        fingerprint=fingerprint,
-        what="evaluate mcq",
-        unit="part",
-        write=write,
-    )
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            [(seed, first) for seed in drawing.seeds for first in range(0, drawing.num_samples, _QUESTIONS_AT_ONCE)],
+            lambda part: (SUITE, _part_name(*part)),
+            lambda parts: [_part(backend, asking, tokens, drawing, *part) for part in parts],
+            at_once=1,
+            what="evaluate mcq",
+            unit="part",
+        )
     questions = [
         {"seed": record["seed"], "index": record["first"] + index, "text": text, "answer": asking.read(text).text}
         for record in records
@@ -88,30 +72,15 @@ def run_mcq(
     ]
     parsed = [parse_mcq(question["answer"]) for question in questions]
     figures = mcq_summary(parsed)
-    errors: dict[str, int] = {}
-    for question in parsed:
-        for name in question.format_errors:
-            errors[name] = errors.get(name, 0) + 1
-    summary = {
-        "suite": SUITE,
-        "checkpoint": checkpoint,
-        "fingerprint": fingerprint,
-        "settings": settings,
-        **figures,
-        "answers": answer_frequencies(figures),
-        "format_errors": errors,
-    }
-    if write:
-        rows = [
-            {"seed": question["seed"], "index": question["index"]}
-            | {n: " ".join(v) if isinstance(v, tuple) else v for n, v in asdict(mcq).items()}
-            for question, mcq in zip(questions, parsed, strict=True)
-        ]
-        samples = [
-            {"seed": record["seed"], "first": record["first"], "samples": record["samples"]} for record in records
-        ]
-        write_results(directory, summary, rows=rows, samples=samples)
-    return summary
+    errors = Counter(name for question in parsed for name in question.format_errors)
+    rows = [
+        {"seed": question["seed"], "index": question["index"]}
+        | {n: " ".join(v) if isinstance(v, tuple) else v for n, v in asdict(mcq).items()}
+        for question, mcq in zip(questions, parsed, strict=True)
+    ]
+    samples = [{name: record[name] for name in ("seed", "first", "samples")} for record in records]
+    figures |= {"answers": answer_frequencies(figures), "format_errors": dict(errors)}
+    return results.finish(SUITE, fingerprint, settings, figures, rows=rows, samples=samples)
 
 
 def _part_name(seed: int, first: int) -> str:

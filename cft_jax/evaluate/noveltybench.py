@@ -7,23 +7,26 @@ after the other, apart (the scorers need no model, the model no scorers), or be 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.distributions import strip_thinking
-from cft_jax.evaluate.asking import Asking, Drawing, draw
+from cft_jax.evaluate.asking import Asking, Drawing, draw, settings_of
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.metrics import partition_answers, score_list
 from cft_jax.evaluate.noveltybench_sources import NoveltyPrompt, Scorer, find_classifier, find_reward_model
-from cft_jax.evaluate.result_files import fingerprint_of, read_json, write_results
+from cft_jax.evaluate.result_files import Results, fingerprint_of, read_json
 from cft_jax.evaluate.store import Record, ResultStore, measured
 from cft_jax.suite_config import NoveltyBenchConfig
 
 SUITE = "noveltybench"
 GENERATIONS = "generations.json"
+_GENERATE = "generate.jsonl"
 _PROMPTS_AT_ONCE = 8
 
 PairScorer = Callable[[str, Sequence[str]], Sequence[float]]
@@ -70,53 +73,45 @@ class Generations:
                 "--config.suite.noveltybench.stages=generate"
             )
         prompts = [NoveltyPrompt(*row) for row in about["prompts"]]
-        with ResultStore(directory / "generate.jsonl", fingerprint=about["fingerprint"], write=False) as store:
-            records = [store[p.split, _name(p.split, p.task_id, p.text)] for p in prompts]
+        with ResultStore(directory / _GENERATE, fingerprint=about["fingerprint"], write=False) as store:
+            records = [store[prompt.split, _name(prompt)] for prompt in prompts]
         return cls(about, prompts, records)
 
 
 def generate(
-    backend: Backend,
-    asking: Asking,
-    prompts: Sequence[NoveltyPrompt],
-    drawing: Drawing,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
+    backend: Backend, asking: Asking, prompts: Sequence[NoveltyPrompt], drawing: Drawing, results: Results
 ) -> Generations:
-    """The first stage: answers of the model to every prompt, kept in `directory`."""
-    settings = {"method": asking.method, "max_new_tokens": asking.max_new_tokens, **asdict(drawing)}
-    texts = [[prompt.split, prompt.task_id, prompt.text] for prompt in prompts]
+    """The first stage: answers of the model to every prompt, kept in the directory of the results."""
+    settings = settings_of(asking, drawing)
     fingerprint = fingerprint_of(SUITE, backend.fingerprint, asking.name, settings)
 
     def answer(chunk: Sequence[NoveltyPrompt]) -> list[Record]:
         tokens = [asking.encode([{"role": "user", "content": prompt.text}]) for prompt in chunk]
-        drawn = draw(backend, asking, drawing, tokens, [f"{SUITE}/{_name(p.split, p.task_id, p.text)}" for p in chunk])
+        drawn = draw(backend, asking, drawing, tokens, [f"{SUITE}/{_name(prompt)}" for prompt in chunk])
         return [
             {
                 "split": prompt.split,
-                "task_id": _name(prompt.split, prompt.task_id, prompt.text),
+                "task_id": _name(prompt),
                 "samples": samples,
                 "answers": {s: [strip_thinking(asking.read(t).text) for t in ts] for s, ts in samples.items()},
             }
             for prompt, samples in zip(chunk, drawn, strict=True)
         ]
 
-    records = measured(
-        directory / "generate.jsonl",
-        prompts,
-        lambda prompt: (prompt.split, _name(prompt.split, prompt.task_id, prompt.text)),
-        answer,
-        at_once=_PROMPTS_AT_ONCE,
-        fingerprint=fingerprint,
-        what="noveltybench, generate",
-        unit="prompt",
-        write=write,
-    )
-    about = {"checkpoint": checkpoint, "fingerprint": fingerprint, "settings": settings, "prompts": texts}
-    if write:
-        write_json(directory / GENERATIONS, about)
+    with results.store(fingerprint, _GENERATE) as store:
+        records = measured(
+            store,
+            prompts,
+            lambda prompt: (prompt.split, _name(prompt)),
+            answer,
+            at_once=_PROMPTS_AT_ONCE,
+            what="noveltybench, generate",
+            unit="prompt",
+        )
+    texts = [[prompt.split, prompt.task_id, prompt.text] for prompt in prompts]
+    about = {"checkpoint": results.checkpoint, "fingerprint": fingerprint, "settings": settings, "prompts": texts}
+    if results.write:
+        write_json(results.directory / GENERATIONS, about)
     return Generations(about, prompts, records)
 
 
@@ -140,14 +135,16 @@ def judge(
     Raises:
       IncompleteError: a scorer is missing; what was found without it has been written.
     """
+    results = Results(directory, found.about["checkpoint"], write)
     classes = rewards = problem = None
     asked = "partition" in settings.stages
     try:
+        check_processes(settings)
         scorer = find_classifier(settings, local_files_only=local_files_only or not asked)
-        classes = partition(found, _only_if(asked, scorer), directory, threshold=settings.threshold, write=write)
+        classes = partition(found, _only_if(asked, scorer), results, threshold=settings.threshold)
         asked = "score" in settings.stages
         scorer = find_reward_model(settings, local_files_only=local_files_only or not asked)
-        rewards = score(found, classes, _only_if(asked, scorer), directory, write=write)
+        rewards = score(found, classes, _only_if(asked, scorer), results)
     except UserError as error:
         problem = error if asked else None
     except _NotKeptError:
@@ -156,19 +153,26 @@ def judge(
         problem = UserError(
             "the stage score needs what the stage partition finds with this classifier and threshold; run that first"
         )
-    names = ("classifier", "threshold", "reward_model", "patience")
-    summary = finish(
-        found,
-        classes,
-        rewards,
-        directory,
-        settings={name: value for name, value in asdict(settings).items() if name in names},
-        patience=settings.patience,
-        write=write,
-    )
+    summary = finish(found, classes, rewards, results, settings)
     if problem is not None:
         raise IncompleteError(str(problem), summary)
     return summary
+
+
+def check_processes(settings: NoveltyBenchConfig) -> None:
+    """Refuses scorers in a run of several processes, each of which would load and run its own.
+
+    Raises:
+      UserError: with what to run instead.
+    """
+    scorers = [stage for stage in settings.stages if stage != "generate"]
+    if scorers and jax.process_count() > 1:
+        stages = ",".join(scorers)
+        raise UserError(
+            f"the scorers of noveltybench run in one process, and this run has {jax.process_count()}: set "
+            "--config.suite.noveltybench.stages=generate here, then repeat the command in a process alone with "
+            f"--config.suite.noveltybench.stages={stages}"
+        )
 
 
 def _only_if(asked: bool, scorer: Scorer) -> Scorer:
@@ -177,10 +181,10 @@ def _only_if(asked: bool, scorer: Scorer) -> Scorer:
     def refuse() -> None:
         raise _NotKeptError
 
-    return scorer if asked else Scorer(scorer.identity, refuse)
+    return scorer if asked else replace(scorer, load=refuse)
 
 
-def partition(found: Generations, scorer: Scorer, directory: Path, *, threshold: float, write: bool) -> list[Record]:
+def partition(found: Generations, scorer: Scorer, results: Results, *, threshold: float) -> list[Record]:
     """The second stage: the class of every answer, for each seed, numbered in the order of their first answers."""
     loaded: list[PairScorer] = []
 
@@ -189,54 +193,47 @@ def partition(found: Generations, scorer: Scorer, directory: Path, *, threshold:
             loaded.append(scorer.load())
         return [_partition_record(record, loaded[0], threshold) for record in chunk]
 
-    return measured(
-        directory / "partition.jsonl",
-        found.records,
-        lambda record: (record["split"], record["task_id"]),
-        part,
-        at_once=1,
-        fingerprint=_partition_fingerprint(found, scorer, threshold),
-        what="noveltybench, partition",
-        unit="prompt",
-        write=write,
-    )
+    fingerprint = fingerprint_of(found.about["fingerprint"], scorer.identify(), threshold)
+    with results.store(fingerprint, "partition.jsonl") as store:
+        return measured(
+            store,
+            found.records,
+            lambda record: (record["split"], record["task_id"]),
+            part,
+            at_once=1,
+            what="noveltybench, partition",
+            unit="prompt",
+        )
 
 
-def score(
-    found: Generations, classes: Sequence[Record], scorer: Scorer, directory: Path, *, write: bool
-) -> list[Record]:
+def score(found: Generations, classes: Sequence[Record], scorer: Scorer, results: Results) -> list[Record]:
     """The third stage: the reward of the first answer of every class; a repeat is worth nothing anyway."""
     loaded: list[RewardScorer] = []
-    fingerprint = fingerprint_of(found.about["fingerprint"], scorer.identity)
 
     def rate(chunk: Sequence[tuple[NoveltyPrompt, Record, Record]]) -> list[Record]:
         if not loaded:
             loaded.append(scorer.load())
         return [_score_record(*item, loaded[0]) for item in chunk]
 
-    return measured(
-        directory / "score.jsonl",
-        list(zip(found.prompts, found.records, classes, strict=True)),
-        # Other classes have other first answers, so the classes are part of the name.
-        lambda item: (item[1]["split"], _score_name(item[1], item[2])),
-        rate,
-        at_once=1,
-        fingerprint=fingerprint,
-        what="noveltybench, score",
-        unit="prompt",
-        write=write,
-    )
+    with results.store(fingerprint_of(found.about["fingerprint"], scorer.identify()), "score.jsonl") as store:
+        return measured(
+            store,
+            list(zip(found.prompts, found.records, classes, strict=True)),
+            # Other classes have other first answers, so the classes are part of the name.
+            lambda item: (item[1]["split"], _score_name(item[1], item[2])),
+            rate,
+            at_once=1,
+            what="noveltybench, score",
+            unit="prompt",
+        )
 
 
 def finish(
     found: Generations,
     classes: Sequence[Record] | None,
     rewards: Sequence[Record] | None,
-    directory: Path,
-    *,
-    settings: Mapping[str, Any],
-    patience: float,
-    write: bool,
+    results: Results,
+    settings: NoveltyBenchConfig,
 ) -> dict[str, Any]:
     """Writes the suite's files from what the stages have found by now.
 
@@ -244,10 +241,8 @@ def finish(
       found: the generations.
       classes: records of the second stage, None where it has not run.
       rewards: records of the third.
-      directory: where the files go.
-      settings: of the scorers, recorded.
-      patience: with which a reader goes on to the next answer.
-      write: whether this process writes.
+      results: where the files go.
+      settings: of the suite; those of the scorers are recorded.
 
     Returns:
       The summary, as written: `splits` and `overall`, each with `mean_distinct` after the second stage and
@@ -266,23 +261,19 @@ def finish(
                 per_seed.append({"distinct": len(set(sample["classes"]))})
             if classes is not None and rewards is not None:
                 sample["rewards"] = rewards[index]["rewards"][seed]
-                per_seed[-1]["utility"] = _utility(sample["classes"], sample["rewards"], patience)
+                per_seed[-1]["utility"] = _utility(sample["classes"], sample["rewards"], settings.patience)
             samples.append(sample)
         for name in per_seed[0] if per_seed else ():
             row[name] = math.fsum(figures[name] for figures in per_seed) / len(per_seed)
         rows.append(row)
     splits = list(dict.fromkeys(prompt.split for prompt in found.prompts))
-    summary = {
-        "suite": SUITE,
-        "checkpoint": found.about["checkpoint"],
-        "fingerprint": found.about["fingerprint"],
-        "settings": {**found.about["settings"], **settings},
+    figures = {
         "splits": {split: _means([row for row in rows if row["split"] == split]) for split in splits},
         "overall": _means(rows),
     }
-    if write:
-        write_results(directory, summary, rows=rows, samples=samples)
-    return summary
+    scorers = {name: getattr(settings, name) for name in ("classifier", "threshold", "reward_model", "patience")}
+    used = {**found.about["settings"], **scorers}
+    return results.finish(SUITE, found.about["fingerprint"], used, figures, rows=rows, samples=samples)
 
 
 def _means(rows: Sequence[Record]) -> dict[str, float | int]:
@@ -325,14 +316,10 @@ def _finite(reward: float) -> float | None:
     return float(reward) if math.isfinite(reward) else None
 
 
-def _name(split: str, task_id: str, text: str) -> str:
+def _name(prompt: NoveltyPrompt) -> str:
     """Another text under the same id is another prompt."""
-    return f"{task_id}-{fingerprint_of(split, task_id, text)}"
+    return f"{prompt.task_id}-{fingerprint_of(prompt.split, prompt.task_id, prompt.text)}"
 
 
 def _score_name(record: Record, classes: Record) -> str:
     return f"{record['task_id']}-{fingerprint_of(classes['classes'])}"
-
-
-def _partition_fingerprint(found: Generations, scorer: Scorer, threshold: float) -> str:
-    return fingerprint_of(found.about["fingerprint"], scorer.identity, threshold)

@@ -60,48 +60,63 @@ def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer, loaded when it is first needed.
+    """A scorer that is at hand, but read only when it is needed.
 
     Attributes:
-      identity: of its weights: part of the results' fingerprint.
+      identify: tells its weights, tokenizer and arithmetic from all others; part of the results' fingerprint.
       load: makes the scorer.
     """
 
-    identity: str
+    identify: Callable[[], str]
     load: Callable[[], Any]
 
 
 def find_classifier(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
-    """The classifier of equivalent answers, downloaded if need be.
+    """The classifier of equivalent answers, downloaded if need be, with the tokenizer it was trained with.
 
     Raises:
       UserError: there is none: where it was looked for, and how to get it.
     """
-    return _find("classifier", settings.classifier, "Classifier", settings, local_files_only)
+    scorers = _scorers()
+    directory = _resolve("classifier", settings.classifier, local_files_only)
+    tokenizer = directory
+    if not scorers.has_tokenizer(directory):
+        tokenizer = _resolve("classifier_tokenizer", settings.classifier_tokenizer, local_files_only)
+    dtype, batch = settings.classifier_dtype, settings.scorer_batch
+    return Scorer(
+        lambda: f"{scorers.checkpoint_identity(directory)} {scorers.checkpoint_identity(tokenizer)} {dtype}",
+        lambda: scorers.Classifier(directory, tokenizer, dtype=dtype, batch=batch),
+    )
 
 
 def find_reward_model(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
     """The reward model, as `find_classifier`."""
-    return _find("reward_model", settings.reward_model, "RewardModel", settings, local_files_only)
+    scorers = _scorers()
+    directory = _resolve("reward_model", settings.reward_model, local_files_only)
+    dtype, batch = settings.reward_dtype, settings.scorer_batch
+    return Scorer(
+        lambda: f"{scorers.checkpoint_identity(directory)} {dtype}",
+        lambda: scorers.RewardModel(directory, dtype=dtype, batch=batch),
+    )
 
 
-def _find(field: str, path_or_id: str, kind: str, settings: NoveltyBenchConfig, local_files_only: bool) -> Scorer:
+def _scorers() -> Any:
+    """The module of the scorers, whose libraries are extras."""
     try:
         from cft_jax.evaluate import scorers
     except ImportError as error:
         raise UserError(f"NoveltyBench's scorers need torch ({error}): pip install 'cft_jax[eval]'") from error
+    return scorers
+
+
+def _resolve(field: str, path_or_id: str, local_files_only: bool) -> Path:
     try:
-        directory, _ = hub.resolve(path_or_id, revision="main", local_files_only=local_files_only)
+        return hub.resolve(path_or_id, revision="main", local_files_only=local_files_only)[0]
     except UserError as error:
         raise UserError(
             f"config.suite.noveltybench.{field}={path_or_id}: {error}. Get it with `hf download {path_or_id}` where "
             "there is a network, or run the stages that need no scorer: --config.suite.noveltybench.stages=generate"
         ) from error
-
-    def load() -> Any:
-        return getattr(scorers, kind)(directory, dtype=settings.scorer_dtype, batch=settings.scorer_batch)
-
-    return Scorer(scorers.checkpoint_identity(directory), load)
 
 
 def _from_jsonl(path: Path, split: str) -> Iterator[NoveltyPrompt]:
@@ -119,7 +134,7 @@ def _from_jsonl(path: Path, split: str) -> Iterator[NoveltyPrompt]:
 
 
 def _prompt(row: Any, split: str, place: str) -> NoveltyPrompt:
-    if not isinstance(row, Mapping) or "id" not in row or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+    if not isinstance(row, Mapping) or "id" not in row or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place}: a row needs `id` and a text `prompt`")
     return NoveltyPrompt(str(row.get("split", split)), str(row["id"]), row["prompt"])
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from cft_jax.common.errors import UserError
-from cft_jax.evaluate.asking import Asking, Drawing, draw
+from cft_jax.evaluate.asking import Asking, Drawing, draw, settings_of
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.metrics import TOP_P_THRESHOLDS, open_random_counts, top_p_sizes
 from cft_jax.evaluate.parsing import has_thinking_tags, normalize_answer
-from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
+from cft_jax.evaluate.result_files import Results, fingerprint_of
 from cft_jax.evaluate.store import Record, measured
 
 SUITE = "open_random"
@@ -67,52 +67,31 @@ def read_prompts(path: str) -> list[OpenPrompt]:
 
 
 def run_open_random(
-    backend: Backend,
-    asking: Asking,
-    prompts: Sequence[OpenPrompt],
-    drawing: Drawing,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
+    backend: Backend, asking: Asking, prompts: Sequence[OpenPrompt], drawing: Drawing, results: Results
 ) -> dict[str, Any]:
-    """Measures every prompt and writes the suite's files; a killed run goes on where it stopped.
+    """Measures every prompt and returns the summary; a killed run goes on where it stopped.
 
     Args:
       backend: the model.
       asking: how it is asked. Support sizes are of the direct prompt's next token, and absent otherwise.
       prompts: what it is asked.
       drawing: the samples.
-      directory: where the files go.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
-
-    Returns:
-      The summary, as written.
+      results: where the files go.
     """
-    settings = {"method": asking.method, "max_new_tokens": asking.max_new_tokens, **asdict(drawing)}
+    settings = settings_of(asking, drawing)
     fingerprint = fingerprint_of(SUITE, backend.fingerprint, asking.name, settings)
-    records = measured(
-        directory / STORE,
-        prompts,
-        lambda prompt: (SUITE, prompt.task_id),
-        lambda chunk: _measure(backend, asking, chunk, drawing),
-        at_once=_PROMPTS_AT_ONCE,
-        fingerprint=fingerprint,
-        what="evaluate open_random",
-        unit="prompt",
-        write=write,
-    )
-    summary = {
-        "suite": SUITE,
-        "checkpoint": checkpoint,
-        "fingerprint": fingerprint,
-        "settings": settings,
-        **summarise(records),
-    }
-    if write:
-        write_results(directory, summary, rows=[_row(record) for record in records], samples=_samples(records))
-    return summary
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            prompts,
+            lambda prompt: (SUITE, prompt.task_id),
+            lambda chunk: _measure(backend, asking, chunk, drawing),
+            at_once=_PROMPTS_AT_ONCE,
+            what="evaluate open_random",
+            unit="prompt",
+        )
+    rows, samples = [_row(record) for record in records], _samples(records)
+    return results.finish(SUITE, fingerprint, settings, summarise(records), rows=rows, samples=samples)
 
 
 def prompt_figures(outputs: Sequence[str], *, degraded: int) -> dict[str, float]:

@@ -6,11 +6,12 @@ tokenizer's BOS before every window, scores every token once and counts the byte
 of documents are kept, so a killed evaluation goes on where it stopped and ends with the same numbers.
 """
 
+import functools
 import gzip
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.progress import Progress
 from cft_jax.evaluate.backend import Backend
-from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
-from cft_jax.evaluate.store import Record, ResultStore
+from cft_jax.evaluate.result_files import Results, fingerprint_of
+from cft_jax.evaluate.store import Record, measured
 from cft_jax.evaluate.windows import Window, covering_windows, paper_windows
 from cft_jax.suite_config import PerplexityConfig
 from cft_jax.text import tokenizer as tokens
@@ -31,6 +31,7 @@ SUITE = "perplexity"
 # Text handed to the backend at once, about 64,000 tokens; a killed run repeats at most this.
 _BYTES_AT_ONCE = 1 << 18
 _GET = "hf download allenai/paloma --repo-type dataset --local-dir paloma"
+_LICENCE = "after accepting its licence at https://huggingface.co/datasets/allenai/paloma"
 
 
 @dataclass(frozen=True)
@@ -76,54 +77,42 @@ def plan(settings: PerplexityConfig) -> tuple[list[Batch], str]:
 
 
 def run_perplexity(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: PerplexityConfig,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
+    backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: PerplexityConfig, results: Results
 ) -> dict[str, Any]:
-    """Measures every document; `per_prompt.csv` has a row per file, `samples.jsonl.gz` one per document.
+    """Measures every document and returns the summary; a killed run goes on where it stopped.
+
+    `per_prompt.csv` has a row per file, `samples.jsonl.gz` one per document.
 
     Args:
       backend: the model.
       tokenizer: of the model.
       settings: which texts and windows.
-      directory: where the files go, and the store of finished batches.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
-
-    Returns:
-      The summary, as written.
+      results: where the files go.
 
     Raises:
       UserError: the data is missing or damaged.
     """
     batches, digest = plan(settings)
     # Where the data lies does not matter, only what it says.
-    measured = asdict(settings) | {"data": digest}
-    fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens.fingerprint(tokenizer), measured)
-    total = sum(batch.stop - batch.start for batch in batches)
-    with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
-        pending = [batch for batch in batches if batch.key not in store]
-        done = total - sum(batch.stop - batch.start for batch in pending)
-        with Progress("evaluate perplexity", total=total, unit="document", done=done) as progress:
-            for batch, texts in _with_texts(pending, settings.max_documents):
-                store.append(measure(backend, tokenizer, batch, texts, settings))
-                progress.advance(batch.stop - batch.start)
-        records = [store[batch.key] for batch in batches]
+    asked = asdict(settings) | {"data": digest}
+    fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens.fingerprint(tokenizer), asked)
+    # Batches come in order, so that every file is read once.
+    texts_of = functools.lru_cache(maxsize=1)(lambda path: _texts(path, settings.max_documents))
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            batches,
+            lambda batch: batch.key,
+            lambda members: [
+                measure(backend, tokenizer, batch, texts_of(batch.path)[batch.start : batch.stop], settings)
+                for batch in members
+            ],
+            at_once=1,
+            what="evaluate perplexity",
+            unit="part",
+        )
     files, figures = summarise(records)
-    settings_used = asdict(settings)
-    summary = {
-        "suite": SUITE,
-        "checkpoint": checkpoint,
-        "fingerprint": fingerprint,
-        "settings": settings_used,
-    } | figures
-    if write:
-        write_results(directory, summary, rows=files, samples=_documents(records))
-    return summary
+    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=files, samples=_documents(records))
 
 
 def measure(
@@ -227,15 +216,19 @@ def find_files(settings: PerplexityConfig) -> list[Path]:
     Raises:
       UserError: there are none: where they were looked for, and how to get them.
     """
-    cure = f"get the data with `{_GET}` and set config.suite.perplexity.data=paloma"
+    cure = f"get the data with `{_GET}` ({_LICENCE}) and set config.suite.perplexity.data=paloma"
     if not settings.data:
         raise UserError(f"config.suite.perplexity.data is empty; {cure}")
     root = Path(settings.data).expanduser()
     if not root.is_dir():
         raise UserError(f"config.suite.perplexity.data={settings.data!r}: no such directory; {cure}")
-    found = sorted(root.glob(f"*/{settings.split}/*.jsonl.gz"))
-    if not found:
-        raise UserError(f"no files {root}/<slice>/{settings.split}/*.jsonl.gz; check the split, or {cure}")
+    found = []
+    for name in settings.slices or ["*"]:
+        files = sorted(root.glob(f"{name}/{settings.split}/*.jsonl.gz"))
+        if not files:
+            shown = f"{root}/{name if settings.slices else '<slice>'}/{settings.split}/*.jsonl.gz"
+            raise UserError(f"no files {shown}; check config.suite.perplexity's slices and split, or {cure}")
+        found += files
     return found
 
 
@@ -257,12 +250,3 @@ def _texts(path: Path, limit: int) -> list[str]:
             raise
         raise UserError(f"{path}, after {len(texts)} documents: {error!r}; copy the file again") from error
     return texts
-
-
-def _with_texts(batches: Sequence[Batch], limit: int) -> Iterator[tuple[Batch, list[str]]]:
-    """The batches with their documents; every file is read once."""
-    path, texts = None, []
-    for batch in batches:
-        if batch.path != path:
-            path, texts = batch.path, _texts(batch.path, limit)
-        yield batch, texts[batch.start : batch.stop]

@@ -1,4 +1,4 @@
-"""The files that a suite leaves beside `summary.json`, and the fingerprint of what it measured."""
+"""The files that a suite leaves, and the fingerprint of what it measured."""
 
 import csv
 import gzip
@@ -6,11 +6,13 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
+from cft_jax.evaluate.store import ResultStore
 
 SUMMARY = "summary.json"
 TABLE = "per_prompt.csv"
@@ -26,17 +28,58 @@ def fingerprint_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_results(
-    directory: Path,
-    summary: Mapping[str, Any],
-    *,
-    rows: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes `per_prompt.csv`, `samples.jsonl.gz` and, last, `summary.json`, which stands for a finished evaluation."""
-    write_atomically(directory / TABLE, csv_table(rows))
-    write_atomically(directory / SAMPLES, gzip_lines(samples))
-    write_json(directory / SUMMARY, summary)
+@dataclass(frozen=True)
+class Results:
+    """Where the results of a suite go.
+
+    Attributes:
+      directory: of the files.
+      checkpoint: name of what is measured, recorded.
+      write: whether this process writes; process 0 does.
+    """
+
+    directory: Path
+    checkpoint: str
+    write: bool
+
+    def store(self, fingerprint: str, name: str = STORE) -> ResultStore:
+        """The store of finished prompts in the file `name`.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        return ResultStore(self.directory / name, fingerprint=fingerprint, write=self.write)
+
+    def finish(
+        self,
+        suite: str,
+        fingerprint: str,
+        settings: Mapping[str, Any],
+        figures: Mapping[str, Any],
+        *,
+        rows: Sequence[Mapping[str, Any]],
+        samples: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Writes `per_prompt.csv`, `samples.jsonl.gz` and, last, `summary.json`, which stands for a finished suite.
+
+        Args:
+          suite: its name.
+          fingerprint: of weights and settings.
+          settings: recorded in the summary.
+          figures: the summary's others.
+          rows: of the table.
+          samples: lines of the samples.
+
+        Returns:
+          The summary, as written.
+        """
+        head = {"suite": suite, "checkpoint": self.checkpoint, "fingerprint": fingerprint, "settings": settings}
+        summary = head | dict(figures)
+        if self.write:
+            write_atomically(self.directory / TABLE, csv_table(rows))
+            write_atomically(self.directory / SAMPLES, gzip_lines(samples))
+            write_json(self.directory / SUMMARY, summary)
+        return summary
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:

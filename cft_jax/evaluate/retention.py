@@ -17,13 +17,12 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.progress import Progress
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.hub_rows import data_set_rows
 from cft_jax.evaluate.item_response import HOW_TO_GET, NUM_SCORES, ItemParameters
-from cft_jax.evaluate.result_files import STORE, fingerprint_of, write_results
+from cft_jax.evaluate.result_files import Results, fingerprint_of
 from cft_jax.evaluate.ssot import native_reasoning
-from cft_jax.evaluate.store import Record, ResultStore
+from cft_jax.evaluate.store import Record, measured
 from cft_jax.evaluate.tiny_benchmarks import (
     STOP_STRINGS,
     TASKS,
@@ -131,28 +130,18 @@ def load_items(settings: RetentionConfig) -> ItemParameters | None:
 
 
 def run_retention(
-    backend: Backend,
-    prompts: PromptText,
-    settings: RetentionConfig,
-    directory: Path,
-    *,
-    seed: int,
-    checkpoint: str,
-    write: bool,
+    backend: Backend, prompts: PromptText, settings: RetentionConfig, results: Results, *, seed: int
 ) -> dict[str, Any]:
-    """Asks every question; `per_prompt.csv` has a row per question, `samples.jsonl.gz` its scores or its answer.
+    """Asks every question and returns the summary; a killed run goes on where it stopped.
+
+    `per_prompt.csv` has a row per question, `samples.jsonl.gz` its scores or its answer.
 
     Args:
       backend: the model.
       prompts: how questions become tokens.
       settings: which tasks, and where the data lies.
-      directory: where the files go, and the store of finished questions.
+      results: where the files go.
       seed: of the backend's generator, without effect as answers are greedy.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
-
-    Returns:
-      The summary, as written.
 
     Raises:
       UserError: data is missing or of another form, or an answer cannot be scored.
@@ -164,26 +153,23 @@ def run_retention(
     # Where the data lies does not matter, only what it says.
     fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens, options, fingerprint_of(shown))
     records: dict[str, list[Record]] = {}
-    total = sum(map(len, examples.values()))
-    with ResultStore(directory / STORE, fingerprint=fingerprint, write=write) as store:
-        with Progress("evaluate retention", total=total, unit="question", done=len(store)) as progress:
-            for name, chunk in _chunks(examples):
-                missing = [example for example in chunk if (name, example.example_id) not in store]
-                # Whoever is missing, all are asked again: figures do not depend on where a run was killed.
-                for record in measure(backend, prompts, TASKS[name], chunk, settings, seed) if missing else []:
-                    if (name, record["task_id"]) not in store:
-                        store.append(record)
-                progress.advance(len(missing))
+    with results.store(fingerprint) as store:
         for name, members in examples.items():
-            records[name] = [store[name, example.example_id] for example in members]
+            records[name] = measured(
+                store,
+                members,
+                lambda example, name=name: (name, example.example_id),
+                lambda chunk, name=name: measure(backend, prompts, TASKS[name], chunk, settings, seed),
+                at_once=_EXAMPLES_AT_ONCE,
+                what=f"evaluate retention, {name}",
+                unit="question",
+            )
     rows = task_rows(records, items)
-    summary = {"suite": SUITE, "checkpoint": checkpoint, "fingerprint": fingerprint, "settings": asdict(settings)}
     by_task = {row["task_name"]: _present(row) for row in rows}
-    summary["tinybenchmarks"] = {"tasks": by_task, "aggregate": _present(aggregate(rows))}
-    if write:
-        everything = [record for members in records.values() for record in members]
-        write_results(directory, summary, rows=[_flat(record) for record in everything], samples=everything)
-    return summary
+    figures = {"tinybenchmarks": {"tasks": by_task, "aggregate": _present(aggregate(rows))}}
+    everything = [record for members in records.values() for record in members]
+    flat = [_flat(record) for record in everything]
+    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=flat, samples=everything)
 
 
 def measure(
@@ -239,12 +225,6 @@ def task_rows(records: Mapping[str, Sequence[Record]], items: ItemParameters | N
 
 def _contexts(example: Example) -> tuple[str, ...]:
     return example.contexts or (example.prompt,) * len(example.continuations)
-
-
-def _chunks(examples: Mapping[str, Sequence[Example]]) -> Iterator[tuple[str, Sequence[Example]]]:
-    for name, members in examples.items():
-        for start in range(0, len(members), _EXAMPLES_AT_ONCE):
-            yield name, members[start : start + _EXAMPLES_AT_ONCE]
 
 
 def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:

@@ -4,6 +4,7 @@ Weights come from safetensors alone and no checkpoint's own code is run.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from cft_jax.common.errors import UserError
 
 # Tokens of an answer that the classifier reads, as in NoveltyBench's own code (github.com/novelty-bench).
 _ANSWER_TOKENS = 128
-# Tokens of a conversation that the reward model reads.
-_CONVERSATION_TOKENS = 4096
 _EQUIVALENT = 1
+_TOKENIZERS = ("tokenizer.json", "spm.model", "vocab.txt")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Classifier:
@@ -25,6 +26,7 @@ class Classifier:
 
     Args:
       directory: in HF format.
+      tokenizer: directory of the tokenizer, in HF format.
       dtype: of the weights.
       batch: pairs in one forward pass.
 
@@ -32,8 +34,8 @@ class Classifier:
       UserError: the checkpoint cannot be loaded, or has not two classes.
     """
 
-    def __init__(self, directory: Path, *, dtype: str, batch: int) -> None:
-        self._tokenizer, self._model = _load(directory, dtype)
+    def __init__(self, directory: Path, tokenizer: Path, *, dtype: str, batch: int) -> None:
+        self._tokenizer, self._model = _load(directory, tokenizer, dtype)
         self._batch = batch
         if self._model.config.num_labels != 2:
             raise UserError(
@@ -41,7 +43,7 @@ class Classifier:
             )
         if None in (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id):
             raise UserError(
-                f"the tokenizer in {directory} has no tokens [CLS] and [SEP], which separate the two answers"
+                f"the tokenizer in {tokenizer} has no tokens [CLS] and [SEP], which separate the two answers"
             )
 
     def __call__(self, answer: str, others: Sequence[str]) -> list[float]:
@@ -87,7 +89,7 @@ class RewardModel:
     """
 
     def __init__(self, directory: Path, *, dtype: str, batch: int) -> None:
-        self._tokenizer, self._model = _load(directory, dtype)
+        self._tokenizer, self._model = _load(directory, directory, dtype)
         self._batch = batch
         if self._model.config.num_labels != 1:
             raise UserError(f"{directory} has {self._model.config.num_labels} outputs; a reward model has 1")
@@ -98,6 +100,7 @@ class RewardModel:
         pad = self._tokenizer.pad_token_id
         # The reward is read at the last token that is no padding, which `transformers` finds by this id.
         self._model.config.pad_token_id = self._tokenizer.eos_token_id if pad is None else pad
+        self._longest = min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
 
     def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
         """The reward of each answer, in order."""
@@ -109,9 +112,9 @@ class RewardModel:
 
     def _conversation(self, prompt: str, answer: str) -> list[int]:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        # The template writes the BOS itself.
+        # The template writes the BOS itself. The paper's reference adds a second one, NoveltyBench's own code does not.
         text = self._tokenizer.apply_chat_template(turns, tokenize=False)
-        return self._tokenizer.encode(text, add_special_tokens=False)[:_CONVERSATION_TOKENS]
+        return self._tokenizer.encode(text, add_special_tokens=False)[: self._longest]
 
     @torch.inference_mode()
     def _rewards(self, rows: Sequence[list[int]]) -> list[float]:
@@ -120,21 +123,33 @@ class RewardModel:
         return self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float().tolist()
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a checkpoint brings a tokenizer; that of NoveltyBench's classifier is published elsewhere."""
+    return any((directory / name).is_file() for name in _TOKENIZERS)
+
+
 def checkpoint_identity(directory: Path) -> str:
-    """Identifies a scorer's weights and tokenizer by the sizes of its files and what they begin with."""
+    """Identifies a scorer by the contents of all its weights, settings and tokenizer files."""
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".model")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            digest.update(file.read(1 << 26))
+        digest.update(f"{path.name} {_content_hash(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _load(directory: Path, dtype: str) -> tuple[Any, Any]:
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file; the hub's cache keeps large files under it, so that they need not be read."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load(directory: Path, tokenizer: Path, dtype: str) -> tuple[Any, Any]:
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} holds no .safetensors; other formats of weights can run code and are not loaded")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        reader = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             str(directory),
             dtype=getattr(torch, dtype),
@@ -145,7 +160,7 @@ def _load(directory: Path, dtype: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the scorer in {directory} cannot be loaded: {first}") from error
-    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return reader, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,14 @@
 """Results of finished prompts, kept as they come, so that a killed evaluation goes on where it stopped."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 from cft_jax.common.progress import Progress
+from cft_jax.evaluate.processes import agreed
 
 Record = dict[str, Any]
 Key = tuple[str, str]
@@ -18,7 +19,8 @@ class ResultStore:
     """A JSONL file with one record per finished prompt.
 
     Every line carries the fingerprint of the weights and settings it was measured with; lines of another fingerprint
-    are left alone and ignored. A last line that a crash cut off is removed on opening.
+    are left alone and ignored. A last line that a crash cut off is removed on opening. The processes of a run open it
+    together, and all of them begin with what process 0 finds.
     """
 
     def __init__(self, path: Path, *, fingerprint: str, write: bool) -> None:
@@ -33,8 +35,8 @@ class ResultStore:
           UserError: a line other than the last is damaged.
         """
         self._fingerprint = fingerprint
-        lines = _whole_lines(path)
-        rows = [_read(path, number, line) for number, line in enumerate(lines, 1)]
+        content = agreed(b"".join(_whole_lines(path)))
+        rows = [_read(path, number, line) for number, line in enumerate(content.splitlines(), 1)]
         self._records = {
             (row["record"]["split"], row["record"]["task_id"]): row["record"]
             for row in rows
@@ -42,7 +44,7 @@ class ResultStore:
         }
         self._file = None
         if write:
-            write_atomically(path, b"".join(lines))
+            write_atomically(path, content)
             self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "ResultStore":
@@ -79,43 +81,39 @@ class ResultStore:
 
 
 def measured(
-    path: Path,
+    store: ResultStore,
     items: Sequence[_Item],
     key: Callable[[_Item], Key],
-    measure: Callable[[Sequence[_Item]], Sequence[Record]],
+    measure: Callable[[Sequence[_Item]], Iterable[Record]],
     *,
     at_once: int,
-    fingerprint: str,
     what: str,
     unit: str,
-    write: bool,
 ) -> list[Record]:
     """The records of all items: those in the store, and new ones, kept as they come.
 
+    The same items are always measured together: where one of them is missing, all are asked again, so that no figure
+    depends on where a run was killed.
+
     Args:
-      path: of the store.
+      store: of the records.
       items: what is measured, prompts as a rule, in order.
       key: an item's split and name.
-      measure: makes the records of a few items; a record must not depend on which others come with it.
+      measure: makes the records of a few items, in order.
       at_once: items handed to `measure`; a killed run repeats at most these.
-      fingerprint: of weights and settings.
       what: name of the work, shown with its progress.
       unit: name of an item, shown too.
-      write: whether this process writes; process 0 does.
-
-    Raises:
-      UserError: the store is damaged.
     """
-    with ResultStore(path, fingerprint=fingerprint, write=write) as store:
-        pending = [item for item in items if key(item) not in store]
-        done = len(items) - len(pending)
-        with Progress(what, total=len(items), unit=unit, done=done) as progress:
-            for start in range(0, len(pending), at_once):
-                chunk = pending[start : start + at_once]
-                for record in measure(chunk):
+    done = sum(key(item) in store for item in items)
+    with Progress(what, total=len(items), unit=unit, done=done) as progress:
+        for start in range(0, len(items), at_once):
+            chunk = items[start : start + at_once]
+            missing = sum(key(item) not in store for item in chunk)
+            for item, record in zip(chunk, measure(chunk) if missing else (), strict=False):
+                if key(item) not in store:
                     store.append(record)
-                progress.advance(len(chunk))
-        return [store[key(item)] for item in items]
+            progress.advance(missing)
+    return [store[key(item)] for item in items]
 
 
 def read_records(path: Path) -> list[Record]:

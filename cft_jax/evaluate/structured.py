@@ -17,7 +17,7 @@ from cft_jax.evaluate.aggregate import SECTIONS, summarise_split
 from cft_jax.evaluate.asking import Asking
 from cft_jax.evaluate.backend import Backend
 from cft_jax.evaluate.exact_plan import Messages, PaperPath, PromptCodec, Resolution, plan_of, task_number, task_rng
-from cft_jax.evaluate.result_files import STORE, fingerprint_of, read_summary, write_results
+from cft_jax.evaluate.result_files import STORE, Results, fingerprint_of, read_summary
 from cft_jax.evaluate.store import Record, measured, read_records
 
 SUITE = "structured"
@@ -54,27 +54,19 @@ def run_structured(
     codec: PromptCodec,
     tasks: Sequence[Task],
     settings: StructuredSettings,
-    directory: Path,
-    *,
-    checkpoint: str,
-    write: bool,
+    results: Results,
     asking: Asking | None = None,
 ) -> dict[str, Any]:
-    """Measures every task and writes `summary.json`, `per_prompt.csv` and `samples.jsonl.gz`.
+    """Measures every task and returns the summary; a killed run goes on where it stopped.
 
     Args:
       backend: the model.
       codec: its tokens.
       tasks: prompts of one or several splits, in order.
       settings: what is measured.
-      directory: where the files go, and the store of finished prompts.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
+      results: where the files go.
       asking: another way to ask than by the tasks' own messages; of it only samples are measured, since the model's
         answer is then no longer the first thing it writes.
-
-    Returns:
-      The summary, as written.
 
     Raises:
       UserError: there are no tasks, or the batch protocol has no prompt for one of them.
@@ -84,40 +76,26 @@ def run_structured(
     method = [] if asking is None else [asking.name]
     fingerprint = fingerprint_of(backend.fingerprint, codec.name, asdict(settings), *method)
     shown = _shown(tasks)
-    records = measured(
-        directory / STORE,
-        tasks,
-        lambda task: (task.split, task.task_id),
-        lambda chunk: measure(backend, codec, chunk, settings, shown, asking),
-        at_once=_PROMPTS_AT_ONCE,
-        fingerprint=fingerprint,
-        what="evaluate structured",
-        unit="prompt",
-        write=write,
-    )
-    summary = summarise(records, settings, checkpoint=checkpoint, fingerprint=fingerprint)
-    if asking is not None:
-        summary["protocol"] = asking.method
-    if write:
-        write_results(directory, summary, rows=_rows(records), samples=_samples(records))
-    return summary
-
-
-def summarise(
-    records: Sequence[Record], settings: StructuredSettings, *, checkpoint: str, fingerprint: str
-) -> dict[str, Any]:
-    """The contents of `summary.json` from the records of all prompts."""
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            tasks,
+            lambda task: (task.split, task.task_id),
+            lambda chunk: measure(backend, codec, chunk, settings, shown, asking),
+            at_once=_PROMPTS_AT_ONCE,
+            what="evaluate structured",
+            unit="prompt",
+        )
     splits: dict[str, list[Record]] = {}
     for record in records:
         splits.setdefault(record["split"], []).append(record)
-    return {
-        "suite": SUITE,
-        "checkpoint": checkpoint,
-        "fingerprint": fingerprint,
-        "protocol": "independent" if settings.numbers_per_completion == 1 else "batch",
-        "settings": asdict(settings),
+    protocol = "independent" if settings.numbers_per_completion == 1 else "batch"
+    figures = {
+        "protocol": protocol if asking is None else asking.method,
         "splits": {name: summarise_split(members, settings.num_samples) for name, members in splits.items()},
     }
+    rows, samples = _rows(records), _samples(records)
+    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=rows, samples=samples)
 
 
 def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:

@@ -10,6 +10,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.distributions import SpaceSettings, build_splits, task_from_spec
 from cft_jax.evaluate.comparison import read_runs, render_comparison
 from cft_jax.evaluate.exact_plan import Resolution
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.structured import StructuredSettings, run_structured
 
 SETTINGS = StructuredSettings(
@@ -26,7 +27,7 @@ def root(tmp_path_factory, character_model, character_codec):
     spaces = {tuple(character_codec.encode(t.messages)): t.output_space(SETTINGS.resolution.grid) for t in tasks}
     for name, off in (("base<1>", 0.8), ("soft/eval/structured/before", 0.8), ("soft/eval/structured/after", 0.1)):
         model = character_model(spaces, off=off, tilt=0.0)
-        run_structured(model, character_codec, tasks, SETTINGS, root / name, checkpoint=name, write=True)
+        run_structured(model, character_codec, tasks, SETTINGS, Results(root / name, name, write=True))
     return root
 
 

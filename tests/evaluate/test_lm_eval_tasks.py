@@ -18,6 +18,7 @@ from cft_jax.evaluate import lm_eval_tasks
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.lm_eval_tasks import BackendModel, load_tasks, run_lm_eval, task_manager
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.store import ResultStore
 from cft_jax.generate import Likelihood
 from cft_jax.suite_config import LmEvalConfig
@@ -204,7 +205,7 @@ def test_a_killed_run_ends_with_the_same_files(settings, tokenizer, tmp_path, mo
 
     def measure(backend, name):
         return run_lm_eval(
-            backend, tokenizer, TASKS, settings, ChatOptions(), tmp_path / name, seed=11, checkpoint="it", write=True
+            backend, tokenizer, TASKS, settings, ChatOptions(), Results(tmp_path / name, "it", write=True), seed=11
         )
 
     whole = Counting()

@@ -95,7 +95,7 @@ def prompts(tmp_path_factory):
 
 
 def test_the_classifier_reads_pairs(classifier):
-    judge = Classifier(classifier, dtype="float32", batch=2)
+    judge = Classifier(classifier, classifier, dtype="float32", batch=2)
     together = judge(LONG[0], LONG)
     alone = [judge(LONG[0], [other])[0] for other in LONG]
     # Padding must not matter; nor may the order of a pair be lost.
@@ -126,13 +126,13 @@ def test_scorers_that_do_not_fit(classifier, reward_model, tmp_path):
     with pytest.raises(UserError, match="a reward model has 1"):
         RewardModel(classifier, dtype="float32", batch=1)
     with pytest.raises(UserError, match="a classifier of pairs has 2"):
-        Classifier(reward_model, dtype="float32", batch=1)
+        Classifier(reward_model, reward_model, dtype="float32", batch=1)
     for file in classifier.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no \.safetensors"):
-        Classifier(tmp_path, dtype="float32", batch=1)
+        Classifier(tmp_path, tmp_path, dtype="float32", batch=1)
     assert checkpoint_identity(classifier) != checkpoint_identity(reward_model)
 
 
@@ -150,7 +150,7 @@ def settings(small_checkpoint, classifier, reward_model, prompts, configured):
             f"suite.noveltybench.data={prompts}",
             f"suite.noveltybench.classifier={classifier}",
             f"suite.noveltybench.reward_model={reward_model}",
-            "suite.noveltybench.scorer_dtype=float32",
+            "suite.noveltybench.reward_dtype=float32",
             "suite.noveltybench.threshold=0.002",
             *overrides,
         )
@@ -172,7 +172,7 @@ def test_figures_are_those_of_the_answers(whole, classifier, reward_model):
     with gzip.open(whole / "samples.jsonl.gz", "rt") as file:
         samples = [json.loads(line) for line in file]
     judge, reward = (
-        Classifier(classifier, dtype="float32", batch=4),
+        Classifier(classifier, classifier, dtype="float32", batch=4),
         RewardModel(reward_model, dtype="float32", batch=4),
     )
     lists = []

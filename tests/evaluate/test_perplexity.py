@@ -16,6 +16,7 @@ from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.comparison import read_runs, render_comparison
 from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.perplexity import run_perplexity
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.windows import Window, covering_windows, paper_windows
 from cft_jax.suite_config import PerplexityConfig
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
@@ -100,7 +101,7 @@ def test_figures_are_those_of_transformers(has_bos, data, checkpoint, tmp_path):
     directory, tokenizer, model = checkpoint
     tokenizer = with_bos(tokenizer, has_bos)
     backend = JaxBackend(from_pretrained(directory, dtype=jnp.float32, param_dtype=jnp.float32), tokenizer)
-    summary = run_perplexity(backend, tokenizer, settings(data), tmp_path, checkpoint="it", write=True)
+    summary = run_perplexity(backend, tokenizer, settings(data), Results(tmp_path, "it", write=True))
     expected = {"paper": [], "covering": []}
     for name in ("code/test/c.jsonl.gz", "news/test/a.jsonl.gz", "news/test/b.jsonl.gz"):
         for text in TEXTS[name]:
@@ -165,7 +166,7 @@ def test_a_killed_run_ends_with_the_same_files(data, checkpoint, tmp_path, monke
     tokenizer = checkpoint[1]
 
     def measure(backend, name):
-        return run_perplexity(backend, tokenizer, settings(data), tmp_path / name, checkpoint="it", write=True)
+        return run_perplexity(backend, tokenizer, settings(data), Results(tmp_path / name, "it", write=True))
 
     whole = Uniform()
     summary = measure(whole, "whole")
@@ -187,22 +188,32 @@ def test_a_killed_run_ends_with_the_same_files(data, checkpoint, tmp_path, monke
 
 def test_one_way_and_few_documents(data, checkpoint, tmp_path):
     asked = settings(data, windows=("covering",), max_documents=1)
-    summary = run_perplexity(Uniform(), checkpoint[1], asked, tmp_path, checkpoint="it", write=True)
+    summary = run_perplexity(Uniform(), checkpoint[1], asked, Results(tmp_path, "it", write=True))
     assert "paper" not in summary["total"] and summary["total"]["num_documents"] == 3
+
+
+def test_some_slices(data, checkpoint, tmp_path):
+    asked = settings(data, slices=("code",))
+    summary = run_perplexity(Uniform(), checkpoint[1], asked, Results(tmp_path, "it", write=True))
+    assert list(summary["slices"]) == ["code"] and summary["total"]["num_documents"] == 1
 
 
 def test_missing_data_says_what_where_and_how(data, checkpoint, tmp_path):
     def measure(**changes):
         asked = settings(data, **{k: v for k, v in changes.items() if k != "data"})
         asked = PerplexityConfig(**(asked.__dict__ | changes))
-        return run_perplexity(Uniform(), checkpoint[1], asked, tmp_path, checkpoint="it", write=True)
+        return run_perplexity(Uniform(), checkpoint[1], asked, Results(tmp_path, "it", write=True))
 
     with pytest.raises(UserError, match=r"perplexity\.data is empty; get the data with `hf download allenai/paloma"):
         measure(data="")
     with pytest.raises(UserError, match=r"/no/where.*no such directory.*hf download"):
         measure(data="/no/where")
-    with pytest.raises(UserError, match=r"no files .*<slice>/train/\*\.jsonl\.gz; check the split"):
+    with pytest.raises(
+        UserError, match=r"no files .*<slice>/train/\*\.jsonl\.gz; check .* slices and split, or get .*licence"
+    ):
         measure(split="train")
+    with pytest.raises(UserError, match=r"no files .*/c4_en/test/\*\.jsonl\.gz"):
+        measure(slices=("code", "c4_en"))
     broken = tmp_path / "broken" / "s" / "test" / "x.jsonl.gz"
     broken.parent.mkdir(parents=True)
     for content in (b"no gzip", gzip.compress(b'{"text": "a"}\n{"txt": "b"}\n'), gzip.compress(b'{"text": 3}\n')):
@@ -226,7 +237,7 @@ def test_the_command(data, checkpoint, configured, tmp_path):
 
 def test_models_side_by_side(data, checkpoint, tmp_path):
     for name in ("base", "soft"):
-        run_perplexity(Uniform(), checkpoint[1], settings(data), tmp_path / name, checkpoint=name, write=True)
+        run_perplexity(Uniform(), checkpoint[1], settings(data), Results(tmp_path / name, name, write=True))
     page = render_comparison(read_runs([tmp_path / "base", tmp_path / "soft"]))
     assert "Bits per byte" in page and page.count("<svg") == 1
     assert "perplexity, with BOS, every token" in page

@@ -13,6 +13,7 @@ from cft_jax.evaluate.exact_plan import Resolution
 from cft_jax.evaluate.panels import choose_panels
 from cft_jax.evaluate.report import ReportData, read_report_data, render_report, write_report
 from cft_jax.evaluate.report_tables import number, percent
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.structured import StructuredSettings, run_structured
 
 SETTINGS = StructuredSettings(
@@ -72,7 +73,7 @@ def workdir(tmp_path_factory, character_model, character_codec):
     for stage, off in (("before", 0.9), ("after", 0.05)):
         model = character_model(spaces, off=off, tilt=0.0)
         path = directory / "eval/structured" / stage
-        run_structured(model, character_codec, tasks, SETTINGS, path, checkpoint=stage, write=True)
+        run_structured(model, character_codec, tasks, SETTINGS, Results(path, stage, write=True))
     rows = [{"step": 10 * k, "loss": 5.0 / k} for k in range(1, 90)] + [{"step": 900, "loss": None}]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "config.json").write_text(json.dumps({"config": {"model": {"checkpoint": "org/<model>"}}}))

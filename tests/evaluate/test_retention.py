@@ -9,6 +9,7 @@ import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.evaluate.__main__ import run
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.retention import PromptText, run_retention
 from cft_jax.generate import Likelihood
 from cft_jax.suite_config import RETENTION_TASKS, RetentionConfig
@@ -110,7 +111,7 @@ class Hashing:
 def measure(backend, tokenizer, data, directory, **changes):
     prompts = PromptText.of(tokenizer, ChatOptions(), duplicate_bos=True)
     settings = RetentionConfig(data=str(data), **changes)
-    return run_retention(backend, prompts, settings, directory, seed=11, checkpoint="it", write=True)
+    return run_retention(backend, prompts, settings, Results(directory, "it", write=True), seed=11)
 
 
 def test_a_killed_run_ends_with_the_same_files(data, tokenizer, tmp_path):

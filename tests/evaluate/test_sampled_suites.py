@@ -15,6 +15,7 @@ from cft_jax.evaluate.asking import Asking, Drawing
 from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.mcq import read_prompt, run_mcq
 from cft_jax.evaluate.open_random import OpenPrompt, read_prompts, run_open_random, support_sizes
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.ssot import ReadAnswer, extract_answer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -61,7 +62,7 @@ def read_samples(directory):
 
 
 def open_random(model, directory, asking=DIRECT, drawing=DRAWING):
-    return run_open_random(model, asking, CITIES, drawing, directory, checkpoint="x", write=True)
+    return run_open_random(model, asking, CITIES, drawing, Results(directory, "x", write=True))
 
 
 def test_open_random_figures(tmp_path):
@@ -135,7 +136,7 @@ QUESTION = "Question: Which?\nA. 1\nB. 2\nC. 3\nD. 4\nCorrect Answer: {}\nExplan
 
 
 def mcq(model, directory, drawing=DRAWING, asking=DIRECT):
-    return run_mcq(model, asking, "Write one.", drawing, directory, checkpoint="x", write=True)
+    return run_mcq(model, asking, "Write one.", drawing, Results(directory, "x", write=True))
 
 
 def test_mcq_figures(tmp_path):

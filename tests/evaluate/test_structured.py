@@ -14,6 +14,7 @@ from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits
 from cft_jax.evaluate import metrics
 from cft_jax.evaluate.asking import Asking
 from cft_jax.evaluate.exact_plan import Resolution
+from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.ssot import extract_answer
 from cft_jax.evaluate.structured import StructuredSettings, read_results, run_structured
 
@@ -54,7 +55,7 @@ def model_of(character_model, character_codec):
 
 
 def run(model, codec, tasks, directory, settings=SETTINGS):
-    return run_structured(model, codec, tasks, settings, directory, checkpoint="model", write=True)
+    return run_structured(model, codec, tasks, settings, Results(directory, "model", write=True))
 
 
 def test_a_perfect_model(model_of, character_codec, tasks, tmp_path):
@@ -213,9 +214,8 @@ def test_string_seeds(character_model, character_codec, tasks, tmp_path):
     prompt = tuple(asking.encode(task.messages))
     texts = ("<random_string>7</random_string><answer>1.5</answer>", "7 <answer>1.5")
     model = character_model({prompt: OutputSpace(texts, np.array([0.75, 0.25]))}, off=0.0, tilt=0.0)
-    summary = run_structured(
-        model, character_codec, [task], SETTINGS, tmp_path, checkpoint="model", write=True, asking=asking
-    )
+    results = Results(tmp_path, "model", write=True)
+    summary = run_structured(model, character_codec, [task], SETTINGS, results, asking)
     assert summary["protocol"] == "ssot"
     split = summary["splits"][task.split]
     assert "exact" not in split and "path" not in split
