@@ -123,10 +123,9 @@ def draw_tokens(
     """
     if method == "greedy":
         return _most_probable(model, hidden, num_rows)[draws.row]
-    floor = jnp.full(hidden.shape[0], -jnp.inf)
-    if method == "top_p":
-        floor = _nucleus_floors(model, hidden, num_rows, temperature, top_p)
-    log_masses = tile_log_masses(model, hidden, num_rows, temperature, floor)
+    floor = _nucleus_floors(model, hidden, num_rows, temperature, top_p) if method == "top_p" else None
+    inverse = 1 / temperature
+    log_masses = tile_log_masses(model, hidden, num_rows, inverse, floor)
     masses = jnp.exp(log_masses - jnp.max(log_masses, axis=-1, keepdims=True))
     cumulative = jnp.cumsum(masses, axis=-1)
     tiling = Tiling.of(model)
@@ -134,7 +133,9 @@ def draw_tokens(
     def draw(row: Int[Array, "n"], uniform: Float[Array, "n 2"]) -> Int[Array, "n"]:
         ids, exists = tiling.tokens(_invert(cumulative[row], uniform[:, 0]))
         scores = token_scores(model, hidden[row], ids)
-        scores = jnp.where(exists & (scores >= floor[row][:, None]), scores, -jnp.inf) / temperature
+        if floor is not None:
+            exists = exists & (scores >= floor[row][:, None])
+        scores = jnp.where(exists, scores, -jnp.inf) * inverse
         # Scores made again may differ in the last digits: a tile whose only token was at the floor may seem empty.
         peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
         within = _invert(jnp.cumsum(jnp.exp(scores - peak), axis=-1), uniform[:, 1])

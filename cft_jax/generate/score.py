@@ -25,7 +25,9 @@ from cft_jax.text.paths import prefix_log_probs, string_log_probs
 from cft_jax.text.trie import Trie
 
 # Tokens per row: longer rows repeat fewer ancestors and spend more on attention, which is quadratic in them.
-ROW_LENGTHS = (64, 256, 512)
+ROW_LENGTHS = (64, 128, 256, 512)
+# A row is at least so many times as long as the longest value, where it may be: its ancestors are repeated.
+_LONGER = 8
 # Entries whose rows of the head are gathered at a time.
 _ENTRIES = 1024
 
@@ -115,16 +117,15 @@ class Scorer:
                     f"ends at {self._vocab_size - 1}; give the tokenizer that belongs to the model"
                 )
         answers = [np.full(item.entry_ids.size, np.nan) for item in questions]
-        for batch in self._batches([len(prompt) for prompt in prompts], [item.tokens.size for item in questions]):
+        for batch in self._batches([len(prompt) for prompt in prompts], questions):
             self._answer(batch, prompts, questions, answers)
         return [_result(*of_trie) for of_trie in zip(tries, questions, answers, strict=True)]
 
-    def _batches(self, prompt_lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[_Batch]:
+    def _batches(self, prompt_lengths: Sequence[int], questions: Sequence[Questions]) -> Iterator[_Batch]:
         """Prompts that share shapes, as many as one call has rows."""
         shapes: dict[tuple[int, int], list[int]] = {}
-        for index, (length, size) in enumerate(zip(prompt_lengths, sizes, strict=True)):
-            row = next((row for row in ROW_LENGTHS if size <= row), ROW_LENGTHS[-1])
-            shapes.setdefault((bucket(length - 1, least=32), row), []).append(index)
+        for index, (length, item) in enumerate(zip(prompt_lengths, questions, strict=True)):
+            shapes.setdefault((bucket(length - 1, least=32), _row_length(item)), []).append(index)
         for (prompt_length, row_length), indices in shapes.items():
             rows = max(self._tokens_per_call // row_length, 1)
             for start in range(0, len(indices), rows):
@@ -158,6 +159,12 @@ class Scorer:
                 answers[batch.indices[place]][chunk.entries] = part
 
 
+def _row_length(questions: Questions) -> int:
+    """The shortest that holds all prefixes, or is long beside their ancestors."""
+    enough = min(questions.tokens.size, _LONGER * (int(questions.depth.max()) + 1))
+    return next((length for length in ROW_LENGTHS if length >= enough), ROW_LENGTHS[-1])
+
+
 def _result(trie: Trie, questions: Questions, log_probs: Float64[np.ndarray, "E"]) -> TrieScore:
     children, stops = spread(trie, questions, log_probs)
     prefixes = prefix_log_probs(trie, children)
@@ -185,7 +192,7 @@ def _entry_log_probs(
     own = KVCache(keys, values, context.positions[prompt], context.visible[prompt])
     hidden, _ = model.hidden(tokens, positions, until, context=(own,))
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
-    masses = tile_log_masses(model, asked, num_queries, jnp.float32(1))
+    masses = tile_log_masses(model, asked, num_queries)
     normalisers = jax.nn.logsumexp(masses, axis=-1)
 
     def add_entries(i: Int[Array, ""], log_probs: Float[Array, "E"]) -> Float[Array, "E"]:

@@ -130,7 +130,7 @@ def test_tile_masses_are_those_of_the_logits(scores, make_model, monkeypatch):
     model = make_model("gemma3")
     hidden = jax.random.normal(jax.random.key(5), (300, model.config.embed_dim))
     floor = jnp.where(jnp.arange(300) % 2 == 0, -jnp.inf, 0.1)
-    masses = np.asarray(tile_log_masses(model, hidden, jnp.int32(290), jnp.float32(0.7), floor))
+    masses = np.asarray(tile_log_masses(model, hidden, jnp.int32(290), jnp.float32(1 / 0.7), floor))
     logits = np.asarray(model.logits(hidden), np.float64)
     logits = np.where(logits >= np.asarray(floor)[:, None], logits, -np.inf)[:290] / 0.7
     tiling = Tiling.of(model)
