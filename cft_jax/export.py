@@ -3,7 +3,7 @@
     python -m cft_jax.export --workdir=runs/llama --output=exported --format=merged
 
 `merged` writes full weights (model*.safetensors, config.json, tokenizer files), `adapter` a PEFT adapter
-(adapter_model.safetensors, adapter_config.json). OUTPUT must be absent or empty.
+(adapter_model.safetensors, adapter_config.json). OUTPUT must be absent or empty; both may be gs:// addresses.
 """
 
 import dataclasses
@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from cft_jax.base import base_of_run, load_model
 from cft_jax.checkpoints import save_pretrained
+from cft_jax.checkpoints.directories import check_free
 from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
-from cft_jax.common.mirror import checkpoint_directory, local_only, local_workdir
+from cft_jax.common.mirror import checkpoint_directory, local_workdir
 from cft_jax.common.workdir import git_revision, read_config
 from cft_jax.config import Config, from_config_dict
 from cft_jax.distributions import configured_tasks
@@ -95,14 +97,17 @@ def _main(values: flags.FlagValues) -> None:
     if not workdir or not output:
         raise UserError("--workdir and --output are needed: the run's directory, and a new one for its weights")
     distributed.start()
-    directory = local_only("--output", output)
-    with local_workdir(workdir, write=False) as run:
+    writes = jax.process_index() == 0
+    with local_workdir(output, write=writes, flag="--output") as directory, local_workdir(workdir, write=False) as run:
+        # Before minutes of loading.
+        check_free(directory)
         config = from_config_dict(read_config(run))
         model, step = load_trained(run, config)
         found = {stage: read_results(run / "eval" / SUITE / stage) for stage in STAGES}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
         export_model(config, model, directory, form=form, base=config.model.checkpoint, summaries=summaries)
-    sys.stdout.write(f"step {step} of {workdir}, {form}: {output} (README.md there says how to load it)\n")
+    if writes:
+        sys.stdout.write(f"step {step} of {workdir}, {form}: {output} (README.md there says how to load it)\n")
 
 
 def main() -> None:

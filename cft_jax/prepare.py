@@ -10,28 +10,33 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.base import base_tokenizer, scratch_tokenizer
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.mirror import local_only
+from cft_jax.common.mirror import local_workdir
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.batch import padding_fraction
 from cft_jax.data.example import render_example
 from cft_jax.data.prepared import prepare
+from cft_jax.data.spaces import task_space
 from cft_jax.data.training import training_dataset
-from cft_jax.distributions import configured_tasks
+from cft_jax.distributions import Task, configured_tasks
+from cft_jax.distributions.full_space import FullSpace
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.text.scratch import save_tokenizer
 
 _SAMPLED_STEPS = 16
+# The default quantiles alone leave out 0.001 at each end.
+_WORTH_A_WARNING = 0.01
 
 
 def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
@@ -41,7 +46,8 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
       The figures, and one example in words. `prompts`, `values`, `prefixes`, `max_children` and `bytes` count what is
       cached, `seconds` the work up to there, loading the tokenizer included. Hard targets cache nothing: they have
       `prompts`, and `seconds` up to the first batch. `padding_fraction` and `shapes` (rows, tokens, steps, target
-      entries) are those of the first batches.
+      entries) are those of the first batches. `lost_mass` is the largest share of a prompt's probability that none of
+      its values stands for, and `lost_mass_prompt`, where there is any, that prompt.
 
     Raises:
       UserError: see `configured_tasks`, `load_tokenizer`, `prepare` and `training_dataset`.
@@ -63,9 +69,18 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     figures["tokenizer_seconds"] = round(tokenizer_seconds, 3)
     steps = range(min(_SAMPLED_STEPS, dataset.steps_per_epoch))
     figures["padding_fraction"] = round(float(np.mean([padding_fraction(dataset.batch(step)) for step in steps])), 4)
+    figures |= _largest_loss(tasks[TRAIN], config)
     figures["shapes"] = [list(shape) for shape in dataset.shapes]
     figures["steps_per_epoch"] = dataset.steps_per_epoch
     return figures, render_example(tokenizer, batch, dataset.beginning)
+
+
+def _largest_loss(tasks: Sequence[Task], config: Config) -> dict[str, Any]:
+    spaces = ((task, task_space(task, config.data)) for task in tasks)
+    losses = [(space.lost_mass, task) for task, space in spaces if not isinstance(space, FullSpace)]
+    loss, task = max(losses, key=lambda pair: pair[0], default=(0.0, None))
+    named = {} if task is None or not loss else {"lost_mass_prompt": task.messages[-1]["content"]}
+    return {"lost_mass": round(loss, 6), **named}
 
 
 def _saved(tokenizer: Any, config: Config) -> PreTrainedTokenizerBase:
@@ -80,15 +95,25 @@ def _main(values: flags.FlagValues) -> None:
         raise UserError("--output is missing; name the directory for prepare.json")
     config = from_config_dict(cli.config_of(values))
     validate(config)
-    figures, example = prepare_data(config)
-    path = local_only("--output", values["output"].value) / "prepare.json"
-    try:
-        write_json(path, figures)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; name another --output") from error
+    output = values["output"].value
+    with local_workdir(output, write=True, flag="--output") as directory:
+        try:
+            # Before minutes of work.
+            directory.mkdir(parents=True, exist_ok=True)
+            figures, example = prepare_data(config)
+            write_json(directory / "prepare.json", figures)
+        except OSError as error:
+            raise UserError(f"cannot write --output={output}: {error.strerror or error}; name another one") from error
     width = max(map(len, figures))
     lines = [f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else value}" for name, value in figures.items()]
-    sys.stdout.write("\n".join([example, *lines, f"written to {path}; cft_jax.main with this config finds it"]) + "\n")
+    if figures["lost_mass"] > _WORTH_A_WARNING:
+        logging.warning(
+            "%.2g %% of the probability is lost where most is, since the values do not reach so far; raise "
+            "config.data.max_bins, or set config.data.space=full",
+            100 * figures["lost_mass"],
+        )
+    end = f"written to {output}/prepare.json; cft_jax.main with this config finds the data"
+    sys.stdout.write("\n".join([example, *lines, end]) + "\n")
 
 
 def main() -> None:

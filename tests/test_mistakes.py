@@ -181,7 +181,7 @@ CUSTOM = """{"prompt": "Draw.", "values": ["1", "2"], "probabilities": [0.5, 0.5
         (["mesh.data=0"], ["mesh", "at most one -1"]),
         (["train.objective=paths", "train.paths_per_prompt=3"], ["batch_size=4", "paths_per_prompt=3"]),
         ([*SCRATCH_OFF, "model.checkpoint={place}/nowhere"], ["checkpoint", "nowhere", "no such directory"]),
-        ([*SCRATCH_OFF, "model.checkpoint=no-such/model"], ["no-such/model", "local"]),
+        ([*SCRATCH_OFF, "model.checkpoint=no-such/model"], ["no-such/model", "does not answer", "give a directory"]),
         ([*SCRATCH_OFF], ["model.checkpoint is empty"]),
     ],
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",

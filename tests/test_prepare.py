@@ -41,6 +41,23 @@ def test_figures_count_the_training_split(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_the_largest_loss_names_its_prompt(tmp_path):
+    """The paper's cut keeps the first 1,001 integers of a binomial distribution whose mean is 1,500."""
+    rows = [("Count heads.", "binomial", {"n": 2500, "p": 0.6}), ("Wait.", "poisson", {"lambda": 2.0})]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": prompt, "distribution": {"family": family, "parameters": parameters}}) + "\n"
+            for prompt, family, parameters in rows
+        )
+    )
+    config = small_config(tmp_path, custom=str(tmp_path / "rows.jsonl"))
+    for bins, lost, prompt in ((1001, 1.0, "Count heads."), (5000, 0.0, None)):
+        data = dataclasses.replace(config.data, max_bins=bins)
+        figures, _ = prepare_data(dataclasses.replace(config, data=data))
+        assert figures["lost_mass"] == pytest.approx(lost, abs=2e-3)
+        assert prompt is None or figures["lost_mass_prompt"] == prompt
+
+
 def test_hard_targets_prepare_without_tries(tmp_path):
     figures, _ = prepare_data(small_config(tmp_path, target="hard"))
     assert figures["prompts"] == 57 and "prefixes" not in figures

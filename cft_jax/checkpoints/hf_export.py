@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
 from cft_jax.checkpoints.tensor_files import INDEX, Entry, StoredTensor, raw_bytes, weight_files, write_tensors
 from cft_jax.common.errors import UserError
+from cft_jax.common.progress import Progress
 from cft_jax.models.rope_spelling import with_both_spellings
 from cft_jax.models.transformer import Transformer
 
@@ -104,18 +106,22 @@ class _Merged:
 
     def write(self, place: Path | None) -> None:
         """Writes weights and config; without a place, only takes part in gathering the weights."""
-        sizes: dict[str, tuple[str, int]] = {}
-        for file in weight_files(self.checkpoint.directory):
-            stored = [tensor for tensor in self.checkpoint.stored.values() if tensor.file == file]
-            entries = [self._entry(tensor) for tensor in stored if self.places.get(tensor.name, "") is not None]
-            sizes |= {entry.name: (file.name, entry.nbytes) for entry in entries}
-            if place is None:
-                for entry in entries:
-                    for _ in entry.pieces:
-                        pass
-            else:
-                with (place / file.name).open("wb") as out:
-                    write_tensors(out, entries)
+        files: dict[str, list[Entry]] = {file.name: [] for file in weight_files(self.checkpoint.directory)}
+        for tensor in self.checkpoint.stored.values():
+            if self.places.get(tensor.name, "") is not None:
+                files[tensor.file.name].append(self._entry(tensor))
+        sizes = {entry.name: (name, entry.nbytes) for name, entries in files.items() for entry in entries}
+        total = sum(size for _, size in sizes.values())
+        with Progress("export", total=max(1, total >> 20), unit="MiB") as progress:
+            for name, entries in files.items():
+                counted = [replace(entry, pieces=_counted(entry.pieces, progress)) for entry in entries]
+                if place is None:
+                    for entry in counted:
+                        for _ in entry.pieces:
+                            pass
+                else:
+                    with (place / name).open("wb") as out:
+                        write_tensors(out, counted)
         if self.adapters and not self.changed:
             raise UserError(
                 "merging changes nothing: the adapter's updates are lost in rounding to the checkpoint's dtype; train "
@@ -165,6 +171,12 @@ class _Merged:
             return
         metadata = {**record.get("metadata", {}), "total_size": sum(size for _, size in sizes.values())}
         _write_json(place / INDEX, {**record, "metadata": metadata, "weight_map": weight_map})
+
+
+def _counted(pieces: Iterable[bytes | memoryview], progress: Progress) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        yield piece
+        progress.advance(len(piece) / 2**20)
 
 
 def _same_bits(one: Shaped[np.ndarray, "..."], other: Shaped[np.ndarray, "..."]) -> bool:

@@ -1,4 +1,4 @@
-"""From a hub id or a path to a local directory in HF format."""
+"""From a hub id, an address on an object store or a path to a local directory in HF format."""
 
 from pathlib import Path
 
@@ -6,25 +6,26 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.hub_access import HTTP_ERROR, hub_answers
+from cft_jax.common.stores import fetched, is_remote
 
 # No pickles (.bin, .pth) and no code; nothing of subdirectories, where gpt-oss keeps its weights a second time.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-# Of requests or of httpx, as the version has it; httpx's connection errors are no OSErrors.
-_HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 
 
 def resolve(path_or_id: str, *, revision: str, local_files_only: bool) -> tuple[Path, str]:
     """The directory of a checkpoint, downloaded if need be, and the commit of a hub id (empty for a directory).
 
     Args:
-      path_or_id: a directory, or a hub id such as "Qwen/Qwen3-0.6B".
+      path_or_id: a directory, an address such as gs://bucket/qwen3, or a hub id such as "Qwen/Qwen3-0.6B".
       revision: branch, tag or commit of a hub id; directories ignore it.
       local_files_only: take a hub id from the local cache alone.
 
     Raises:
-      UserError: there is no such directory or id, it is gated, or the hub cannot be reached.
+      UserError: there is no such directory or id, it is gated, or the hub or the store cannot be reached.
     """
+    if is_remote(path_or_id):
+        return fetched(path_or_id, _PATTERNS), ""
     path = Path(path_or_id).expanduser()
     if path_or_id and path.is_dir():
         return path.resolve(), ""
@@ -36,11 +37,11 @@ def resolve(path_or_id: str, *, revision: str, local_files_only: bool) -> tuple[
         found = huggingface_hub.snapshot_download(
             path_or_id,
             revision=revision,
-            local_files_only=local_files_only,
+            local_files_only=local_files_only or not hub_answers(),
             allow_patterns=list(_PATTERNS),
             ignore_patterns=["*/*"],
         )
-    except (_HTTP_ERROR, errors.HFValidationError, OSError, ValueError) as error:
+    except (HTTP_ERROR, errors.HFValidationError, OSError, ValueError) as error:
         raise UserError(_problem(path_or_id, revision, local_files_only, error)) from error
     return Path(found), Path(found).name
 

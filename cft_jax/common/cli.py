@@ -1,17 +1,22 @@
 """The manners shared by every command: flags, configs, one-line errors, exit codes.
 
 A user's mistake (`UserError`, an unknown flag or config field, a wrong type) prints one line and exits with 2, or with
-75 where the same command may go better another time. Every other exception is our own mistake: it keeps its stack
-trace and exits with 1. 130 and 143 stand for Ctrl-C and SIGTERM.
+75 where the same command may go better another time; so does what the machine lacks: space on a disk, permission to
+write, memory. Every other exception is our own mistake: it keeps its stack trace and exits with 1. 130 and 143 stand
+for Ctrl-C and SIGTERM.
 """
 
+import errno
+import itertools
 import logging as stdlib_logging
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -25,6 +30,17 @@ _TAKEN = {
     "could not convert string to float": "a number",
     "Non-boolean argument": "True or False",
     "is not a dict": "set field by field, as --config.model.dtype=float32",
+}
+# What a config file's own code raises where it is wrong, beside what flags raise.
+_IN_CODE = (SyntaxError, ImportError, NameError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError)
+# What a machine refuses, and its cure.
+_REFUSED = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit of the file system, or of ulimit -f",
+    errno.EROFS: "name a place that can be written",
+    errno.EACCES: "name a place that you may read and write",
+    errno.EPERM: "name a place that you may read and write",
 }
 _HELP_WIDTH = 100
 _EXIT_CODES = """Exit codes: 0 done, 2 a mistake in the command, 75 other machines did not come (try again),
@@ -68,11 +84,29 @@ def run(main: Main, values: flags.FlagValues, description: str) -> None:
         _set_up_logging(quiet=bool(values["quiet"].value), verbose=bool(values["verbose"].value))
         main(values)
     except UserError as error:
-        sys.stderr.write(f"{_red('error:')} {' '.join(str(error).split())}\n")
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _end(f"{error.strerror}{where}: {_REFUSED[error.errno]} and repeat the command; what is whole stays")
+    except (MemoryError, RuntimeError) as error:
+        # JAX's own exception is a RuntimeError; training has a message of its own.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _end(
+            "out of memory: cut the weights over all devices with config.mesh.data=1 and config.mesh.fsdp=-1, where "
+            "there are several; cft_jax.export needs none of them: JAX_PLATFORMS=cpu "
+            f"({' '.join(str(error).split())[:200]})"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
         sys.exit(130)
+
+
+def _end(message: str, code: int = UserError.exit_code) -> NoReturn:
+    sys.stderr.write(f"{_red('error:')} {' '.join(message.split())}\n")
+    sys.exit(code)
 
 
 def config_of(
@@ -100,19 +134,43 @@ def config_name(values: flags.FlagValues) -> str:
 
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    for arg in argv[1:]:
-        if arg.startswith("--config=") and not Path(arg.removeprefix("--config=").partition(":")[0]).is_file():
-            raise UserError(f"{arg}: there is no such file; configs lie in configs/, for example configs/demo.py")
+    for name in _config_files(argv):
+        _check_config_file(name)
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_mended(error, argv)) from error
+    except _IN_CODE as error:
+        raise UserError(_in_code(error, next(_config_files(argv), ""))) from error
     if len(rest) > 1 and "args" not in values:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, see --help")
+        hint = f"did you mean --config={rest[1]}?" if "config" in values and _is_file(rest[1]) else "see --help"
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value; {hint}")
     if len(rest) > 1:
         values["args"].value = rest[1:]
     if values["quiet"].value and values["verbose"].value:
         raise UserError("--quiet and --verbose exclude each other; give one of them")
+
+
+def _config_files(argv: Sequence[str]) -> Iterator[str]:
+    """What --config names, with its argument, however it is written."""
+    for word, following in itertools.pairwise([*argv[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            yield value if equals else following
+
+
+def _is_file(name: str) -> bool:
+    return Path(name.partition(":")[0]).is_file()
+
+
+def _check_config_file(name: str) -> None:
+    file = Path(name.partition(":")[0])
+    if file.is_file() and file.suffix == ".py":
+        return
+    # Those beside it are what was meant, as a rule.
+    known = sorted(str(path) for path in file.parent.glob("*.py")) or ["configs/demo.py"]
+    what = "is no config, a Python file" if file.is_file() else "there is no such file"
+    raise UserError(f"--config={name}: {what}; there are {', '.join(known[:12])}")
 
 
 def _mended(error: Exception, argv: Sequence[str]) -> str:
@@ -142,6 +200,17 @@ def _in_config_file(text: str) -> str:
     if kind in ("ValueError", UserError.__name__) or kind.endswith(f".{UserError.__name__}") or not places:
         return f"{flag}: {message}"
     return f"{flag}: {places[-1][0]}, line {places[-1][1]}: {kind}: {message}"
+
+
+def _in_code(error: Exception, name: str) -> str:
+    """What is wrong with the code of a config file, and where."""
+    file, line = name, None
+    if isinstance(error, SyntaxError):
+        file, line = error.filename, error.lineno
+    elif frames := traceback.extract_tb(error.__traceback__):
+        file, line = frames[-1].filename, frames[-1].lineno
+    said = error.msg if isinstance(error, SyntaxError) else error
+    return f"--config={name}: {file}, line {line}: {type(error).__name__}: {said}"
 
 
 def _path(name: str, argv: Sequence[str]) -> str:

@@ -1,10 +1,16 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and the user's cache."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+def user_cache(name: str) -> Path:
+    """A directory of this package in the user's cache, by the XDG rules; it need not exist."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "cft_jax" / name
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -5,8 +5,6 @@ offer none of that. Checkpoints alone go straight to the store, by orbax, since 
 """
 
 import contextlib
-import logging as stdlib_logging
-import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 
-from cft_jax.common.errors import UserError
+from cft_jax.common.stores import copy_file, is_remote, reaching
 
 CHECKPOINTS = "checkpoints"
 # What a run that goes on writes anew; copied to the store, not back.
@@ -52,8 +50,7 @@ class Mirror:
                 self._fetch(inner)
                 continue
             file = self.local / inner
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(entry.read_bytes())
+            copy_file(entry, epath.Path(file))
             self._copied[inner] = _version(file)
 
     def push(self) -> None:
@@ -69,9 +66,7 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):  # replaced meanwhile; it will be found again
                     version = _version(self.local / name)
                     if self._copied.get(name) != version:
-                        there = self.origin / name.as_posix()
-                        there.parent.mkdir(parents=True, exist_ok=True)
-                        there.write_bytes((self.local / name).read_bytes())
+                        copy_file(epath.Path(self.local / name), self.origin / name.as_posix())
                         self._copied[name] = version
             for name in self._copied.keys() - found:
                 (self.origin / name.as_posix()).unlink(missing_ok=True)
@@ -83,24 +78,8 @@ def _version(file: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def is_remote(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is the address of an object store."""
-    return "://" in str(place)
-
-
-def local_only(flag: str, place: str) -> Path:
-    """A directory given on the command line that must be local.
-
-    Raises:
-      UserError: it is an address.
-    """
-    if is_remote(place):
-        raise UserError(f"{flag}={place} must be a local directory; of a run, --workdir alone may be an address")
-    return Path(place)
-
-
 @contextlib.contextmanager
-def local_workdir(place: str, *, write: bool) -> Iterator[Path]:
+def local_workdir(place: str, *, write: bool, flag: str = "--workdir") -> Iterator[Path]:
     """The directory in which to work on a run: the place itself, or for an address a temporary mirror of it.
 
     The mirror is filled from the store, copied back every half minute, before each checkpoint and at the end, and
@@ -109,6 +88,7 @@ def local_workdir(place: str, *, write: bool) -> Iterator[Path]:
     Args:
       place: a directory, or an address such as gs://bucket/runs/a.
       write: whether this process copies to the store; process 0 does.
+      flag: that named the place, for messages.
 
     Raises:
       UserError: the store cannot be reached.
@@ -119,13 +99,8 @@ def local_workdir(place: str, *, write: bool) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cft_jax.") as scratch:
         origin = epath.Path(place)
         mirror = Mirror(Path(scratch) / origin.name, origin)
-        _quiet_clients()
-        try:
+        with reaching(f"{flag}={place}"):
             mirror.fetch()
-        except ImportError:
-            raise UserError(f"--workdir={place} needs a package that is absent; pip install 'cft_jax[gcs]'") from None
-        except Exception as error:
-            raise UserError(f"--workdir={place} cannot be read: {type(error).__name__}: {error}") from error
         _MIRRORS.append(mirror)
         try:
             with _pushing(mirror) if write else contextlib.nullcontext():
@@ -156,12 +131,8 @@ def _pushing(mirror: Mirror) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        mirror.push()
-
-
-def _quiet_clients() -> None:
-    for name in ("gcsfs", "fsspec"):
-        stdlib_logging.getLogger(name).setLevel(stdlib_logging.WARNING)
+        with reaching(str(mirror.origin)):
+            mirror.push()
 
 
 def _mirror_of(path: Path) -> Mirror | None:

@@ -36,9 +36,10 @@ class Progress:
           done: units done earlier (a resumed run); they do not count towards the throughput.
         """
         self._what, self._total, self._unit = what, total, unit
-        self._first = self._done = done
+        self._first: int | float = done
+        self._done: int | float = done
         self._start = self._logged = time.monotonic()
-        self._logged_done = -1
+        self._logged_done: int | float = done
         self._notes: dict[str, float] = {}
         shown = logging.level_info()
         self._bar: tqdm | None = None
@@ -53,10 +54,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._lines and kind is None and time.monotonic() - self._start >= LOG_SECONDS:
-            if self._logged_done != self._done:
-                self._log()
+            if self._logged_done != self._done or self._done == self._first:
+                self._log(since=(self._start, self._first))
 
-    def advance(self, count: int = 1, **notes: float) -> None:
+    def advance(self, count: int | float = 1, **notes: float) -> None:
         """Adds finished units; `notes` are figures worth seeing beside them (the loss, say)."""
         self._done += count
         self._notes.update(notes)
@@ -65,11 +66,15 @@ class Progress:
                 self._bar.set_postfix({name: f"{value:.4g}" for name, value in self._notes.items()}, refresh=False)
             self._bar.update(count)
         elif self._lines and time.monotonic() - self._logged >= LOG_SECONDS:
-            self._log()
+            self._log(since=(self._logged, self._logged_done))
 
-    def _log(self) -> None:
+    def _log(self, since: tuple[float, int | float]) -> None:
+        """Logs where the work stands; its speed is that since a moment and the units done then.
+
+        Between lines it is the speed of late: the first units wait for XLA to compile and would foretell too long.
+        """
         self._logged, self._logged_done = time.monotonic(), self._done
-        rate = (self._done - self._first) / max(self._logged - self._start, 1e-9)
+        rate = (self._done - since[1]) / max(self._logged - since[0], 1e-9)
         left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         notes = "".join(f", {name} {value:.4g}" for name, value in self._notes.items())
         speed = f"{rate:.3g} {self._unit}s/s" if rate >= 1 or not rate else f"{1 / rate:.3g} s/{self._unit}"

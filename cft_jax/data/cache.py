@@ -8,7 +8,6 @@ an entry each, of which the first stays.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -33,12 +32,6 @@ _ABANDONED_SECONDS = 24 * 3600
 _BLOCK = 1 << 22
 # How a damaged entry shows: files missing or cut, a manifest that cannot be read or lacks something.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError)
-
-
-def default_directory() -> Path:
-    """The user's cache directory, by the XDG rules."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "cft_jax" / "data"
 
 
 def key_of(content: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.files import user_cache
 from cft_jax.common.progress import Progress
 from cft_jax.config import DataConfig
 from cft_jax.data import cache
@@ -97,7 +98,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
     end = terminator_id(tokenizer, data.terminator)
     is_full = np.array([data.space == "full" and task.space is None for task in tasks], dtype=bool)
     full = _full_tries(tokenizer, [task for task, at in zip(tasks, is_full, strict=True) if at], data, end)
-    root = Path(data.cache_dir).expanduser() if data.cache_dir else cache.default_directory()
+    root = Path(data.cache_dir).expanduser() if data.cache_dir else user_cache("data")
     key = cache.key_of(_content(tokenizer, tasks, data, end))
     arrays = cache.load(root, key)
     from_cache = arrays is not None

@@ -9,16 +9,20 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.hub_access import hub_answers
+from cft_jax.common.stores import fetched, is_remote
 
 # Any one of these makes a directory loadable; transformers converts the older two.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What is copied from an object store: all but the weights.
+_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a directory in HF format or of a hub id; never runs code that comes with it.
 
     Args:
-      path_or_id: a directory, or a hub id such as "Qwen/Qwen3-0.6B".
+      path_or_id: a directory, an address such as gs://bucket/qwen3, or a hub id such as "Qwen/Qwen3-0.6B".
       revision: branch, tag or commit of a hub id; directories ignore it.
       local_files_only: take a hub id from the local cache alone.
 
@@ -26,7 +30,7 @@ def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) ->
       UserError: the directory is missing, holds no tokenizer or a half-written one; the hub has no such
         tokenizer or cannot be reached; or the tokenizer has no fast implementation.
     """
-    path = Path(path_or_id).expanduser()
+    path = fetched(path_or_id, _FILES) if is_remote(path_or_id) else Path(path_or_id).expanduser()
     is_directory = path.is_dir()
     if is_directory:
         _check_directory(path)
@@ -37,17 +41,18 @@ def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) ->
             f"{path_or_id!r}: no such directory; give config.model.checkpoint (or config.model.tokenizer) a directory "
             "in HF format or a hub id"
         )
+    asked = not is_directory and not local_files_only and hub_answers()
     loaded = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if is_directory else path_or_id,
             revision=revision,
-            local_files_only=local_files_only,
+            local_files_only=not asked,
             trust_remote_code=False,
         )
         loaded = True
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(_loading_problem(path_or_id, is_directory, local_files_only, error)) from error
+        raise UserError(_loading_problem(path_or_id, is_directory, local_files_only, asked, error)) from error
     finally:
         # The fast tokenizers raise a bare Exception for a damaged file; only then are files of many MB worth a check.
         if not loaded and is_directory:
@@ -82,15 +87,25 @@ def _check_files(path: Path) -> None:
             ) from error
 
 
-def _loading_problem(path_or_id: str, is_directory: bool, local_files_only: bool, error: Exception) -> str:
+def _loading_problem(path_or_id: str, is_directory: bool, local_files_only: bool, asked: bool, error: Exception) -> str:
     if is_directory:
         return f"tokenizer directory {path_or_id!r} cannot be loaded: {_first_line(error)}"
-    cure = (
-        "set config.model.local_files_only=False to download it"
-        if local_files_only
-        else "check the name, the network and HF_TOKEN, or give a local directory"
+    if local_files_only:
+        return f"{path_or_id!r} was not downloaded before; set config.model.local_files_only=False to download it"
+    if not asked:
+        return (
+            f"{path_or_id!r} was not downloaded before, and the Hugging Face hub does not answer; check the network "
+            "and HF_HUB_OFFLINE, or give a directory as config.model.checkpoint"
+        )
+    if "gated" in str(error):
+        return (
+            f"{path_or_id} is gated: accept its licence at https://huggingface.co/{path_or_id} and set HF_TOKEN to a "
+            "token of that account"
+        )
+    return (
+        f"the tokenizer of {path_or_id!r} cannot be had from the Hugging Face hub ({_first_line(error)}); check the "
+        "name, the network and HF_TOKEN, or give a local directory"
     )
-    return f"the tokenizer of {path_or_id!r} cannot be had from the Hugging Face hub ({_first_line(error)}); {cure}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,11 @@
 """What a user sees of a command: help, one line per mistake, exit codes."""
 
+import errno
 import importlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 
@@ -32,6 +34,9 @@ def config_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(CONFIG)
     (tmp_path / "other.py").write_text("\n\ndef get_config():\n    return 1 + None\n")
+    (tmp_path / "broken.py").write_text("\nthis is no Python\n")
+    (tmp_path / "lost.py").write_text("import nowhere_to_be_found\n")
+    (tmp_path / "notes.md").write_text("# Notes\n")
     (tmp_path / "picky.py").write_text("def get_config(arg=''):\n    raise ValueError(f'no model {arg!r}')\n")
     return path
 
@@ -80,6 +85,11 @@ def test_main_sees_config_and_overrides(config_file):
     [
         ([], ["--config is missing"]),
         (["--config=nowhere.py"], ["nowhere.py", "no such file"]),
+        (["--config", "{near}"], ["mien.py", "no such file", "mine.py, "]),
+        (["--config={text}"], ["notes.md", "is no config"]),
+        (["--config={broken}"], ["broken.py, line 2", "SyntaxError"]),
+        (["--config={lost}"], ["lost.py, line 1", "ModuleNotFoundError", "nowhere_to_be_found"]),
+        (["{file}"], ["unexpected argument", "did you mean --config={file}?"]),
         (["--config={file}", "--config.train.batchsize=2"], ["batchsize", "batch_size"]),
         (["--config={file}", "--config.train.batch_size=many"], ["batch_size", "many"]),
         (["--config={file}", "--wrkdir=x"], ["wrkdir", "workdir"]),
@@ -95,13 +105,15 @@ def test_a_users_mistake_is_one_line_and_code_2(capsys, config_file, args, words
     def main(values):
         validate(from_config_dict(cli.config_of(values)))
 
-    files = {"file": config_file, "other": config_file.parent / "other.py", "picky": config_file.parent / "picky.py"}
+    names = {"file": "mine", "other": "other", "picky": "picky", "near": "mien", "broken": "broken", "lost": "lost"}
+    files = {key: config_file.with_name(f"{name}.py") for key, name in names.items()}
+    files["text"] = config_file.with_name("notes.md")
     code, out, err = exit_of(capsys, main, *[arg.format(**files) for arg in args])
     assert code == 2
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
     for word in words:
-        assert word in err
+        assert word.format(**files) in err
 
 
 def test_help_lists_flags_and_exits_with_0(capsys):
@@ -131,6 +143,26 @@ def test_a_message_of_several_lines_is_folded(capsys, config_file):
 
     _, _, err = exit_of(capsys, main, f"--config={config_file}")
     assert err == "error: first second\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/full/metrics.jsonl"), ["/full/metrics", "free some space"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), ["/root/x", "may read and write"]),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9"), ["mesh.fsdp", "allocating 9"]),
+        (MemoryError("no 9 GiB"), ["out of memory", "JAX_PLATFORMS=cpu", "no 9 GiB"]),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_and_code_2(capsys, config_file, error, words):
+    def main(values):
+        raise error
+
+    code, _, err = exit_of(capsys, main, f"--config={config_file}")
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
 
 
 def test_our_own_mistakes_keep_their_stack_trace(config_file):

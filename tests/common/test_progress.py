@@ -50,6 +50,23 @@ def test_log_gets_a_line_now_and_then(monkeypatch, informed, caplog):
     ]
 
 
+def test_the_time_left_follows_the_speed_of_late(monkeypatch, informed, caplog):
+    """The first step, which waits for XLA, does not foretell that all steps take as long."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with caplog.at_level("INFO", logger="absl"), Progress("train", total=200, unit="step") as progress:
+        for seconds in (60.0, *[1.0] * 60):
+            clock[0] += seconds
+            progress.advance(1)
+    # By hand: 1 step in 60 s; then 30 steps in 30 s, 169 and 139 are left; at the end 61 steps in 120 s.
+    assert [record.getMessage() for record in caplog.records] == [
+        "train: 1/200 steps, 60 s/step, 3:19:00 left",
+        "train: 31/200 steps, 1 steps/s, 2:49 left",
+        "train: 61/200 steps, 1 steps/s, 2:19 left",
+    ]
+
+
 def test_short_work_leaves_no_line(monkeypatch, informed, caplog):
     monkeypatch.setattr("sys.stderr", io.StringIO())
     with caplog.at_level("INFO", logger="absl"), Progress("build", total=3, unit="trie") as progress:
