@@ -15,11 +15,13 @@
 #   --name NAME      of the TPU
 #   --zone ZONE      as in us-west4-a
 #   --type TYPE      accelerator type (v5litepod-8); pods are v5litepod-16 and up
-#   --version IMAGE  software of the machines (v2-alpha-tpuv5-lite; v6e: v2-alpha-tpuv6e; v5p: v2-alpha-tpuv5)
+#   --version IMAGE  software of the machines; by default what Google names for the type
 #   --project NAME   instead of gcloud's own
 #   --spot           cheaper, may be preempted
+#   --queued         wait in Google's queue (a queued resource of the same name) where there is no room at once;
+#                    give it to teardown too
 #   --every SECONDS  between two looks of watch (60)
-#   --restarts N     how many crashes in a row watch puts up with (3); preemptions do not count
+#   --restarts N     how many crashes watch puts up with (3) without half an hour of work between; preemptions do not count
 #   --dry-run        print the commands, do nothing
 #
 # On a pod --workdir must be a place that all workers see: a gs:// address. HF_TOKEN, where set, goes along as a file.
@@ -28,7 +30,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/lib.sh
 source "$root/launch/lib.sh"
 
-name="" zone="" type=v5litepod-8 version=v2-alpha-tpuv5-lite every=60 restarts=3
+name="" zone="" type=v5litepod-8 version="" queued=no every=60 restarts=3
 project=() spot=() flags=() given=()
 command=${1:-}
 case $command in
@@ -47,6 +49,7 @@ while [[ $# -gt 0 ]]; do
     --every) every=$(value_of "$@"); shift 2 ;;
     --restarts) restarts=$(value_of "$@"); shift 2 ;;
     --spot) spot=(--spot); shift ;;
+    --queued) queued=yes; shift ;;
     --dry-run) dry_run=yes; shift ;;
     -h | --help) usage "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; flags=("$@"); break ;;
@@ -59,6 +62,16 @@ if [[ $command == start || $command == watch ]]; then
   [[ ${#flags[@]} -gt 0 ]] || die "nothing to run; give the job's flags after --, as in -- --config=configs/qwen3.py"
 fi
 need gcloud
+
+# https://cloud.google.com/tpu/docs/runtimes
+if [[ -z $version ]]; then
+  case $type in
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    *) version=tpu-ubuntu2204-base ;;
+  esac
+fi
 
 tpu() {
   gcloud compute tpus tpu-vm "$1" "${@:2}" --zone "$zone" "${project[@]}"
@@ -79,8 +92,63 @@ state() {
   fi
 }
 
+# The same of the request in the queue: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ...
+queue() {
+  local answer
+  if answer=$(gcloud compute tpus queued-resources describe "$name" --format 'value(state.state)' \
+    --zone "$zone" "${project[@]}" 2>&1); then
+    printf '%s' "$answer"
+  elif [[ $answer != *NOT_FOUND* && $answer != *"not found"* ]]; then
+    die "gcloud: $answer"
+  fi
+}
+
+change_queue() {
+  run gcloud compute tpus queued-resources "$1" "$name" "${@:2}" --zone "$zone" "${project[@]}"
+}
+
+enqueue() {
+  change_queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$version" "${spot[@]}"
+}
+
+# Asks for the TPU and waits until it is there; a request whose TPU was preempted is SUSPENDED for good.
+create_queued() {
+  local now asked=no
+  if [[ $dry_run == yes ]]; then
+    enqueue
+    return
+  fi
+  while true; do
+    now=$(queue)
+    case $now in
+      ACTIVE)
+        if [[ $(state) == READY ]]; then
+          say "$name is READY"
+          return
+        fi
+        ;;
+      FAILED | SUSPENDED)
+        [[ $asked == no ]] || die "the request for $name ended as $now; ask gcloud compute tpus queued-resources describe"
+        change_queue delete --force --quiet
+        enqueue
+        asked=yes
+        ;;
+      "")
+        [[ $asked == yes ]] || enqueue
+        asked=yes
+        ;;
+    esac
+    say "$name: the request is ${now:-made}; looking again in $every s"
+    sleep "$every"
+  done
+}
+
 create() {
   local now
+  if [[ $queued == yes ]]; then
+    create_queued
+    return
+  fi
   now=$(state)
   case $now in
     READY | CREATING | STARTING | RESTARTING | REPAIRING) say "$name is $now" ; return ;;
@@ -114,7 +182,7 @@ setup() {
   workers all install
 }
 
-# What the job on worker 0 does: running, or its exit code; empty where it was never started or nobody answers.
+# What the job on worker 0 does: running, its exit code, or lost; empty where it was never started or nobody answers.
 job() {
   tpu ssh "$name" --worker=0 --command 'bash cft_jax/launch/tpu_worker.sh state' 2>/dev/null | tail -n 1 || true
 }
@@ -129,7 +197,7 @@ bring_up() {
 }
 
 watch() {
-  local now code crashes=0
+  local now code crashes=0 steady=0
   bring_up
   [[ $dry_run == no ]] || return 0
   while sleep "$every"; do
@@ -142,12 +210,18 @@ watch() {
     fi
     code=$(job)
     case $code in
-      running | "") crashes=0 ;;
+      running)
+        # A job that crashes every few minutes is not to be restarted for ever.
+        steady=$((steady + 1))
+        [[ $((steady * every)) -lt 1800 ]] || crashes=0
+        ;;
+      "") ;;
       0) say "the job is done"; return 0 ;;
       2) die "the job found a mistake in what it was asked to do: launch/tpu_vm.sh logs --name $name --zone $zone" ;;
       *)
-        # 143 was saved after a signal, 75 is a worker that came too late.
-        [[ $code == 143 || $code == 75 ]] || crashes=$((crashes + 1))
+        # 143 was saved after a signal, 75 is a worker that came too late, lost went with a reboot.
+        [[ $code == 143 || $code == 75 || $code == lost ]] || crashes=$((crashes + 1))
+        steady=0
         [[ $crashes -le $restarts ]] || die "the job ended with $code after $restarts restarts; see its log"
         say "the job ended with $code; starting it again"
         { this stop && this start; } || say "that failed; the next attempt is in $every s"
@@ -173,8 +247,13 @@ case $command in
   stop) workers all stop ;;
   teardown)
     now=$(state)
+    if [[ $queued == yes ]]; then
+      [[ $dry_run == yes ]] || now=$(queue)
+    fi
     if [[ $dry_run == no && -z $now ]]; then
       say "$name is not there"
+    elif [[ $queued == yes ]]; then
+      change_queue delete --force --quiet
     else
       change delete "$name" --quiet
     fi

@@ -5,8 +5,9 @@
 set -euo pipefail
 cd "${CFT_WORKER_HOME:-$HOME}"
 
+# After a reboot another process may have the number.
 running() {
-  [[ -e job.pid ]] && kill -0 "$(<job.pid)" 2>/dev/null
+  [[ -e job.pid ]] && grep -qsz '^attend$' "/proc/$(<job.pid)/cmdline"
 }
 
 install() {
@@ -60,6 +61,8 @@ state() {
     cat job.exit
   elif running; then
     echo "running"
+  elif [[ -e job.pid ]]; then
+    echo "lost"
   fi
 }
 

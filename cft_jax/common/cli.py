@@ -239,10 +239,11 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
 def _worth_reading(record) -> bool:
     """What this package says, and other libraries' warnings.
 
-    Of orbax, errors alone: it shares absl's logger, reports every file that it writes, and warns of what it was told.
+    Nothing of orbax: it shares absl's logger, reports every file that it writes, warns of what it was told, and logs the
+    errors that it raises.
     """
     if "orbax" in Path(record.pathname).parts:
-        return record.levelno >= stdlib_logging.ERROR
+        return False
     return record.name == "absl" or record.levelno >= stdlib_logging.WARNING
 
 

@@ -128,6 +128,44 @@ esac
 """
 
 
+# The same with a queue: `queue` holds what the next looks at the request answer, one a line.
+_GCLOUD_QUEUE = """
+cd {place}
+case "$3 $4" in
+  "queued-resources describe") [[ -s queue ]] || {{ echo "ERROR: NOT_FOUND" >&2; exit 1; }}
+    head -n 1 queue; [[ $(wc -l <queue) == 1 ]] || sed -i 1d queue ;;
+  "queued-resources create") printf '%s\\n' WAITING_FOR_RESOURCES PROVISIONING ACTIVE >queue; echo READY >state ;;
+  "queued-resources delete") rm queue ;;
+  "tpu-vm describe") cat state ;;
+esac
+"""
+
+
+def test_tpu_waits_in_the_queue(stand_ins):
+    """A request that lost its TPU is made anew; one that has it is left alone; taking down ends the request."""
+    stand_ins.answer("gcloud", _GCLOUD_QUEUE.format(place=stand_ins.directory))
+    (stand_ins.directory / "queue").write_text("SUSPENDED\n")
+    flags = (*TPU, "--queued", "--spot", "--type", "v6e-8", "--every", "0")
+    done = stand_ins.run("tpu_vm.sh", "create", *flags)
+    assert done.returncode == 0, done.stderr
+    changes = [call[3:] for call in stand_ins.calls() if call[4] != "describe"]
+    made = ["--node-id", "t", "--accelerator-type", "v6e-8", "--runtime-version", "v2-alpha-tpuv6e", "--spot"]
+    assert changes == [
+        ["queued-resources", "delete", "t", "--force", "--quiet", *PLACE],
+        ["queued-resources", "create", "t", *made, *PLACE],
+    ]
+    assert stand_ins.run("tpu_vm.sh", "create", *flags).returncode == 0
+    assert {call[4] for call in stand_ins.calls()} == {"describe"}
+    assert stand_ins.run("tpu_vm.sh", "teardown", *flags).returncode == 0
+    assert stand_ins.calls()[-1][3:6] == ["queued-resources", "delete", "t"]
+
+
+def test_a_request_that_fails_is_told(stand_ins):
+    stand_ins.answer("gcloud", "[[ $4 != describe ]] || echo FAILED")
+    done = stand_ins.run("tpu_vm.sh", "create", *TPU, "--queued", "--every", "0")
+    assert done.returncode == 2 and "the request for t ended as FAILED" in done.stderr
+
+
 @pytest.fixture
 def gcloud(stand_ins):
     stand_ins.answer("gcloud", _GCLOUD.format(place=stand_ins.directory))
@@ -189,14 +227,14 @@ def test_tpu_flags_arrive_as_they_were(stand_ins):
 def test_watch_survives_preemption_crash_and_interruption(stand_ins, gcloud):
     """Preempted once, then interrupted, crashed and finished."""
     (stand_ins.directory / "then").write_text("PREEMPTED")  # happens after the first start
-    (stand_ins.directory / "job").write_text("running\n143\n1\n0\n")
+    (stand_ins.directory / "job").write_text("running\n143\n1\nlost\n0\n")
     done = stand_ins.run("tpu_vm.sh", "watch", *TPU, "--every", "0", "--", "--config=a.py")
     assert done.returncode == 0, done.stderr
     actions = gcloud(stand_ins.calls())
     words = [action[0] if action[0] != "ssh" else action[-3].split()[-1] for action in actions]
     up = ["create", "scp", "cft_jax", "install", "--config=a.py"]
     again = ["stop", "--config=a.py"]
-    assert [word for word in words if word != "state"] == [*up, "delete", *up, *again, *again]
+    assert [word for word in words if word != "state"] == [*up, "delete", *up, *again, *again, *again]
 
 
 def test_watch_gives_up_on_mistakes_and_repeated_crashes(stand_ins, gcloud):
@@ -204,6 +242,10 @@ def test_watch_gives_up_on_mistakes_and_repeated_crashes(stand_ins, gcloud):
     done = stand_ins.run("tpu_vm.sh", "watch", *TPU, "--every", "0", "--", "--config=a.py")
     assert done.returncode == 2 and "mistake" in done.stderr
     (stand_ins.directory / "job").write_text("1\n1\n")
+    done = stand_ins.run("tpu_vm.sh", "watch", *TPU, "--every", "0", "--restarts", "1", "--", "--config=a.py")
+    assert done.returncode == 2 and "after 1 restarts" in done.stderr
+    # Seen at work between two crashes, but for no half an hour.
+    (stand_ins.directory / "job").write_text("1\nrunning\n1\n")
     done = stand_ins.run("tpu_vm.sh", "watch", *TPU, "--every", "0", "--restarts", "1", "--", "--config=a.py")
     assert done.returncode == 2 and "after 1 restarts" in done.stderr
 
@@ -230,6 +272,9 @@ def test_tpu_worker_starts_once_and_notes_the_end(stand_ins):
     assert worker("state") == "143"
     assert (home / "job.log").read_text().splitlines()[0] == f"-u -m cft_jax.main {AWKWARD}"
     assert worker("stop") == "not running"
+    (home / "job.exit").unlink()
+    (home / "job.pid").write_text(str(os.getpid()))  # a number that a reboot gave to another process
+    assert worker("state") == "lost"
 
 
 def gke(stand_ins, *options):
