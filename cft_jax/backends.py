@@ -1,13 +1,17 @@
 """The model that an evaluation measures, from whatever names it, ready to be sampled from and scored."""
 
+import contextlib
 from pathlib import Path
 
+from etils import epath
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.base import base_of_run, base_tokenizer
 from cft_jax.checkpoints import from_pretrained, hub
 from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
 from cft_jax.common.errors import UserError
+from cft_jax.common.mirror import CHECKPOINTS, local_workdir
+from cft_jax.common.stores import is_remote, reaching
 from cft_jax.common.workdir import read_config
 from cft_jax.config import Config, from_config_dict
 from cft_jax.evaluate.backend import Backend
@@ -23,16 +27,13 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
       UserError: there is no such checkpoint, or it cannot be loaded.
     """
     settings, what = config.model, config.model.checkpoint
-    directory = Path(what).expanduser()
-    if (directory / "checkpoints").is_dir():
+    if _is_run(what):
         if config.backend == "jax":
-            saved = from_config_dict(read_config(directory))
-            tokenizer = base_tokenizer(saved.model, base_of_run(saved, directory))
-            model, step = load_trained(directory, saved)
-            return JaxBackend(model, tokenizer), tokenizer, f"{what}, step {step}"
-        what = str(directory / "export")
-        if not Path(what).is_dir():
-            raise UserError(f"{directory} has no export/, which backend=hf measures; run cft_jax.export first")
+            with local_workdir(what, write=False, flag="config.model.checkpoint") as directory:
+                return _newest(directory, what)
+        what = f"{what.rstrip('/')}/export"
+        if not epath.Path(what).is_dir():
+            raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
     tokenizer = base_tokenizer(settings, _tokenizer_place(what, config))
     if config.backend == "hf":
         return _hf_backend(what, config, tokenizer), tokenizer, what
@@ -46,6 +47,20 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
         local_files_only=settings.local_files_only,
     )
     return JaxBackend(model, tokenizer), tokenizer, what
+
+
+def _is_run(what: str) -> bool:
+    """Whether a directory, here or on a store, is that of a run of cft_jax.main."""
+    with reaching(f"config.model.checkpoint={what}") if is_remote(what) else contextlib.nullcontext():
+        return (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
+
+
+def _newest(directory: Path, name: str) -> tuple[Backend, PreTrainedTokenizerBase, str]:
+    """The newest checkpoint of a run."""
+    saved = from_config_dict(read_config(directory))
+    tokenizer = base_tokenizer(saved.model, base_of_run(saved, directory))
+    model, step = load_trained(directory, saved)
+    return JaxBackend(model, tokenizer), tokenizer, f"{name}, step {step}"
 
 
 def _tokenizer_place(what: str, config: Config) -> str:

@@ -239,8 +239,8 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
 def _worth_reading(record) -> bool:
     """What this package says, and other libraries' warnings.
 
-    Nothing of orbax: it shares absl's logger, reports every file that it writes, warns of what it was told, and logs the
-    errors that it raises.
+    Nothing of orbax: it shares absl's logger, reports every file that it writes, warns of what it was told, and logs
+    the errors that it raises.
     """
     if "orbax" in Path(record.pathname).parts:
         return False
