@@ -54,7 +54,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.7.2"],
         # Workdirs on gs://.
         "gcs": ["gcsfs>=2024.6"],
-        "eval": ["lm-eval>=0.4.13", "peft>=0.17", "torch"],
+        # The tokenizer of NoveltyBench's classifier is a file of sentencepiece's.
+        "eval": ["lm-eval>=0.4.13", "peft>=0.17", "protobuf>=4", "sentencepiece>=0.2", "torch"],
         "test": TEST,
         "tpu": ["jax[tpu]>=0.7.2"],
     },

@@ -294,7 +294,7 @@ def run_lm_eval(
     for name, values in by_task.items():
         logging.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
     used = asdict(settings) | {"tasks": list(names)}
-    figures = {"lm_eval": {"version": version, "tasks": by_task}}
+    figures = {"lm_eval": {"version": version, "tasks": by_task, "higher_is_better": found["higher_is_better"]}}
     return results.finish(SUITE, fingerprint, used, figures, rows=rows, samples=samples)
 
 

@@ -82,6 +82,7 @@ def find_classifier(settings: NoveltyBenchConfig, *, local_files_only: bool) -> 
     tokenizer = directory
     if not scorers.has_tokenizer(directory):
         tokenizer = _resolve("classifier_tokenizer", settings.classifier_tokenizer, local_files_only)
+    scorers.check_files(directory, tokenizer)
     dtype, batch = settings.classifier_dtype, settings.scorer_batch
     return Scorer(
         lambda: f"{scorers.checkpoint_identity(directory)} {scorers.checkpoint_identity(tokenizer)} {dtype}",
@@ -93,6 +94,7 @@ def find_reward_model(settings: NoveltyBenchConfig, *, local_files_only: bool) -
     """The reward model, as `find_classifier`."""
     scorers = _scorers()
     directory = _resolve("reward_model", settings.reward_model, local_files_only)
+    scorers.check_files(directory, directory)
     dtype, batch = settings.reward_dtype, settings.scorer_batch
     return Scorer(
         lambda: f"{scorers.checkpoint_identity(directory)} {dtype}",

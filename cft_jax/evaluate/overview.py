@@ -11,12 +11,12 @@ from cft_jax.evaluate.side_by_side import Run, figure_of, head_row, table, value
 from cft_jax.suite_config import SUITES
 
 TITLES = {
-    "structured": "structured sampling",
-    "open_random": "open random",
-    "mcq": "multiple choice",
+    "structured": "Structured sampling",
+    "open_random": "Open random",
+    "mcq": "Multiple choice",
     "noveltybench": "NoveltyBench",
-    "perplexity": "perplexity",
-    "retention": "TinyBenchmarks",
+    "perplexity": "Perplexity",
+    "retention": "Retention",
 }
 
 
@@ -44,7 +44,7 @@ HEADLINES = (
     Headline("structured", "W1, unseen parameters", ("splits", UNSEEN, "sampled", "wasserstein_1"), False, -1),
     Headline("structured", "KL, unseen families", ("splits", OOD, "exact", "kl"), False, -1),
     Headline("structured", "W1, unseen families", ("splits", OOD, "sampled", "wasserstein_1"), False, -1),
-    Headline("structured", "valid", ("splits", UNSEEN, "sampled", "valid_rate"), True, 1),
+    Headline("structured", "valid answers, unseen parameters", ("splits", UNSEEN, "sampled", "valid_rate"), True, 1),
     Headline("open_random", "unique answers", ("mean_num_unique",), False, 1),
     Headline("open_random", "unique fraction", ("mean_unique_fraction",), True, 1),
     Headline("open_random", "entropy, nats", ("mean_entropy",), False, 1),
@@ -58,14 +58,42 @@ HEADLINES = (
     Headline("noveltybench", "utility, all prompts", ("overall", "mean_utility"), False, 1),
     Headline("perplexity", "perplexity", ("total", "paper", "perplexity"), False, -1),
     Headline("perplexity", "bits per byte", ("total", "covering", "bits_per_byte"), False, -1),
-    Headline("retention", "mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), True, 1),
-    Headline("retention", "mean accuracy", ("tinybenchmarks", "aggregate", "mean_accuracy"), True, 1),
+    Headline("retention", "TinyBenchmarks, mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), True, 1),
+    Headline("retention", "TinyBenchmarks, mean accuracy", ("tinybenchmarks", "aggregate", "mean_accuracy"), True, 1),
+    Headline("retention", "GSM8K, strict", ("tinybenchmarks", "aggregate", "gsm8k_strict_accuracy"), True, 1),
 )  # fmt: skip
+
+
+def headlines_of(suite: str, summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
+    """A suite's headlines: fixed ones, and those of the lm-eval tasks that somebody named."""
+    named = {name for summary in summaries for name in summary.get("settings", {}).get("tasks", ())}
+    of_tasks = task_headlines(summaries) if suite == "retention" else []
+    # A tag stands for tasks of other names, so that all there are count.
+    chosen = [headline for headline in of_tasks if headline.path[2] in named] or of_tasks
+    return [headline for headline in HEADLINES if headline.suite == suite] + chosen
+
+
+def task_headlines(summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
+    """A headline for every metric of every lm-eval task in these summaries."""
+    found: dict[tuple[str, str], Headline] = {}
+    for summary in summaries:
+        section = summary.get("lm_eval", {"tasks": {}})
+        for task, figures in section["tasks"].items():
+            for key in figures:
+                metric, _, chosen = key.partition(",")
+                higher = section["higher_is_better"].get(task, {}).get(metric)
+                if metric.endswith("_stderr") or higher is None:
+                    continue
+                heading = ", ".join([task, metric] + ([] if chosen == "none" else [chosen]))
+                is_share = metric.startswith(("acc", "exact_match"))
+                path = ("lm_eval", "tasks", task, key)
+                found[task, key] = Headline("retention", heading, path, is_share, 1 if higher else -1)
+    return list(found.values())
 
 
 def headline_figures(summary: Mapping[str, Any]) -> dict[str, float | int]:
     """A suite's headline figures by heading; those that were not computed are absent."""
-    found = {h.heading: figure_of(summary, h.path) for h in HEADLINES if h.suite == summary["suite"]}
+    found = {h.heading: figure_of(summary, h.path) for h in headlines_of(summary["suite"], [summary])}
     return {heading: value for heading, value in found.items() if value is not None}
 
 
@@ -104,9 +132,9 @@ def _suite_rows(suite: str, summaries: Sequence[Mapping[str, Any] | None]) -> st
     ]
     cells = "".join(f'<td style="text-align:right">{note}</td>' for note in notes)
     rows = f'<tr class="head"><td>{TITLES[suite]}</td>{cells}</tr>'
-    for headline in HEADLINES:
+    for headline in headlines_of(suite, there):
         values = [figure_of(summary or {}, headline.path) for summary in summaries]
-        if headline.suite == suite and there and any(value is not None for value in values):
+        if any(value is not None for value in values):
             shown = value_cells(values, headline.is_share, headline.better)
             rows += f"<tr><td>{html.escape(headline.heading)}</td>{shown}</tr>"
     return rows

@@ -45,9 +45,11 @@ def split_title(split: str) -> str:
 
 
 def number(value: float | int | None) -> str:
-    """Three significant digits; powers of ten where they are many; a dash for what does not exist."""
+    """Three significant digits; powers of ten where they are many; counts whole; a dash for what does not exist."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")

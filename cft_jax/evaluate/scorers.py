@@ -4,12 +4,14 @@ Weights come from safetensors alone and no checkpoint's own code is run.
 """
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from absl import logging
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cft_jax.common.errors import UserError
@@ -128,8 +130,22 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
+def check_files(directory: Path, tokenizer: Path) -> None:
+    """Refuses a scorer that could not be loaded later.
+
+    Raises:
+      UserError: its weights are in a format that can run code, or its tokenizer needs a package that is absent.
+    """
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} holds no .safetensors; other formats of weights can run code and are not loaded")
+    spelt = (tokenizer / "spm.model").is_file() and not (tokenizer / "tokenizer.json").is_file()
+    if spelt and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(f"the tokenizer in {tokenizer} needs sentencepiece: pip install 'cft_jax[eval]'")
+
+
 def checkpoint_identity(directory: Path) -> str:
     """Identifies a scorer by the contents of all its weights, settings and tokenizer files."""
+    logging.info("identifying %s", directory)
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".model")):
         digest.update(f"{path.name} {_content_hash(path)}\n".encode())
@@ -146,8 +162,6 @@ def _content_hash(path: Path) -> str:
 
 
 def _load(directory: Path, tokenizer: Path, dtype: str) -> tuple[Any, Any]:
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory} holds no .safetensors; other formats of weights can run code and are not loaded")
     try:
         reader = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForSequenceClassification.from_pretrained(

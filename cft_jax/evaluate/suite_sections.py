@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
 from cft_jax.evaluate import plots
-from cft_jax.evaluate.overview import HEADLINES, TITLES
+from cft_jax.evaluate.overview import TITLES, headlines_of, task_headlines
 from cft_jax.evaluate.parsing import ANSWER_LABELS
 from cft_jax.evaluate.report_tables import number
 from cft_jax.evaluate.side_by_side import Run, figure_of, head_row, legend, table, value_cells
@@ -61,14 +61,17 @@ def suite_section(runs: Sequence[Run], suite: str, styles: Mapping[str, int]) ->
     of_suite = [run for run in runs if run.summary["suite"] == suite and "missing" not in run.summary]
     if not of_suite:
         return ""
-    figures = [(h.heading, h.path, h.is_share, h.better) for h in HEADLINES if h.suite == suite]
+    summaries = [run.summary for run in of_suite]
+    # Tasks in a group come after the groups that were asked for.
+    headlines = dict.fromkeys([*headlines_of(suite, summaries), *task_headlines(summaries)])
+    figures = [(h.heading, h.path, h.is_share, h.better) for h in headlines]
     rows = ""
     for heading, path, is_share, better in (*figures, *_FURTHER.get(suite, ())):
         values = [figure_of(run.summary, path) for run in of_suite]
         if any(value is not None for value in values):
             rows += f"<tr><td>{html.escape(heading)}</td>{value_cells(values, is_share, better)}</tr>"
     shown = table(head_row(of_suite, "", styles), rows) if rows else ""
-    return f"<h2>{html.escape(TITLES.get(suite, suite)).capitalize()}</h2>{shown}" + (
+    return f"<h2>{html.escape(TITLES.get(suite, suite))}</h2>{shown}" + (
         _plots(of_suite, suite, styles) + _all_numbers(of_suite, styles)
     )
 
@@ -98,25 +101,34 @@ def _mcq_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple
     names = [f"freq_{label.lower()}" for label in ANSWER_LABELS]
     shares = {run.name: [run.summary[name] for name in names] for run in runs if names[0] in run.summary}
     if shares:
-        yield "Where the right answer stands", _bars_figure(ANSWER_LABELS, shares, styles, uniform=True)
+        yield "Where the right answer stands", _bars_figure(ANSWER_LABELS, shares, styles, percent=True, uniform=True)
 
 
 def _noveltybench_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
     splits = list(dict.fromkeys(split for run in runs for split in run.summary.get("splits", {})))
     for name, title in (("mean_distinct", "Distinct answers"), ("mean_utility", "Utility")):
         if heights := _bars(runs, [("splits", split, name) for split in splits]):
-            yield title, _bars_figure(splits, heights, styles, uniform=False)
+            yield title, _bars_figure(splits, heights, styles)
 
 
 def _perplexity_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
     slices = list(dict.fromkeys(name for run in runs for name in run.summary.get("slices", {})))
     if bits := _bars(runs, [("slices", name, "covering", "bits_per_byte") for name in slices]):
-        yield "Bits per byte", _bars_figure(slices, bits, styles, uniform=False)
+        yield "Bits per byte", _bars_figure(slices, bits, styles)
 
 
 def _retention_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
-    if shares := _bars(runs, [("tinybenchmarks", "tasks", task, "accuracy") for task in _RETENTION_TITLES]):
-        yield "Accuracy", _bars_figure(list(_RETENTION_TITLES.values()), shares, styles, uniform=False)
+    asked = [
+        (task, title)
+        for task, title in _RETENTION_TITLES.items()
+        if any(task in run.summary.get("tinybenchmarks", {"tasks": {}})["tasks"] for run in runs)
+    ]
+    if shares := _bars(runs, [("tinybenchmarks", "tasks", task, "accuracy") for task, _ in asked]):
+        yield "Accuracy", _bars_figure([title for _, title in asked], shares, styles, percent=True)
+    of_tasks = [h for h in headlines_of("retention", [run.summary for run in runs]) if h.path[0] == "lm_eval"]
+    of_tasks = [headline for headline in of_tasks if headline.is_share]
+    if shares := _bars(runs, [headline.path for headline in of_tasks]):
+        yield "lm-eval", _bars_figure([headline.heading for headline in of_tasks], shares, styles, percent=True)
 
 
 def _bars(runs: Sequence[Run], paths: Sequence[tuple[str, ...]]) -> dict[str, list[float]]:
@@ -142,7 +154,12 @@ def _support_figure(sizes: Mapping[str, Mapping[str, float]], styles: Mapping[st
 
 
 def _bars_figure(
-    labels: Sequence[str], values: Mapping[str, Sequence[float]], styles: Mapping[str, int], *, uniform: bool
+    labels: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    styles: Mapping[str, int],
+    *,
+    percent: bool = False,
+    uniform: bool = False,
 ) -> Figure:
     figure, (ax,) = plots.new_figure(5.6, 2.6, 1, 1)
     width = 0.8 / len(values)
@@ -151,6 +168,7 @@ def _bars_figure(
         ax.bar(left, heights, 0.92 * width, color=plots.line_style(styles[name])["color"], linewidth=0)
     if uniform:
         ax.axhline(1 / len(labels), color=plots.INK, linewidth=0.9, linestyle=(0, (2, 2)))
+    if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     slanted: dict[str, Any] = {"rotation": 30, "ha": "right"} if sum(map(len, labels)) > _LEVEL_LETTERS else {}
     ax.set_xticks(range(len(labels)), labels, parse_math=False, **slanted)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cft_jax.evaluate.exact_plan import PromptCodec
-from cft_jax.generate import TrieScore
+from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.text import paths
 from cft_jax.text.digits import DigitTokens
 from cft_jax.text.full_trie import FullTrie
@@ -139,6 +139,40 @@ def character_trie(space):
     return grow_forest(tokens, lengths, groups, space.probabilities, terminator_id=TERMINATOR, describe=str).trie(0)
 
 
+class ScriptedModel:
+    """A backend whose log-likelihoods and greedy texts are made of what it is asked; it fails after so many calls."""
+
+    fingerprint = "scripted"
+
+    def __init__(self, *, log_prob, text, stop, fail_after=10**9):
+        self.log_prob, self.text, self.stop = log_prob, text, stop
+        self.calls, self.fail_after = 0, fail_after
+
+    def _count(self):
+        self.calls += 1
+        if self.calls > self.fail_after:
+            raise KeyboardInterrupt
+
+    def log_likelihoods(self, requests):
+        self._count()
+        return [Likelihood(self.log_prob(request), False) for request in requests]
+
+    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p, stop=()):
+        self._count()
+        assert temperature == 0 and num_samples == 1 and self.stop in stop and len(set(seeds)) == len(seeds)
+        return [[self.text(prompt)] for prompt in prompts]
+
+    def _unasked(self, *_, **__):
+        raise AssertionError("the suite asks for nothing else")
+
+    score = next_token_log_probs = token_log_probs = _unasked
+
+
+@pytest.fixture(scope="session")
+def scripted_model() -> type[ScriptedModel]:
+    return ScriptedModel
+
+
 @pytest.fixture(scope="session")
 def character_model() -> type[CharacterModel]:
     return CharacterModel
@@ -162,3 +196,118 @@ def small_checkpoint(tmp_path_factory, write_hf, hf_config) -> Path:
     write_hf(directory, config)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def letters_tokenizer(special):
+    """A tokenizer of single bytes, with BERT's or a chat's special tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = [*special.values(), *(chr(code) for code in range(32, 127)), "[UNK]"]
+    rust = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    rust.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="[UNK]", **special)
+
+
+def randomise(model, seed):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 2.0 / parameter.shape[-1] ** 0.5, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Path:
+    """A small random DeBERTa that tells pairs of texts apart, in HF format."""
+    import transformers
+
+    directory = tmp_path_factory.mktemp("classifier")
+    tokenizer = letters_tokenizer({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        type_vocab_size=2, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+        position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, pooler_hidden_size=24, num_labels=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    randomise(transformers.DebertaV2ForSequenceClassification(config), 3).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory) -> Path:
+    """A small random Gemma with one output, in HF format."""
+    import torch
+    import transformers
+
+    directory = tmp_path_factory.mktemp("reward")
+    tokenizer = letters_tokenizer({"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, num_labels=1, pad_token_id=tokenizer.pad_token_id, sliding_window=16,
+    )  # fmt: skip
+    model = randomise(transformers.Gemma2ForSequenceClassification(config), 5)
+    with torch.no_grad():
+        # Rewards of the published model lie around its thresholds, between -8 and -2.
+        model.score.weight.mul_(-1.0)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def novelty_prompts(tmp_path_factory) -> Path:
+    """NoveltyBench-shaped prompts: three of one split, one of another."""
+    file = tmp_path_factory.mktemp("novelty") / "curated.jsonl"
+    rows = [
+        {"id": f"c-{index}", "prompt": f"Tell a story about a {what}."}
+        for index, what in enumerate(("fox", "cat", "bridge"))
+    ]
+    rows.append({"id": "w-0", "prompt": "Name a colour.", "split": "wildchat"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+# Documents of very different length, one without any token, one of a single letter, one with characters of many bytes.
+PALOMA = {
+    "news/test/a.jsonl.gz": ["the cat sat on the mat " * 9, "", "x", "déjà vu ☕ twice"],
+    "news/test/b.jsonl.gz": ["numbers 1 2 3 and no more"],
+    "code/test/c.jsonl.gz": ["def f(x): return x + 1\n" * 5],
+    "code/val/d.jsonl.gz": ["of another split"],
+}
+
+
+@pytest.fixture(scope="session")
+def paloma_texts() -> dict[str, list[str]]:
+    """The documents of every file of `paloma`."""
+    return PALOMA
+
+
+@pytest.fixture(scope="session")
+def paloma(tmp_path_factory) -> Path:
+    """A directory in PALOMA's layout."""
+    root = tmp_path_factory.mktemp("paloma")
+    for name, texts in PALOMA.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(root / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_benchmarks(tmp_path_factory, golden_rows) -> Path:
+    """TinyBenchmarks' five data sets, 100 rows each, from the golden rows."""
+    from cft_jax.suite_config import RETENTION_TASKS
+
+    root = tmp_path_factory.mktemp("tiny")
+    rows = golden_rows("retention_examples")
+    for name in RETENTION_TASKS:
+        own = [row["row"] for row in rows if row["task_name"] == name]
+        lines = [json.dumps(own[i % len(own)]) for i in range(100)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root

@@ -10,6 +10,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.comparison import read_runs, render_comparison
 from cft_jax.evaluate.overview import HEADLINES, all_summary, headline_figures
+from cft_jax.evaluate.side_by_side import Run
 from cft_jax.main import run as train
 from cft_jax.suite_config import SUITES
 from cft_jax.suites import RUNNERS
@@ -84,6 +85,24 @@ def test_a_table_without_a_model_by_hand():
         "mcq": {"figures": {"total variation": 0.25}},
         "perplexity": {"missing": "no data"},
     }
+
+
+def test_tasks_of_lm_eval_have_rows_too():
+    def run_of(name, **tasks):
+        better = {"arc": {"acc": True, "alias": None}, "wiki": {"bits": False}}
+        section = {"version": "0", "tasks": tasks, "higher_is_better": better}
+        summary = {"suite": "retention", "settings": {"tasks": ["arc", "wiki"]}, "lm_eval": section}
+        return [Run(name, summary, []), Run(name, {"suite": "mcq", "missing": "no prompt"}, [])]
+
+    base = run_of("base", arc={"acc,none": 0.5, "acc_stderr,none": 0.1}, wiki={"bits,none": 2.0})
+    soft = run_of("soft", arc={"acc,none": 0.25, "acc_stderr,none": 0.1})
+    assert headline_figures(base[0].summary) == {"arc, acc": 0.5, "wiki, bits": 2.0}
+    page = render_comparison([*base, *soft])
+    table = page[page.index("All suites") :].partition("</table>")[0]
+    assert "<td>arc, acc</td><td><b>50.0 %</b></td><td>25.0 %<br><small>−25.0 points</small></td>" in table
+    assert "wiki, bits" in table and "stderr" not in table and "TinyBenchmarks" not in page
+    # The section of the suite has the rows again, and bars of what is a share.
+    assert page.count("<td>arc, acc</td>") == 2 and page.count("<svg") == 1
 
 
 def test_the_main_job_runs_other_suites(configured, program_cache, tmp_path):

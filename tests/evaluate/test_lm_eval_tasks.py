@@ -20,7 +20,6 @@ from cft_jax.evaluate.jax_backend import JaxBackend
 from cft_jax.evaluate.lm_eval_tasks import BackendModel, load_tasks, run_lm_eval, task_manager
 from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.store import ResultStore
-from cft_jax.generate import Likelihood
 from cft_jax.suite_config import LmEvalConfig
 from cft_jax.text import ChatOptions
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
@@ -172,35 +171,15 @@ def test_generated_texts_are_equal(evaluated):
     assert any(text for (text,) in ours)
 
 
-class Counting:
-    """A backend of fixed answers that fails after so many calls."""
+def test_a_killed_run_ends_with_the_same_files(scripted_model, settings, tokenizer, tmp_path, monkeypatch):
+    def counting(fail_after=10**9):
+        return scripted_model(
+            log_prob=lambda request: -float(sum(request[1]) % 97) / 7,
+            text=lambda prompt: WORDS[sum(prompt) % len(WORDS)],
+            stop="e ",
+            fail_after=fail_after,
+        )
 
-    fingerprint = "counting"
-
-    def __init__(self, fail_after=10**9):
-        self.calls, self.fail_after = 0, fail_after
-
-    def count(self):
-        self.calls += 1
-        if self.calls > self.fail_after:
-            raise KeyboardInterrupt
-
-    def log_likelihoods(self, requests):
-        self.count()
-        return [Likelihood(-float(sum(after) % 97) / 7, False) for _, after in requests]
-
-    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p, stop=()):
-        self.count()
-        assert temperature == 0 and num_samples == 1 and "e " in stop
-        return [[WORDS[sum(prompt) % len(WORDS)]] for prompt in prompts]
-
-    def unasked(self, *_, **__):
-        raise AssertionError("lm-eval asks for nothing else")
-
-    score = next_token_log_probs = token_log_probs = unasked
-
-
-def test_a_killed_run_ends_with_the_same_files(settings, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(lm_eval_tasks, "_REQUESTS_AT_ONCE", 10)
 
     def measure(backend, name):
@@ -208,12 +187,12 @@ def test_a_killed_run_ends_with_the_same_files(settings, tokenizer, tmp_path, mo
             backend, tokenizer, TASKS, settings, ChatOptions(), Results(tmp_path / name, "it", write=True), seed=11
         )
 
-    whole = Counting()
+    whole = counting()
     summary = measure(whole, "whole")
     assert set(summary["lm_eval"]["tasks"]) == set(TASKS) and summary["lm_eval"]["version"].startswith("0.")
     with pytest.raises(KeyboardInterrupt):
-        measure(Counting(4), "killed")
-    rest = Counting()
+        measure(counting(4), "killed")
+    rest = counting()
     assert measure(rest, "killed") == summary
     assert rest.calls == whole.calls - 4
     for name in ("summary.json", "per_prompt.csv", "samples.jsonl.gz"):

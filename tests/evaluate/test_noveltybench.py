@@ -2,6 +2,8 @@
 
 import csv
 import gzip
+import hashlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cft_jax.common.errors import UserError
 from cft_jax.evaluate import metrics
 from cft_jax.evaluate.__main__ import run
-from cft_jax.evaluate.noveltybench_sources import read_novelty_prompts
+from cft_jax.evaluate.noveltybench_sources import find_classifier, read_novelty_prompts
 from cft_jax.evaluate.scorers import Classifier, RewardModel, checkpoint_identity
 from cft_jax.suite_config import NoveltyBenchConfig
 
@@ -27,71 +28,12 @@ LONG = [
 ]
 
 
-def letters_tokenizer(special):
-    """A tokenizer of single bytes, with BERT's or a chat's special tokens."""
-    names = [*special.values(), *(chr(code) for code in range(32, 127)), "[UNK]"]
-    rust = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
-    rust.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="[UNK]", **special)
-
-
-def randomise(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 2.0 / parameter.shape[-1] ** 0.5, generator=generator)
-    return model
-
-
 @pytest.fixture(scope="module", autouse=True)
 def two_prompts_at_once():
     """So that there is a half-way to be killed at, with the shapes of all other runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cft_jax.evaluate.noveltybench._PROMPTS_AT_ONCE", 2)
         yield
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("classifier")
-    tokenizer = letters_tokenizer({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
-    config = transformers.DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-        type_vocab_size=2, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
-        position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, pooler_hidden_size=24, num_labels=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    randomise(transformers.DebertaV2ForSequenceClassification(config), 3).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("reward")
-    tokenizer = letters_tokenizer({"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
-    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
-    config = transformers.Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, num_labels=1, pad_token_id=tokenizer.pad_token_id, sliding_window=16,
-    )  # fmt: skip
-    model = randomise(transformers.Gemma2ForSequenceClassification(config), 5)
-    with torch.no_grad():
-        # Rewards of the published model lie around its thresholds, between -8 and -2.
-        model.score.weight.mul_(-1.0)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "curated.jsonl"
-    rows = [{"id": f"c-{index}", "prompt": f"Tell a story about {text}."} for index, text in enumerate(LONG)]
-    rows.append({"id": "w-0", "prompt": "Name a colour.", "split": "wildchat"})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def test_the_classifier_reads_pairs(classifier):
@@ -127,17 +69,50 @@ def test_scorers_that_do_not_fit(classifier, reward_model, tmp_path):
         RewardModel(classifier, dtype="float32", batch=1)
     with pytest.raises(UserError, match="a classifier of pairs has 2"):
         Classifier(reward_model, reward_model, dtype="float32", batch=1)
-    for file in classifier.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
+
+
+def test_what_could_not_be_loaded_is_said_at_once(classifier, tmp_path):
+    def find(directory, tokenizer=""):
+        fields = {"classifier": str(directory), "classifier_tokenizer": str(tokenizer)}
+        return find_classifier(NoveltyBenchConfig(**fields), local_files_only=True)
+
+    bare = tmp_path / "bare"
+    shutil.copytree(classifier, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match=r"classifier_tokenizer=no/tokenizer.*hf download no/tokenizer"):
+        find(bare, "no/tokenizer")
+    # As the published one: weights in one place, the tokenizer in another.
+    judge = find(bare, classifier).load()
+    assert judge(LONG[0], LONG) == find(classifier).load()(LONG[0], LONG)
+    (tmp_path / "spelt").mkdir()
+    (tmp_path / "spelt/spm.model").touch()
+    if importlib.util.find_spec("sentencepiece") is None:
+        with pytest.raises(UserError, match=r"sentencepiece: pip install"):
+            find(bare, tmp_path / "spelt")
+    (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no \.safetensors"):
-        Classifier(tmp_path, tmp_path, dtype="float32", batch=1)
-    assert checkpoint_identity(classifier) != checkpoint_identity(reward_model)
+        find(bare, classifier)
+
+
+def test_scorers_are_told_apart_by_their_last_byte(classifier, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(classifier, directory)
+    weights = directory / "model.safetensors"
+    same, content = checkpoint_identity(directory), weights.read_bytes()
+    assert same == checkpoint_identity(classifier)
+    # The hub's cache: links to files that lie under their hashes, which stand for the contents.
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    blob = blobs / hashlib.sha256(content).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    assert checkpoint_identity(directory) == same
+    weights.unlink()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert checkpoint_identity(directory) != same
 
 
 @pytest.fixture(scope="module")
-def settings(small_checkpoint, classifier, reward_model, prompts, configured):
+def settings(small_checkpoint, classifier, reward_model, novelty_prompts, configured):
     """The suite's configuration with overrides."""
 
     def make(*overrides):
@@ -147,7 +122,7 @@ def settings(small_checkpoint, classifier, reward_model, prompts, configured):
             "model.dtype=float32",
             "eval.num_samples=5",
             "suite.noveltybench.max_new_tokens=120",
-            f"suite.noveltybench.data={prompts}",
+            f"suite.noveltybench.data={novelty_prompts}",
             f"suite.noveltybench.classifier={classifier}",
             f"suite.noveltybench.reward_model={reward_model}",
             "suite.noveltybench.reward_dtype=float32",

@@ -22,28 +22,16 @@ from cft_jax.suite_config import PerplexityConfig
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "perplexity.py"
-# Documents of very different length, one without any token, one of a single letter, one with characters of many bytes.
-TEXTS = {
-    "news/test/a.jsonl.gz": ["the cat sat on the mat " * 9, "", "x", "déjà vu ☕ twice"],
-    "news/test/b.jsonl.gz": ["numbers 1 2 3 and no more"],
-    "code/test/c.jsonl.gz": ["def f(x): return x + 1\n" * 5],
-    "code/val/d.jsonl.gz": ["of another split"],
-}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("paloma")
-    for name, texts in TEXTS.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(root / name, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
-    return root
+def data(paloma):
+    return paloma
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, write_hf, hf_config):
-    tokenizer = train_tokenizer([text for texts in TEXTS.values() for text in texts])
+def checkpoint(tmp_path_factory, write_hf, hf_config, paloma_texts):
+    tokenizer = train_tokenizer([text for texts in paloma_texts.values() for text in texts])
     directory = tmp_path_factory.mktemp("model")
     model = write_hf(directory, hf_config("qwen3", vocab_size=len(tokenizer)))
     save_tokenizer(tokenizer, directory)
@@ -97,14 +85,14 @@ def alone(model, rows):
 
 
 @pytest.mark.parametrize("has_bos", [False, True])
-def test_figures_are_those_of_transformers(has_bos, data, checkpoint, tmp_path):
+def test_figures_are_those_of_transformers(has_bos, data, paloma_texts, checkpoint, tmp_path):
     directory, tokenizer, model = checkpoint
     tokenizer = with_bos(tokenizer, has_bos)
     backend = JaxBackend(from_pretrained(directory, dtype=jnp.float32, param_dtype=jnp.float32), tokenizer)
     summary = run_perplexity(backend, tokenizer, settings(data), Results(tmp_path, "it", write=True))
     expected = {"paper": [], "covering": []}
     for name in ("code/test/c.jsonl.gz", "news/test/a.jsonl.gz", "news/test/b.jsonl.gz"):
-        for text in TEXTS[name]:
+        for text in paloma_texts[name]:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             nll = [0.0, 0.0]
             for window in paper_windows(len(ids), context_length=16, stride=8):

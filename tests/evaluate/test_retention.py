@@ -11,7 +11,6 @@ from cft_jax.common.errors import UserError
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.result_files import Results
 from cft_jax.evaluate.retention import PromptText, run_retention
-from cft_jax.generate import Likelihood
 from cft_jax.suite_config import RETENTION_TASKS, RetentionConfig
 from cft_jax.text import ChatOptions
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
@@ -21,15 +20,8 @@ CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "retention.py"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, golden_rows):
-    """The five data sets, 100 rows each, from the golden rows."""
-    root = tmp_path_factory.mktemp("tiny")
-    rows = golden_rows("retention_examples")
-    for name in RETENTION_TASKS:
-        own = [row["row"] for row in rows if row["task_name"] == name]
-        lines = [json.dumps(own[i % len(own)]) for i in range(100)]
-        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return root
+def data(tiny_benchmarks):
+    return tiny_benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +72,17 @@ def test_the_seam_without_a_template(tokenizers_dir):
         prompts.request("Answer: ", "A")
 
 
-class Hashing:
-    """A backend whose probabilities and texts are made of the tokens; it fails after so many calls."""
+@pytest.fixture
+def hashing(scripted_model):
+    """Makes a backend whose probabilities and texts are hashes of the tokens; it fails after so many calls."""
 
-    fingerprint = "hash"
+    def log_prob(request):
+        return -(zlib.crc32(repr(request).encode()) % 9973) / 997
 
-    def __init__(self, fail_after=10**9):
-        self.calls, self.fail_after = 0, fail_after
+    def text(prompt):
+        return f"so #### {zlib.crc32(repr(prompt).encode()) % 3 * 617}"
 
-    def count(self):
-        self.calls += 1
-        if self.calls > self.fail_after:
-            raise KeyboardInterrupt
-
-    def log_likelihoods(self, requests):
-        self.count()
-        return [Likelihood(-(zlib.crc32(repr(request).encode()) % 9973) / 997, False) for request in requests]
-
-    def sample(self, prompts, *, seeds, num_samples, max_new_tokens, temperature, top_p, stop=()):
-        self.count()
-        assert temperature == 0 and num_samples == 1 and "</s>" in stop and len(set(seeds)) == len(seeds)
-        return [[f"so #### {zlib.crc32(repr(prompt).encode()) % 3 * 617}"] for prompt in prompts]
-
-    def unasked(self, *_, **__):
-        raise AssertionError("the suite asks for nothing else")
-
-    score = next_token_log_probs = token_log_probs = unasked
+    return lambda fail_after=10**9: scripted_model(log_prob=log_prob, text=text, stop="</s>", fail_after=fail_after)
 
 
 def measure(backend, tokenizer, data, directory, **changes):
@@ -114,8 +91,8 @@ def measure(backend, tokenizer, data, directory, **changes):
     return run_retention(backend, prompts, settings, Results(directory, "it", write=True), seed=11)
 
 
-def test_a_killed_run_ends_with_the_same_files(data, tokenizer, tmp_path):
-    whole = Hashing()
+def test_a_killed_run_ends_with_the_same_files(hashing, data, tokenizer, tmp_path):
+    whole = hashing()
     summary = measure(whole, tokenizer, data, tmp_path / "whole")
     assert whole.calls == 25
     found = summary["tinybenchmarks"]
@@ -124,8 +101,8 @@ def test_a_killed_run_ends_with_the_same_files(data, tokenizer, tmp_path):
     assert found["tasks"]["tiny_truthfulqa"]["metric_name"] == "mc2"
     for calls in (0, 7, 24):
         with pytest.raises(KeyboardInterrupt):
-            measure(Hashing(calls), tokenizer, data, tmp_path / f"killed{calls}")
-        rest = Hashing()
+            measure(hashing(calls), tokenizer, data, tmp_path / f"killed{calls}")
+        rest = hashing()
         assert measure(rest, tokenizer, data, tmp_path / f"killed{calls}") == summary
         assert rest.calls == 25 - calls
     for name in ("summary.json", "per_prompt.csv", "samples.jsonl.gz"):
@@ -133,10 +110,10 @@ def test_a_killed_run_ends_with_the_same_files(data, tokenizer, tmp_path):
     # Half of the questions asked together were written when the machine failed.
     store = tmp_path / "killed7" / "per_prompt.jsonl"
     store.write_text("".join(line + "\n" for line in store.read_text().splitlines()[:210]))
-    assert measure(Hashing(), tokenizer, data, tmp_path / "killed7") == summary
+    assert measure(hashing(), tokenizer, data, tmp_path / "killed7") == summary
 
 
-def test_estimates_come_with_item_parameters(data, tokenizer, golden, tmp_path):
+def test_estimates_come_with_item_parameters(hashing, data, tokenizer, golden, tmp_path):
     # The golden arrays, with the order and the weights that stand in the JSON file.
     import numpy as np
 
@@ -147,16 +124,16 @@ def test_estimates_come_with_item_parameters(data, tokenizer, golden, tmp_path):
         arrays[f"{name}.lambdas"] = np.array([scenario["optimal_lambda"] for scenario in bundle["scenarios"]])
     np.savez(tmp_path / "items.npz", **arrays)
     options = {"tasks": ("tiny_mmlu", "tiny_gsm8k"), "item_parameters": str(tmp_path / "items.npz")}
-    summary = measure(Hashing(), tokenizer, data, tmp_path / "run", **options)["tinybenchmarks"]
+    summary = measure(hashing(), tokenizer, data, tmp_path / "run", **options)["tinybenchmarks"]
     estimates = [row["gpirt"] for row in summary["tasks"].values()]
     assert len(estimates) == 3 and all(0 <= value <= 1 for value in estimates)
     assert summary["aggregate"]["mean_gpirt"] == pytest.approx(sum(estimates) / 3)
 
 
-def test_missing_data_says_what_where_and_how(data, tokenizer, tmp_path):
+def test_missing_data_says_what_where_and_how(hashing, data, tokenizer, tmp_path):
     def fails(pattern, **changes):
         with pytest.raises(UserError, match=pattern):
-            measure(Hashing(), tokenizer, changes.pop("data", data), tmp_path, **changes)
+            measure(hashing(), tokenizer, changes.pop("data", data), tmp_path, **changes)
 
     fails(
         r"data='/no/where' holds neither tiny_mmlu\.jsonl nor tinyMMLU/; get it with `hf download "
