@@ -109,6 +109,32 @@ def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokeni
     return load_tokenizer(named, revision=settings.revision, local_files_only=settings.local_files_only)
 
 
+def check_vocabulary(settings: ModelSettings, checkpoint: str, *, highest_id: int) -> None:
+    """Refuses a tokenizer that writes tokens which the model lacks: indexing on devices would not complain.
+
+    Args:
+      settings: of the run.
+      checkpoint: of the base model.
+      highest_id: of the tokens in the data.
+
+    Raises:
+      UserError: it is beyond the model's vocabulary.
+    """
+    size = _architecture(settings, checkpoint).vocab_size
+    if highest_id >= size:
+        named = (
+            f"config.model.tokenizer={settings.tokenizer}" if settings.tokenizer else f"the tokenizer of {checkpoint}"
+        )
+        raise UserError(
+            f"{named} writes token {highest_id}, and the vocabulary of {checkpoint} ends at {size - 1}; give the "
+            "tokenizer that belongs to the model"
+        )
+
+
+def _architecture(settings: ModelSettings, checkpoint: str) -> ModelConfig:
+    return model_config(checkpoint, revision=settings.revision, local_files_only=settings.local_files_only)
+
+
 def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, length: int) -> MemoryEstimate:
     """What training takes on each device, worked out before anything is loaded.
 
@@ -125,7 +151,7 @@ def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, leng
     settings = config.model
     lora = _lora(settings)
     estimate = estimate_memory(
-        model_config(checkpoint, revision=settings.revision, local_files_only=settings.local_files_only),
+        _architecture(settings, checkpoint),
         lora=lora,
         dtype=settings.dtype,
         param_dtype=settings.dtype if lora else "float32",

@@ -20,7 +20,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cft_jax.base import base_checkpoint, base_tokenizer, check_memory, load_model
+from cft_jax.base import base_checkpoint, base_tokenizer, check_memory, check_vocabulary, load_model
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
@@ -75,7 +75,10 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         _announce(config, workdir, mesh, base, tasks)
         rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
         dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
-        logging.info("%s", render_example(tokenizer, dataset.batch(0), dataset.beginning))
+        batch = dataset.batch(0)
+        highest = max(int(ids.max(initial=0)) for ids in (dataset.beginning, batch.tokens, batch.target_ids))
+        check_vocabulary(config.model, base, highest_id=highest)
+        logging.info("%s", render_example(tokenizer, batch, dataset.beginning))
         rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
         logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
         model = load_model(config, base, mesh)
@@ -189,6 +192,8 @@ def _headline(stages: Mapping[str, Any]) -> list[str]:
         ("exact", "total_variation", "total var."),
         ("sampled", "valid_rate", "valid"),
     )
+    # A suite that could not run is named in the log.
+    stages = {stage: splits for stage, splits in stages.items() if "missing" not in splits}
     lines = []
     for split in dict.fromkeys(name for splits in stages.values() for name in splits):
         for section, name, title in figures:

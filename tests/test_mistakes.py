@@ -200,6 +200,15 @@ def test_lora_targets_that_the_model_lacks(attempt, base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_tokenizer_of_another_model(attempt, base, tmp_path):
+    other = tmp_path / "other"
+    # Of more text, so of more tokens; those that mark the turns come last.
+    train_tokenizer(["Generate exactly ONE random number", "Output ONLY the number."]).save_pretrained(other)
+    line = attempt(*overrides(*SCRATCH_OFF, f"model.checkpoint={base}", f"model.tokenizer={other}"))
+    assert f"config.model.tokenizer={other} writes token 2" in line and "belongs to the model" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_workdirs_of_others(attempt, tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
