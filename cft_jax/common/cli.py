@@ -43,8 +43,8 @@ _REFUSED = {
     errno.EPERM: "name a place that you may read and write",
 }
 _HELP_WIDTH = 100
-_EXIT_CODES = """Exit codes: 0 done, 2 a mistake in the command, 75 other machines did not come (try again),
-130 Ctrl-C, 143 saved after SIGTERM, 1 a fault of the program's own."""
+_EXIT_CODES = """Exit codes: 0 done, 2 a mistake in the command or a machine that lacks space, permission or memory,
+75 other machines did not come (try again), 130 Ctrl-C, 143 saved after SIGTERM, 1 a fault of the program's own."""
 Main = Callable[[flags.FlagValues], None]
 
 

@@ -113,9 +113,13 @@ def test_a_gated_model_stops_before_anything_heavy(checkout, monkeypatch):
     def refuse(repo, filename):
         raise Refusal
 
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "from the secrets")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(RuntimeError, match=r"gated: accept its licence at https://huggingface.co/meta-llama/.*qwen3"):
         run_cells(CODE[:4], {"CONFIG": "configs/llama.py:1b", "OVERRIDES": []})
+    # Colab hands a secret to the kernel alone; what trains is another process.
+    assert os.environ["HF_TOKEN"] == "from the secrets"
 
 
 def test_a_mistake_in_the_settings_is_told_at_once(checkout):

@@ -107,6 +107,7 @@ def test_runs_are_handed_to_a_launcher(sweep, tmp_path):
     assert second[1] == "qwen3-0-6b-hard"
 
 
+@pytest.mark.slow
 def test_a_tiny_sweep_goes_on_where_it_stopped(sweep, capfd, monkeypatch, tmp_path, program_cache):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(program_cache))
