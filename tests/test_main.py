@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cft_jax.common.writer import read_metrics
-from cft_jax.main import PREEMPTED, run
+from cft_jax.main import PREEMPTED, _say_where, run
 
 TINY = Path(__file__).parent / "configs" / "tiny.py"
 # The same model, trained alone and long enough to be interrupted.
@@ -138,11 +138,28 @@ def test_export_is_what_transformers_loads(finished):
     assert "## Figures" in (export / "README.md").read_text()
 
 
-def test_a_finished_run_does_nothing(finished, configured):
+def test_a_finished_run_does_nothing(finished, configured, capsys):
     workdir, returned = finished
     before = contents(workdir)
     assert run(configured(TINY, "train.max_steps=4"), workdir) == json.loads(json.dumps(returned))
     assert contents(workdir) == before
+    said = capsys.readouterr().out
+    assert said.startswith(f"{workdir} is finished (step 4)") and "another run" in said
+
+
+def test_the_last_words_hold_the_figures(finished, capsys):
+    workdir, returned = finished
+    _say_where(workdir, workdir / "report.html", None, returned["evaluations"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["before", "->", "after"] for line in lines)
+    splits = [returned["evaluations"]["structured"][stage]["test_ood_family"] for stage in ("before", "after")]
+    before, after = (f"{split['exact']['total_variation']:.3f}" for split in splits)
+    assert f"test_ood_family      total var.  {before} -> {after}" in lines
+    assert lines[-1] == f"            python -m cft_jax.compare --output=FILE.html {workdir} [OTHER RUNS]"
+    # A suite that could not run has no figures; what did run is shown all the same.
+    missing = {stage: {"missing": "no weights"} for stage in ("before", "after")}
+    _say_where(workdir, workdir / "report.html", None, {"structured": missing})
+    assert "report  " in capsys.readouterr().out
 
 
 def test_more_steps_go_on(finished, configured, tmp_path):
@@ -172,17 +189,18 @@ def test_whole_tries_at_full_resolution(configured, tmp_path):
 
 
 class Long:
-    """The command of a longer run on one device, in a process of its own."""
+    """The command of a longer run on one device, in a process of its own, asked to be quiet."""
 
     def __init__(self, start, workdir, *overrides):
         self.start, self.workdir = start, workdir
-        self.arguments = [f"--config={TINY}", f"--workdir={workdir}"]
+        self.arguments = [f"--config={TINY}", f"--workdir={workdir}", "--quiet"]
         self.arguments += [f"--config.{override}" for override in (*LONG, *overrides)]
 
     def finish(self):
         process = self.start("main", *self.arguments)
         out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
+        assert err == "", "nothing but the final summary was asked for"
         return out
 
     def interrupt(self, number, delay):
@@ -210,7 +228,12 @@ class Long:
 @pytest.fixture(scope="module")
 def undisturbed(start_command, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    Long(start_command, workdir).finish()
+    out = Long(start_command, workdir).finish()
+    # Where everything is, and what to run next.
+    titles = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()]
+    assert titles == ["report", "figures", "weights", "next"]
+    assert f"python -m cft_jax.export --workdir={workdir}" in out
+    assert "\033" not in out, "colours are for terminals"
     return workdir
 
 

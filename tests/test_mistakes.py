@@ -1,5 +1,7 @@
 """A user's mistakes with the main job: one line that says what to do, exit code 2, nothing left or changed."""
 
+import dataclasses
+import importlib
 import json
 import shutil
 import sys
@@ -8,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from cft_jax import main
+from cft_jax.config import Config
 from cft_jax.text.scratch import train_tokenizer
 
-TINY = Path(__file__).parent / "configs" / "tiny.py"
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "configs" / "tiny.py"
 SCRATCH_OFF = ("model.scratch.enabled=False", "model.lora.enabled=True", "export.format=adapter", "eval.enabled=False")
 
 
@@ -232,6 +236,66 @@ def test_a_run_of_another_config(attempt, configured, tmp_path):
     shutil.rmtree(workdir / "base")
     (workdir / "summary.json").write_text("{")
     assert "summary.json is damaged" in attempt(f"--config.data.cache_dir={cache}")
+
+
+@pytest.fixture
+def places(tmp_path):
+    """What is there when a command is mistyped: an empty directory, a run that has no checkpoint, a taken place."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text(json.dumps({"config": dataclasses.asdict(Config())}))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("x")
+    return {"place": tmp_path, "configs": ROOT / "configs", "tiny": TINY}
+
+
+EXPORT = ("--workdir={place}/begun", "--output={place}/out")
+STRUCTURED = ("--config={configs}/eval/structured.py", "--workdir={place}/out")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("main", (), "--config is missing; try --config=configs/demo.py"),
+        ("main", ("{configs}/demo.py",), "did you mean --config={configs}/demo.py?"),
+        ("main", ("--config={configs}/dmeo.py",), "{configs}/demo.py"),
+        ("main", ("--config={configs}/llama.py:9b",), "'9b' names none of 1b, 3b"),
+        (
+            "main",
+            ("--config={tiny}", "--workdir={place}/taken/file/run"),
+            "cannot write to --workdir={place}/taken/file",
+        ),
+        ("export", (), "--workdir and --output are needed"),
+        ("export", ("--workdir={place}/nowhere", EXPORT[1]), "{place}/nowhere holds no config.json"),
+        ("export", ("--workdir={place}/empty", EXPORT[1]), "{place}/empty holds no config.json"),
+        ("export", EXPORT, "{place}/begun has no checkpoints yet; train first"),
+        ("export", (EXPORT[0], "--output={place}/taken"), "{place}/taken exists and is not empty"),
+        ("export", (EXPORT[0], "--output={place}/taken/file"), "{place}/taken/file exists and is not empty"),
+        ("export", (*EXPORT, "--format=gguf"), "--format=gguf: value should be one of <merged|adapter>"),
+        ("evaluate", (), "--config is missing; try --config=configs/eval/structured.py"),
+        ("evaluate", ("--config={configs}/eval/mmlu.py",), "there are {configs}/eval/all.py, "),
+        ("evaluate", STRUCTURED, "config.model.checkpoint is empty"),
+        ("evaluate", (*STRUCTURED, "--config.model.checkpoint={place}/empty"), "{place}/empty"),
+        ("evaluate", (*STRUCTURED, "--config.model.checkpoint={place}/nowhere"), "no such directory"),
+        ("compare", ("{place}/empty",), "--output=FILE.html and at least one RUN are needed"),
+        ("compare", ("--output={place}/c.html", "{place}/empty"), "{place}/empty holds no finished evaluation"),
+        ("compare", ("--output={place}", "{place}/empty"), "is a directory; name a file in it"),
+        ("prepare", ("--config={tiny}",), "--output is missing"),
+        ("prepare", ("--config={tiny}", "--output={place}/taken/file"), "cannot write --output={place}/taken/file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "{" not in value else "",
+)
+def test_mistyped_commands(places, monkeypatch, capsys, log_restored, name, arguments, words):
+    before = sorted(places["place"].rglob("*"))
+    command = importlib.import_module("cft_jax.evaluate.__main__" if name == "evaluate" else f"cft_jax.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *(argument.format(**places) for argument in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert words.format(**places) in err
+    assert sorted(places["place"].rglob("*")) == before, "nothing is left or changed"
 
 
 def test_in_a_process_of_its_own(command, tmp_path):
