@@ -51,7 +51,7 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
 
 def _is_run(what: str) -> bool:
     """Whether a directory, here or on a store, is that of a run of cft_jax.main."""
-    with reaching(f"config.model.checkpoint={what}") if is_remote(what) else contextlib.nullcontext():
+    with reaching(what, "config.model.checkpoint") if is_remote(what) else contextlib.nullcontext():
         return (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
 
 

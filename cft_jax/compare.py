@@ -32,7 +32,7 @@ def _main(values: flags.FlagValues) -> None:
         runs = [mirrors.enter_context(local_workdir(place, write=False, flag="RUN")) for place in places]
         page = render_comparison(read_runs(runs))
     if is_remote(output):
-        with reaching(f"--output={output}"):
+        with reaching(output, "--output"):
             file.write_text(page)
     else:
         try:

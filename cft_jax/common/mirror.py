@@ -99,7 +99,7 @@ def local_workdir(place: str, *, write: bool, flag: str = "--workdir") -> Iterat
     with tempfile.TemporaryDirectory(prefix="cft_jax.") as scratch:
         origin = epath.Path(place)
         mirror = Mirror(Path(scratch) / origin.name, origin)
-        with reaching(f"{flag}={place}"):
+        with reaching(place, flag):
             mirror.fetch()
         _MIRRORS.append(mirror)
         try:

@@ -2,11 +2,15 @@
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
+import importlib.util
 import logging as stdlib_logging
 import os
 import shutil
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import user_cache
 from cft_jax.common.progress import Progress
 
+GOOGLE = "https://storage.googleapis.com"
+_TIMEOUT_SECONDS = 10
 _BLOCK = 2**24
 
 
@@ -27,17 +33,21 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(what: str) -> Iterator[None]:
+def reaching(address: str, flag: str = "") -> Iterator[None]:
     """Tells in one line why a store cannot be read or written.
 
     Args:
-      what: the flag or field with the address, as in `--workdir=gs://bucket/a`.
+      address: on the store.
+      flag: the flag or field that named it, for messages.
 
     Raises:
-      UserError: the client's package is absent, or the store refuses.
+      UserError: the client's package is absent, or the store does not answer or refuses.
     """
+    what = f"{flag}={address}" if flag else address
     for name in ("gcsfs", "fsspec"):
         stdlib_logging.getLogger(name).setLevel(stdlib_logging.WARNING)
+    if address.startswith("gs://") and not google_answers():
+        raise UserError(f"{what}: {GOOGLE} does not answer; check the network, or name a local directory")
     try:
         yield
     except UserError:
@@ -49,6 +59,20 @@ def reaching(what: str) -> Iterator[None]:
             f"{what} cannot be reached: {type(error).__name__}: {error}; check the address, the network and Google's "
             "credentials (gcloud auth application-default login)"
         ) from error
+
+
+@functools.cache
+def google_answers() -> bool:
+    """Whether Google's object store can be reached; its client would try for minutes without a word."""
+    if "STORAGE_EMULATOR_HOST" in os.environ or importlib.util.find_spec("gcsfs") is None:
+        return True  # somewhere else, or to be told by the client
+    try:
+        with urllib.request.urlopen(GOOGLE, timeout=_TIMEOUT_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 def copy_file(source: epath.Path, target: epath.Path, advance: Callable[[int], Any] = lambda _: None) -> None:
@@ -79,7 +103,7 @@ def fetched(address: str, patterns: Sequence[str]) -> Path:
     origin = epath.Path(address)
     key = hashlib.sha256(str(origin).encode()).hexdigest()[:16]
     place = user_cache("checkpoints") / f"{origin.name}-{key}"
-    with reaching(f"checkpoint {address}"):
+    with reaching(address):
         wanted = {
             entry.name: (entry, entry.stat())
             for entry in (origin.iterdir() if origin.is_dir() else ())
@@ -104,7 +128,7 @@ def fetched(address: str, patterns: Sequence[str]) -> Path:
         for entry, _ in missing:
             temporary = place / f".{entry.name}.{os.getpid()}"
             try:
-                with reaching(f"checkpoint {address}"):
+                with reaching(address):
                     copy_file(entry, epath.Path(temporary), lambda count: progress.advance(count / 2**20))
                 os.replace(temporary, place / entry.name)
             finally:

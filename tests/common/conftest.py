@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from etils.epath import backend, gpath
 
+from cft_jax.common.stores import google_answers
+
 
 class Bucket(backend._OsPathBackend):
     """epath's backend of local files, for addresses gs://NAME/... that lie under a directory."""
@@ -30,5 +32,7 @@ def bucket(tmp_path, monkeypatch):
     """The directory behind gs://."""
     root = tmp_path / "store"
     (root / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "here")
+    google_answers.cache_clear()
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket(root))
     return root / "bucket"

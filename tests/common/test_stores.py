@@ -1,7 +1,10 @@
 """Checkpoints on object stores are copied to the user's cache once, and again where they changed."""
 
+import importlib.machinery
 import json
 import os
+import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +61,19 @@ def test_an_address_without_a_checkpoint(checkpoint):
     for address in ("gs://bucket/nothing", "gs://bucket/models"):
         with pytest.raises(UserError, match=f"{address}: there is no such directory, or it has none of"):
             hub.resolve(address, revision="main", local_files_only=True)
+
+
+def test_a_store_that_does_not_answer_is_told_at_once(monkeypatch):
+    client = types.ModuleType("gcsfs")
+    client.__spec__ = importlib.machinery.ModuleSpec("gcsfs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs", client)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setattr(stores, "GOOGLE", "http://127.0.0.1:9")  # a port that nobody listens on
+    stores.google_answers.cache_clear()
+    with pytest.raises(UserError, match=r"--workdir=gs://b/x: http://127\.0\.0\.1:9 does not answer"):
+        with stores.reaching("gs://b/x", "--workdir"):
+            pytest.fail("the client was asked")
+    stores.google_answers.cache_clear()
 
 
 def test_a_disk_too_small_is_told_before_copying(checkpoint, monkeypatch, tmp_path):
