@@ -21,7 +21,7 @@ from absl import flags
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
-from cft_jax.evaluate.item_response import BUNDLES
+from cft_jax.evaluate.item_response import BUNDLES, DOWNLOAD
 
 # Name that git gives to the file's contents: SHA-1 over "blob", its size and its bytes.
 PUBLISHED_BLOB = "eb2a0276bafbfc02dbf46c459a1142ff9baeb8a6"
@@ -44,10 +44,10 @@ def convert(source: Path, target: Path, *, blob: str) -> list[str]:
     try:
         content = source.read_bytes()
     except OSError as error:
-        raise UserError(f"{source} cannot be read ({error}); see --help for the command that gets it") from error
+        raise UserError(f"--input={source} cannot be read ({error.strerror or error}); {DOWNLOAD}") from error
     found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     if found != blob:
-        raise UserError(f"{source} has the git hash {found}, not that of the published file, {blob}; get it again")
+        raise UserError(f"{source} has the git hash {found}, not that of the published file, {blob}; {DOWNLOAD}")
     arrays: dict[str, Any] = _arrays(_PlainUnpickler(io.BytesIO(content)).load())
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

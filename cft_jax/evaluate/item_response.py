@@ -122,10 +122,12 @@ class ItemParameters:
         return Scenario(positions[name], balance, seen, weights, float(self._arrays[f"{bundle}.lambdas"][place]))
 
 
-HOW_TO_GET = (
+DOWNLOAD = (
     "get it with `curl -LO https://github.com/felipemaiapolo/tinyBenchmarks/raw/main/tinyBenchmarks/tinyBenchmarks.pkl`"
-    " and `python -m cft_jax.convert_items --input=tinyBenchmarks.pkl --output=tinyBenchmarks.npz`, then set "
-    "config.suite.retention.item_parameters=tinyBenchmarks.npz"
+)
+HOW_TO_GET = (
+    f"{DOWNLOAD} and `python -m cft_jax.convert_items --input=tinyBenchmarks.pkl --output=tinyBenchmarks.npz`, then "
+    "set config.suite.retention.item_parameters=tinyBenchmarks.npz"
 )
 
 

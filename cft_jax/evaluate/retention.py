@@ -231,10 +231,7 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
     """A task's rows, and where they were found."""
     source, config, split = task.source
     folder = source.partition("/")[2]
-    cure = (
-        f"run `hf download {source} --repo-type dataset --local-dir tiny/{folder}` where there is one and set "
-        "config.suite.retention.data=tiny"
-    )
+    cure = f"run {task.how_to_get} where there is one and set config.suite.retention.data=tiny"
     if not data:
         return data_set_rows(source, config or None, split, cure=cure), f"the data set {source}"
     root = Path(data).expanduser()
@@ -243,12 +240,12 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
         try:
             return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line], str(file)
         except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); copy it again") from error
+            raise UserError(f"{file} is damaged ({error}); copy it again, or get it with {task.how_to_get}") from error
     if directory.is_dir():
         return data_set_rows(str(directory), config or None, split, cure=cure), str(directory)
     raise UserError(
-        f"config.suite.retention.data={data!r} holds neither {file.name} nor {folder}/; get it with "
-        f"`hf download {source} --repo-type dataset --local-dir {directory}`, or leave the field empty for the hub"
+        f"config.suite.retention.data={data!r} holds neither {file.name} nor {folder}/; get it with {task.how_to_get} "
+        "and set the field to tiny, or leave it empty for the hub"
     )
 
 

@@ -73,22 +73,30 @@ class Task:
     metric: str
     read: Callable[[Row], Example]
 
+    @property
+    def how_to_get(self) -> str:
+        """The command that gets the data set into a directory of local data."""
+        source = self.source[0]
+        return f"`hf download {source} --repo-type dataset --local-dir tiny/{source.partition('/')[2]}`"
+
     def examples(self, rows: Sequence[Row], place: str) -> list[Example]:
         """The examples of a data set.
 
         Raises:
           UserError: the data set, found at `place`, is not the published one in form.
         """
+        cure = f"get it anew with {self.how_to_get}"
         if len(rows) != NUM_EXAMPLES:
-            raise UserError(f"{place} has {len(rows)} rows; {self.name} has exactly {NUM_EXAMPLES}")
+            raise UserError(f"{place} has {len(rows)} rows; {self.name} has exactly {NUM_EXAMPLES}; {cure}")
         if set(rows[0]) != self.columns:
-            raise UserError(f"{place} has the columns {sorted(rows[0])}; {self.name} takes {sorted(self.columns)}")
+            columns = f"{place} has the columns {sorted(rows[0])}; {self.name} takes {sorted(self.columns)}"
+            raise UserError(f"{columns}; {cure}")
         found = []
         for number, row in enumerate(rows):
             try:
                 found.append(self.example(row, number))
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise UserError(f"{place}, row {number} cannot be read as {self.name}: {error}") from error
+                raise UserError(f"{place}, row {number} cannot be read as {self.name}: {error}; {cure}") from error
         return found
 
     def example(self, row: Row, number: int) -> Example:

@@ -181,7 +181,8 @@ def test_stages_run_apart(whole, settings, tmp_path, monkeypatch):
         run(settings("suite.noveltybench.stages=partition"), tmp_path / "new")
 
 
-def test_each_stage_goes_on_after_a_kill(whole, settings, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_each_stage_goes_on_after_an_interruption(whole, settings, tmp_path, monkeypatch):
     places = (
         ("cft_jax.evaluate.jax_backend.JaxBackend.sample", 1),
         ("cft_jax.evaluate.scorers.Classifier.__call__", 3),

@@ -137,7 +137,7 @@ def test_only_the_published_pickle_is_read(published, tmp_path):
     (tmp_path / "items.pkl").write_bytes(content)
     with pytest.raises(UserError, match=f"not that of the published file, {PUBLISHED_BLOB}"):
         convert(tmp_path / "items.pkl", tmp_path / "items.npz", blob=PUBLISHED_BLOB)
-    with pytest.raises(UserError, match="see --help for the command that gets it"):
+    with pytest.raises(UserError, match=r"none\.pkl cannot be read \(No such file.*get it with `curl -LO https"):
         convert(tmp_path / "none.pkl", tmp_path / "items.npz", blob=PUBLISHED_BLOB)
 
 
@@ -169,7 +169,10 @@ def test_item_parameters_that_cannot_be_read(tmp_path):
 def test_data_sets_of_another_form_are_refused(golden_rows):
     rows = [row["row"] for row in golden_rows("retention_examples") if row["task_name"] == "tiny_mmlu"]
     task = TASKS["tiny_mmlu"]
-    with pytest.raises(UserError, match="here has 12 rows; tiny_mmlu has exactly 100"):
+    with pytest.raises(
+        UserError,
+        match=r"here has 12 rows; tiny_mmlu has exactly 100; get it anew with `hf",
+    ):
         task.examples(rows, "here")
     with pytest.raises(UserError, match=r"here has the columns.*takes"):
         task.examples([rows[0] | {"more": 1}] * 100, "here")
