@@ -18,7 +18,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.generate.prefill import bucket, check_prompts, prefill
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.trie_rows import Questions, pack, spread
-from cft_jax.generate.vocabulary import tile_log_masses, token_scores
+from cft_jax.generate.vocabulary import log_normalisers, token_scores
 from cft_jax.models.transformer import KVCache, Transformer
 from cft_jax.sharding.rules import constrain
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
@@ -192,14 +192,15 @@ def _entry_log_probs(
     own = KVCache(keys, values, context.positions[prompt], context.visible[prompt])
     hidden, _ = model.hidden(tokens, positions, until, context=(own,))
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
-    masses = tile_log_masses(model, asked, num_queries)
-    normalisers = jax.nn.logsumexp(masses, axis=-1)
 
-    def add_entries(i: Int[Array, ""], log_probs: Float[Array, "E"]) -> Float[Array, "E"]:
+    def add_scores(i: Int[Array, ""], scores: Float[Array, "E"]) -> Float[Array, "E"]:
         query, ids = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (entry_query, entry_ids))
-        new = token_scores(model, asked[query], ids[:, None])[:, 0] - normalisers[query]
-        return jax.lax.dynamic_update_slice_in_dim(log_probs, new, i * size, axis=0)
+        new = token_scores(model, asked[query], ids[:, None])[:, 0]
+        return jax.lax.dynamic_update_slice_in_dim(scores, new, i * size, axis=0)
 
     size = min(_ENTRIES, entry_ids.size)
-    found = jax.lax.fori_loop(0, (num_entries + size - 1) // size, add_entries, jnp.zeros(entry_ids.shape, jnp.float32))
-    return constrain(found, (None,), model.mesh)
+    nothing = jnp.full(entry_ids.shape, -jnp.inf)
+    scores = jax.lax.fori_loop(0, (num_entries + size - 1) // size, add_scores, nothing)
+    largest = jax.ops.segment_max(scores, entry_query, num_segments=queries.size)
+    normalisers = log_normalisers(model, asked, num_queries, largest)
+    return constrain(scores - normalisers[entry_query], (None,), model.mesh)

@@ -6,7 +6,7 @@ from scipy.special import logsumexp
 
 from cft_jax.common.errors import UserError
 from cft_jax.generate import Scorer, score, score_trie, vocabulary
-from cft_jax.generate.vocabulary import Tiling, tile_log_masses
+from cft_jax.generate.vocabulary import Tiling, log_normalisers, tile_log_masses
 from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
 
@@ -121,6 +121,19 @@ def test_tiles_hold_every_token_once(vocab, shards):
     tokens, exist = (np.asarray(x) for x in tiling.tokens(jnp.arange(shards * tiling.tiles)))
     assert sorted(tokens[exist].tolist()) == list(range(vocab))
     assert tokens.min() >= 0 and tokens.max() < vocab
+
+
+@pytest.mark.parametrize(
+    "above", [0.0, -5.0, -120.0], ids=["the largest", "below it", "so far below that sums overflow"]
+)
+def test_normalisers_whatever_they_are_relative_to(above, make_model):
+    model = make_model("gemma3")
+    hidden = jax.random.normal(jax.random.key(5), (600, model.config.embed_dim))
+    logits = np.asarray(model.logits(hidden), np.float64)
+    # The last rows do not count, and infinities there do no harm.
+    near = jnp.where(jnp.arange(600) < 590, jnp.asarray(logits.max(axis=1) + above, jnp.float32), -jnp.inf)
+    found = np.asarray(log_normalisers(model, hidden, jnp.int32(590), near))[:590]
+    np.testing.assert_allclose(found, logsumexp(logits[:590], axis=1), rtol=0, atol=1e-5)
 
 
 # 128 scores and 2**20: blocks of a single tile with a remainder, and one block that is nearly the whole vocabulary.
