@@ -77,10 +77,11 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
 
 def _largest_loss(tasks: Sequence[Task], config: Config) -> dict[str, Any]:
     spaces = ((task, task_space(task, config.data)) for task in tasks)
-    losses = [(space.lost_mass, task) for task, space in spaces if not isinstance(space, FullSpace)]
+    # Rounded: sums of probabilities leave 1e-15 over.
+    losses = [(round(space.lost_mass, 6), task) for task, space in spaces if not isinstance(space, FullSpace)]
     loss, task = max(losses, key=lambda pair: pair[0], default=(0.0, None))
     named = {} if task is None or not loss else {"lost_mass_prompt": task.messages[-1]["content"]}
-    return {"lost_mass": round(loss, 6), **named}
+    return {"lost_mass": loss, **named}
 
 
 def _saved(tokenizer: Any, config: Config) -> PreTrainedTokenizerBase:
