@@ -80,7 +80,7 @@ def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -
     try:
         from cft_jax.evaluate.hf_backend import HfBackend, hf_stop_ids, load_hf_model
     except ImportError as error:
-        raise UserError(f"backend=hf needs torch and peft ({error}): pip install 'cft_jax[eval]'") from error
+        raise UserError(f"backend=hf needs torch and peft ({error}): pip install -e '.[eval]'") from error
     settings = config.model
     model = load_hf_model(
         what, dtype=settings.dtype, revision=settings.revision, local_files_only=settings.local_files_only

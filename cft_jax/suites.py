@@ -87,7 +87,7 @@ def _lm_eval() -> Any:
     try:
         from cft_jax.evaluate import lm_eval_tasks
     except ImportError as error:
-        raise UserError(f"config.tasks needs lm-eval ({error}): pip install 'cft_jax[eval]'") from error
+        raise UserError(f"config.tasks needs lm-eval ({error}): pip install -e '.[eval]'") from error
     return lm_eval_tasks
 
 

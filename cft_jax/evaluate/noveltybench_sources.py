@@ -107,7 +107,7 @@ def _scorers() -> Any:
     try:
         from cft_jax.evaluate import scorers
     except ImportError as error:
-        raise UserError(f"NoveltyBench's scorers need torch ({error}): pip install 'cft_jax[eval]'") from error
+        raise UserError(f"NoveltyBench's scorers need torch ({error}): pip install -e '.[eval]'") from error
     return scorers
 
 

@@ -140,7 +140,7 @@ def check_files(directory: Path, tokenizer: Path) -> None:
         raise UserError(f"{directory} holds no .safetensors; other formats of weights can run code and are not loaded")
     spelt = (tokenizer / "spm.model").is_file() and not (tokenizer / "tokenizer.json").is_file()
     if spelt and importlib.util.find_spec("sentencepiece") is None:
-        raise UserError(f"the tokenizer in {tokenizer} needs sentencepiece: pip install 'cft_jax[eval]'")
+        raise UserError(f"the tokenizer in {tokenizer} needs sentencepiece: pip install -e '.[eval]'")
 
 
 def checkpoint_identity(directory: Path) -> str:

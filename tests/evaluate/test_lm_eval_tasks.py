@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'cft_jax[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
 from cft_jax.checkpoints import from_pretrained
 from cft_jax.common.errors import UserError
