@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_worked_example_is_learned(tmp_path, command):
     workdir = tmp_path / "run"
     code, _, err = command(

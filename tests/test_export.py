@@ -199,6 +199,7 @@ def test_a_base_made_on_the_spot_is_never_made_twice(configured, tmp_path, capsy
     assert not (tmp_path / "run" / "base").exists()
 
 
+@pytest.mark.slow
 def test_hard_targets_with_a_head_of_its_own(tmp_path, write_base, configured, tokenizer):
     base = write_base(tmp_path / "base", tie_word_embeddings=False)
     overrides = (f"model.checkpoint={base}", *FEW_PROMPTS, "eval.enabled=False", "export.format=merged")

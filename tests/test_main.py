@@ -244,6 +244,7 @@ def assert_same_end(workdir, undisturbed, seed):
     assert not [path.name for path in workdir.iterdir() if path.name.startswith(".export")], seed
 
 
+@pytest.mark.slow
 def test_interrupted_runs_end_with_the_same_bits(start_command, undisturbed, tmp_path):
     seed = random.randrange(2**32)
     delays = random.Random(seed)
