@@ -109,7 +109,9 @@ def measured(
         for start in range(0, len(items), at_once):
             chunk = items[start : start + at_once]
             missing = sum(key(item) not in store for item in chunk)
-            for item, record in zip(chunk, measure(chunk) if missing else (), strict=False):
+            if not missing:
+                continue
+            for item, record in zip(chunk, measure(chunk), strict=True):
                 if key(item) not in store:
                     store.append(record)
             progress.advance(missing)

@@ -149,7 +149,7 @@ def test_a_message_of_several_lines_is_folded(capsys, config_file):
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/full/metrics.jsonl"), ["/full/metrics", "free some space"]),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), ["/root/x", "may read and write"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), ["/locked/x", "may read and write"]),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9"), ["mesh.fsdp", "allocating 9"]),
         (MemoryError("no 9 GiB"), ["out of memory", "JAX_PLATFORMS=cpu", "no 9 GiB"]),
     ],
