@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from types import MappingProxyType
 
 import numpy as np
@@ -25,10 +26,10 @@ class Axis:
         A parameter that must be `whole` gets the distinct whole numbers nearest to them.
         """
         low, high = self.values[0], self.values[-1]
-        points = np.geomspace(low, high, num_points) if self.geometric else np.linspace(low, high, num_points)
+        points = geometric_points(low, high, num_points) if self.geometric else linear_points(low, high, num_points)
         if whole:
-            points = np.unique(np.round(points))
-        return Axis(tuple(points.tolist()), self.geometric)
+            points = sorted({float(round(point)) for point in points})
+        return Axis(tuple(points), self.geometric)
 
     def midpoints(self, *, whole: bool) -> "Axis":
         """An axis of the points half-way between neighbours; `whole` ones only where a whole number lies between."""
@@ -86,12 +87,32 @@ def _with_whole(family: Family, axes: tuple[Axis, ...]) -> list[tuple[Axis, bool
     return [(axis, rule is not None and rule.whole) for axis, rule in zip(axes, rules, strict=True)]
 
 
+def linear_points(low: float | int, high: float | int, num_points: int) -> list[float]:
+    """`num_points` evenly spaced doubles from `low` to `high`; as `numpy.linspace`, which rounds alike everywhere."""
+    return np.linspace(low, high, num_points).tolist()
+
+
+def geometric_points(low: float | int, high: float | int, num_points: int) -> list[float]:
+    """`num_points` doubles from `low` to `high` in equal ratios, the same on every machine.
+
+    The formula of `numpy.geomspace` with correctly rounded log10 and 10**x. NumPy's own raise to powers in SIMD code
+    whose last digit depends on the CPU, and these numbers are printed in prompts.
+    """
+    log_low, log_high = (float(_PRECISE.log10(Decimal(end))) for end in (low, high))
+    inner = linear_points(log_low, log_high, num_points)[1:-1]
+    return [float(low), *(float(_PRECISE.power(10, Decimal(exponent))) for exponent in inner), float(high)]
+
+
+# Far more digits than a double has, so that rounding to one is correct.
+_PRECISE = Context(prec=60)
+
+
 def _linear(low: float | int, high: float | int, num_points: int) -> Axis:
-    return Axis(tuple(np.linspace(low, high, num_points).tolist()))
+    return Axis(tuple(linear_points(low, high, num_points)))
 
 
 def _log(low: float | int, high: float | int, num_points: int) -> Axis:
-    return Axis(tuple(np.geomspace(low, high, num_points).tolist()), geometric=True)
+    return Axis(tuple(geometric_points(low, high, num_points)), geometric=True)
 
 
 def _listed(*values: float | int) -> Axis:
