@@ -59,7 +59,7 @@ def measure(kind: str, tokenizer_name: str, cache: str) -> dict[str, Any]:
     if kind.startswith("soft"):
         figures.update(prepare(tokenizer, tasks, config.data).figures())
         figures["seconds"] = time.perf_counter() - start
-    dataset = training_dataset(config, tokenizer, tasks, row_multiple=1, share_beginning=False)
+    dataset = training_dataset(config, tokenizer, tasks, row_multiple=1, share_prefix=False)
     dataset.batch(0)
     figures.setdefault("seconds", time.perf_counter() - start)
     steps = min(dataset.steps_per_epoch, MAX_STEPS)

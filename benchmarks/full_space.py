@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from cft_jax.distributions import FAMILIES, PromptSpec, build_splits, number_space
-from cft_jax.distributions.full_space import FullSpace, full_space
+from cft_jax.distributions.analytic_space import AnalyticSpace, analytic_space
+from cft_jax.text.analytic_trie import AnalyticTrie, drawn_forest
 from cft_jax.text.digits import digit_tokens
-from cft_jax.text.full_trie import FullTrie, drawn_forest
-from cft_jax.text.number_prefixes import NumberTokens
+from cft_jax.text.number_grammar import NumberTokens
 from cft_jax.text.tokenizer import load_tokenizer
 from cft_jax.text.trie import Trie, build_trie
 
@@ -43,7 +43,7 @@ def step_distance(distribution: Any, numbers: np.ndarray, cdf: np.ndarray) -> fl
     return float(max(np.abs(cdf - after).max(), np.abs(np.append(0, cdf[:-1]) - before).max()))
 
 
-def full_distance(space: FullSpace) -> float:
+def full_distance(space: AnalyticSpace) -> float:
     """`step_distance` of a full space, taken at 60,000 quantiles and around both ends."""
     quantiles = space.draw(np.concatenate([np.arange(1, 60_000) / 60_000, np.geomspace(1e-9, 1e-3, 200)]))
     ends = np.concatenate([space.first + np.arange(50), space.last - np.arange(50)])
@@ -68,7 +68,7 @@ def branching_share(trie: Trie, leaf_probabilities: np.ndarray) -> float:
     return float(weights[possible > 1].sum())
 
 
-def drawn_share(trie: FullTrie) -> float:
+def drawn_share(trie: AnalyticTrie) -> float:
     """`branching_share` of a full trie, from strings at evenly spaced quantiles."""
     drawn = trie.space.draw((np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS)
     return branching_share(drawn_forest([trie], [drawn]).trie(0), np.full(NUM_DRAWS, 1 / NUM_DRAWS))
@@ -94,10 +94,10 @@ def row(spec: PromptSpec, tokenizers: dict[str, Any], tokens: dict[str, NumberTo
             for name in TOKENIZERS:
                 trie = build_trie(tokenizers[name], grid.listed(), tokens[name].terminator_id)
                 shares.append(branching_share(trie, trie.leaf_probs))
-    space = full_space(spec, num_decimals=DECIMALS, quantile=QUANTILE)
+    space = analytic_space(spec, num_decimals=DECIMALS, quantile=QUANTILE)
     distances.append(full_distance(space))
     entropies.append(space.entropy)
-    shares += [drawn_share(FullTrie(space, tokens[name])) for name in TOKENIZERS]
+    shares += [drawn_share(AnalyticTrie(space, tokens[name])) for name in TOKENIZERS]
     cells += [f"{space.num_values:.3g}", *(f"{value:.1e}" for value in distances)]
     cells += [f"{value:.2f}" for value in entropies]
     return cells + [f"{100 * shares[index]:.0f} %" for index in (0, 2, 1, 3)]
@@ -105,18 +105,18 @@ def row(spec: PromptSpec, tokenizers: dict[str, Any], tokens: dict[str, NumberTo
 
 def batch_milliseconds(specs: list[PromptSpec], tokens: NumberTokens) -> tuple[float, float]:
     """Median times to draw 32 strings and to make their targets, families in equal parts."""
-    tries = [FullTrie(full_space(spec, num_decimals=DECIMALS, quantile=QUANTILE), tokens) for spec in specs]
+    tries = [AnalyticTrie(analytic_space(spec, num_decimals=DECIMALS, quantile=QUANTILE), tokens) for spec in specs]
     generator = np.random.default_rng(0)
-    drawing, targets = [], []
+    sampling, targets = [], []
     for _ in range(40):
         chosen = [tries[index] for index in generator.choice(len(tries), 32, replace=False)]
         start = time.perf_counter()
         drawn = [trie.space.draw(generator.random(1)) for trie in chosen]
         middle = time.perf_counter()
         drawn_forest(chosen, drawn)
-        drawing.append(middle - start)
+        sampling.append(middle - start)
         targets.append(time.perf_counter() - middle)
-    return 1e3 * float(np.median(drawing)), 1e3 * float(np.median(targets))
+    return 1e3 * float(np.median(sampling)), 1e3 * float(np.median(targets))
 
 
 def main() -> None:
@@ -138,8 +138,8 @@ def main() -> None:
     train = splits["train"]
     one_each = [spec for index, spec in enumerate(train) if index % (len(train) // 400) == 0]
     for name in TOKENIZERS:
-        drawing, targets = batch_milliseconds(one_each, tokens[name])
-        print(f"{name}: 32 strings drawn in {drawing:.1f} ms, their targets made in {targets:.1f} ms")
+        sampling, targets = batch_milliseconds(one_each, tokens[name])
+        print(f"{name}: 32 strings drawn in {sampling:.1f} ms, their targets made in {targets:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -24,17 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cft_jax.base import base_checkpoint, base_tokenizer, load_model
 from cft_jax.config import Config, from_config_dict
 from cft_jax.data.dataset import Dataset
 from cft_jax.data.training import training_dataset
 from cft_jax.distributions import Task, configured_tasks, space_settings
 from cft_jax.distributions.splits import UNSEEN
 from cft_jax.evaluate.metrics import exact
-from cft_jax.evaluation import evaluation_tasks, prompt_codec
+from cft_jax.evaluate.suites.structured.settings import evaluation_tasks, prompt_codec
 from cft_jax.generate import Scorer
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, head_options
+from cft_jax.runs.base import base_checkpoint, base_tokenizer, load_model
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.text.trie import Trie
 from cft_jax.train.optimizer import adamw, warmup_cosine
@@ -130,7 +130,7 @@ def curve(objective: str, seed: int, seconds: float, place: Path) -> list[float]
     tasks = configured_tasks(config.data)
     base = base_checkpoint(config, tasks, place / str(seed))
     tokenizer = base_tokenizer(config.model, base)
-    dataset = training_dataset(config, tokenizer, tasks["train"], row_multiple=1, share_beginning=True)
+    dataset = training_dataset(config, tokenizer, tasks["train"], row_multiple=1, share_prefix=True)
     run = Run(config, dataset, load_model(config, base, make_mesh(1, 1, 1)))
     asked = [task for task in evaluation_tasks(config, tasks) if task.split == UNSEEN]
     codec = prompt_codec(tokenizer, config.data)

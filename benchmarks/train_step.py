@@ -104,7 +104,7 @@ def dataset(kind: str, strings: int, *, packed: bool, shared: bool):
     directory = Path(os.environ["CFT_TOKENIZERS"]) / "qwen3"
     tokenizer = load_tokenizer(str(directory), revision="main", local_files_only=True)
     tasks = configured_tasks(config.data)["train"]
-    return training_dataset(config, tokenizer, tasks, row_multiple=1, share_beginning=shared)
+    return training_dataset(config, tokenizer, tasks, row_multiple=1, share_prefix=shared)
 
 
 class Torch:

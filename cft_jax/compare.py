@@ -18,7 +18,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 from cft_jax.common.mirror import local_workdir
 from cft_jax.common.stores import is_remote, reaching
-from cft_jax.evaluate.comparison import read_runs, render_comparison
+from cft_jax.evaluate.report.comparison import read_runs, render_comparison
 
 
 def _main(values: flags.FlagValues) -> None:

@@ -20,26 +20,27 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cft_jax.base import base_checkpoint, base_tokenizer, check_memory, check_vocabulary, load_model
+from cft_jax.checkpoints import save_pretrained
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.mirror import local_workdir, shown
-from cft_jax.common.workdir import check_workdir, setting_up
 from cft_jax.config import Config, from_config_dict, validate
 from cft_jax.data.example import render_example
 from cft_jax.data.training import training_dataset
 from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.splits import TRAIN
-from cft_jax.evaluate.report import write_report
-from cft_jax.evaluate.structured import SUITE
-from cft_jax.evaluation import evaluation_tasks
-from cft_jax.export import export_model
+from cft_jax.evaluate.report.model_card import card_of_run
+from cft_jax.evaluate.report.page import write_report
+from cft_jax.evaluate.suites.registry import check_suites, evaluate_stage
+from cft_jax.evaluate.suites.structured.settings import evaluation_tasks
+from cft_jax.evaluate.suites.structured.suite import SUITE
 from cft_jax.models.transformer import Transformer
+from cft_jax.runs.base import base_checkpoint, base_tokenizer, check_memory, check_vocabulary, load_model
+from cft_jax.runs.workdir import check_workdir, setting_up
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh
-from cft_jax.suites import check_suites, evaluate_stage
 from cft_jax.train.loop import train
 
 # 128 + SIGTERM, as a shell reports a process that the signal ended.
@@ -74,7 +75,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         tokenizer = base_tokenizer(config.model, base)
         _announce(config, workdir, mesh, base, tasks)
         rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
-        dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_beginning=True)
+        dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_prefix=True)
         batch = dataset.batch(0)
         highest = max(int(ids.max(initial=0)) for ids in (dataset.beginning, batch.tokens, batch.target_ids))
         check_vocabulary(config.model, base, highest_id=highest)
@@ -150,7 +151,9 @@ def _export(config: Config, model: Transformer, workdir: Path, summaries: Mappin
             shutil.rmtree(left, ignore_errors=True)
     multihost_utils.sync_global_devices("export")
     structured = {stage: summary[SUITE] for stage, summary in summaries.items() if "splits" in summary.get(SUITE, {})}
-    export_model(config, model, directory, form=config.export.format, base=base, summaries=structured)
+    form = config.export.format
+    card = card_of_run(config, form=form, base=base, summaries=structured)
+    save_pretrained(model, directory, format=form, tokenizer=config.model.tokenizer or None, card=card)
     return directory
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from absl import flags, logging
 from transformers import PreTrainedTokenizerBase
 
-from cft_jax.base import base_tokenizer, scratch_tokenizer
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
@@ -30,8 +29,9 @@ from cft_jax.data.prepared import prepare
 from cft_jax.data.spaces import task_space
 from cft_jax.data.training import training_dataset
 from cft_jax.distributions import Task, configured_tasks
-from cft_jax.distributions.full_space import FullSpace
+from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.splits import TRAIN
+from cft_jax.runs.base import base_tokenizer, scratch_tokenizer
 from cft_jax.text.scratch import save_tokenizer
 
 _SAMPLED_STEPS = 16
@@ -63,7 +63,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     if config.data.target == "soft":
         figures = prepare(tokenizer, tasks[TRAIN], config.data).figures()
         figures["seconds"] = round(time.monotonic() - start, 3)
-    dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=1, share_beginning=False)
+    dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=1, share_prefix=False)
     batch = dataset.batch(0)
     figures.setdefault("seconds", round(time.monotonic() - start, 3))
     figures["tokenizer_seconds"] = round(tokenizer_seconds, 3)
@@ -78,7 +78,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
 def _largest_loss(tasks: Sequence[Task], config: Config) -> dict[str, Any]:
     spaces = ((task, task_space(task, config.data)) for task in tasks)
     # Rounded: sums of probabilities leave 1e-15 over.
-    losses = [(round(space.lost_mass, 6), task) for task, space in spaces if not isinstance(space, FullSpace)]
+    losses = [(round(space.lost_mass, 6), task) for task, space in spaces if not isinstance(space, AnalyticSpace)]
     loss, task = max(losses, key=lambda pair: pair[0], default=(0.0, None))
     named = {} if task is None or not loss else {"lost_mass_prompt": task.messages[-1]["content"]}
     return {"lost_mass": loss, **named}

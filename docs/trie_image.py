@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from cft_jax.distributions import OutputSpace
-from cft_jax.evaluate.plots import AFTER, INK, MUTED, TARGET, new_figure, png
+from cft_jax.evaluate.report.plots import AFTER, INK, MUTED, TARGET, new_figure, png
 from cft_jax.text import Trie, build_trie, terminator_id
 from cft_jax.text.scratch import train_tokenizer
 

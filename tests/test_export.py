@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cft_jax import export
-from cft_jax.base import scratch_tokenizer
-from cft_jax.common.workdir import read_config
 from cft_jax.common.writer import read_metrics
-from cft_jax.config import from_config_dict
+from cft_jax.config import from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
 from cft_jax.main import run
+from cft_jax.runs.base import scratch_tokenizer
 from cft_jax.text.chat import encode_chat, terminator_id
 
 LLAMA = Path(__file__).parents[1] / "configs" / "llama.py"

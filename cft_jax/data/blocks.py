@@ -16,7 +16,7 @@ from cft_jax.text.trie import Forest, Trie
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class TrieExamples:
     """B blocks before padding, with N prefixes and K target entries in all.
 
     Attributes:
@@ -60,7 +60,7 @@ class Blocks:
         return np.stack([prompt_lengths + np.diff(self.node_starts) - 1, steps, targets], axis=1)
 
 
-def blocks_of_strings(
+def examples_of_strings(
     forest: Forest,
     prompts: Sequence[Int32[np.ndarray, "_"]],
     tries: Int64[np.ndarray, "B"],
@@ -70,7 +70,7 @@ def blocks_of_strings(
     mean_weight: Float64[np.ndarray, "B"],
     *,
     per_step: bool,
-) -> Blocks:
+) -> TrieExamples:
     """Blocks that hold the prefixes of given strings, each prefix once.
 
     Args:
@@ -111,7 +111,7 @@ def blocks_of_strings(
     first_child = child_base + arrays["child_offsets"][offset]
     num_children = arrays["child_offsets"][offset + 1] - arrays["child_offsets"][offset]
     entries = ranges(first_child, num_children)
-    return Blocks(
+    return TrieExamples(
         prompts=prompts,
         node_starts=node_starts,
         token=arrays["token"][source],
@@ -126,16 +126,16 @@ def blocks_of_strings(
     )
 
 
-def blocks_of_tries(
+def examples_of_tries(
     tries: Sequence[Trie],
     prompts: Sequence[Int32[np.ndarray, "_"]],
     weights: Sequence[Float64[np.ndarray, "_"]],
     mean_weight: Float64[np.ndarray, "B"],
-) -> Blocks:
+) -> TrieExamples:
     """A block per trie with all its prefixes and a given weight for each prefix's step."""
     sizes = [trie.num_prefixes for trie in tries]
     num_children = np.concatenate([np.diff(trie.child_offsets) for trie in tries])
-    return Blocks(
+    return TrieExamples(
         prompts=prompts,
         node_starts=np.append(0, np.cumsum(sizes)),
         token=np.concatenate([trie.token for trie in tries]),
@@ -150,7 +150,7 @@ def blocks_of_tries(
     )
 
 
-def joined_blocks(parts: Sequence[Blocks], tasks: Sequence[Int64[np.ndarray, "_"]]) -> Blocks:
+def joined_examples(parts: Sequence[TrieExamples], tasks: Sequence[Int64[np.ndarray, "_"]]) -> TrieExamples:
     """The blocks of several sources as one, in the order of their tasks.
 
     Args:
@@ -158,7 +158,7 @@ def joined_blocks(parts: Sequence[Blocks], tasks: Sequence[Int64[np.ndarray, "_"
       tasks: for each source, the numbers that its tasks have among all.
     """
     names = ("token", "depth", "end", "weight", "target_ids", "target_probs", "mean_weight")
-    joined = Blocks(
+    joined = TrieExamples(
         prompts=[prompt for part in parts for prompt in part.prompts],
         node_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.node_starts) for part in parts]))),
         target_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.target_starts) for part in parts]))),
@@ -171,7 +171,7 @@ def joined_blocks(parts: Sequence[Blocks], tasks: Sequence[Int64[np.ndarray, "_"
     return _gathered(joined, order, num_nodes, nodes, joined.end[nodes], None, joined.mean_weight[order])
 
 
-def split_blocks(blocks: Blocks, max_nodes: int) -> Blocks:
+def split_examples(blocks: TrieExamples, max_nodes: int) -> TrieExamples:
     """Blocks of at most `max_nodes` prefixes beside the empty one; longer blocks become several over the same prompt.
 
     Each part continues the block where the part before stopped and repeats the ancestors of its first prefix, whose
@@ -197,14 +197,14 @@ def split_blocks(blocks: Blocks, max_nodes: int) -> Blocks:
 
 
 def _gathered(
-    blocks: Blocks,
+    blocks: TrieExamples,
     source: np.ndarray,
     num_nodes: np.ndarray,
     nodes: np.ndarray,
     end: np.ndarray,
     counted: np.ndarray | None,
     mean_weight: np.ndarray,
-) -> Blocks:
+) -> TrieExamples:
     """Blocks made of prefixes of others: of block `source[i]` the next `num_nodes[i]` of `nodes`, with new ends.
 
     Prefixes that are not `counted` lose their weight and their targets.
@@ -212,7 +212,7 @@ def _gathered(
     counted = np.ones(nodes.size, dtype=bool) if counted is None else counted
     num_targets = np.where(counted, np.diff(blocks.target_starts)[nodes], 0)
     entries = ranges(blocks.target_starts[nodes], num_targets)
-    return Blocks(
+    return TrieExamples(
         prompts=[blocks.prompts[block] for block in source.tolist()],
         node_starts=np.append(0, num_nodes.cumsum()),
         token=blocks.token[nodes],
@@ -238,7 +238,7 @@ class _Part:
     is_first: bool
 
 
-def _parts(blocks: Blocks, block: int, max_nodes: int) -> list[_Part]:
+def _parts(blocks: TrieExamples, block: int, max_nodes: int) -> list[_Part]:
     start, stop = blocks.node_starts[block : block + 2].tolist()
     ends = blocks.end[start:stop]
     parts = []

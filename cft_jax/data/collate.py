@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cft_jax.data.batch import TargetBatch
-from cft_jax.data.blocks import Blocks, ranges
+from cft_jax.data.blocks import TrieExamples, ranges
 
 
 def packed_rows(lengths: Int64[np.ndarray, "B"], capacity: int) -> Int64[np.ndarray, "B"]:
@@ -32,7 +32,7 @@ def row_sizes(sizes: Int64[np.ndarray, "B 3"], rows: Int64[np.ndarray, "B"]) -> 
 
 
 def collate(
-    blocks: Blocks,
+    blocks: TrieExamples,
     chosen: Int64[np.ndarray, "C"],
     rows: Int64[np.ndarray, "C"],
     *,
@@ -89,7 +89,7 @@ _StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _steps(
-    blocks: Blocks,
+    blocks: TrieExamples,
     nodes: np.ndarray,
     rows: np.ndarray,
     places: np.ndarray,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 from cft_jax.data.batch import TargetBatch
-from cft_jax.data.blocks import Blocks, joined_blocks
+from cft_jax.data.blocks import TrieExamples, joined_examples
 from cft_jax.data.collate import collate, packed_rows, row_sizes
 from cft_jax.data.order import epoch_order, uniform_draws
 from cft_jax.data.shapes import Shape, fitting_shape, shape_levels
@@ -23,7 +23,7 @@ _SAMPLED_STEPS = 16
 class Source(Protocol):
     """Makes blocks; `cft_jax.data.soft` and `cft_jax.data.hard` have them."""
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """Blocks of these tasks, from uniform numbers in [0, 1) where strings are drawn."""
         ...
 
@@ -40,7 +40,7 @@ class Mixture:
             mine = source_of == index
             self._number[mine] = np.arange(mine.sum())
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """Blocks of these tasks, in their order."""
         parts, places = [], []
         for index, source in enumerate(self._sources):
@@ -48,7 +48,7 @@ class Mixture:
             if where.size:
                 parts.append(source.blocks(self._number[tasks[where]], uniforms[where]))
                 places.append(where)
-        return parts[0] if len(parts) == 1 else joined_blocks(parts, places)
+        return parts[0] if len(parts) == 1 else joined_examples(parts, places)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Dataset:
         self._epsilon = epsilon
         self._steps_at_once = 1 if layout.tries_whole else max(1, _TASKS_AT_ONCE // layout.tasks_per_step)
         self._order: tuple[int, np.ndarray] | None = None
-        self._chunk: tuple[tuple[int, int], Blocks, np.ndarray] | None = None
+        self._chunk: tuple[tuple[int, int], TrieExamples, np.ndarray] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -169,7 +169,7 @@ class Dataset:
             self._order = order
         return order[1]
 
-    def _placed(self, step: int) -> tuple[Blocks, np.ndarray, np.ndarray, Int64[np.ndarray, "4"]]:
+    def _placed(self, step: int) -> tuple[TrieExamples, np.ndarray, np.ndarray, Int64[np.ndarray, "4"]]:
         """Blocks, which of them are the step's, the row of each, and what the step needs: rows and their sizes."""
         blocks, chosen, sizes = self._blocks_of_step(step)
         if self._layout.row_tokens is None:
@@ -187,7 +187,7 @@ class Dataset:
         steps = range(min(self.steps_per_epoch, max(self._steps_at_once, _SAMPLED_STEPS)))
         return max(int(self._blocks_of_step(step)[2][:, 0].max()) for step in steps)
 
-    def _blocks_of_step(self, step: int) -> tuple[Blocks, np.ndarray, Int64[np.ndarray, "B 3"]]:
+    def _blocks_of_step(self, step: int) -> tuple[TrieExamples, np.ndarray, Int64[np.ndarray, "B 3"]]:
         """Blocks that hold the step's, which of them those are, and their sizes without the shared tokens."""
         epoch, index = divmod(step, self.steps_per_epoch)
         chunk, within = divmod(index, self._steps_at_once)
@@ -201,7 +201,7 @@ class Dataset:
         first, last = np.searchsorted(blocks.task, [within * per_step, (within + 1) * per_step]).tolist()
         return blocks, np.arange(first, last), sizes[first:last]
 
-    def _make_blocks(self, epoch: int, chunk: int) -> Blocks:
+    def _make_blocks(self, epoch: int, chunk: int) -> TrieExamples:
         per_chunk = self._steps_at_once * self._layout.tasks_per_step
         first = chunk * per_chunk
         tasks = self._epoch(epoch)[first : first + per_chunk]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from cft_jax.data.blocks import Blocks, blocks_of_strings
+from cft_jax.data.blocks import TrieExamples, examples_of_strings
 from cft_jax.data.spaces import SpaceTable
 from cft_jax.text.trie import grow_forest
 from cft_jax.text.values import ValueEncoder
@@ -35,7 +35,7 @@ class DrawnStrings:
     encoder: ValueEncoder
     terminator_id: int
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """A block per task with as many drawn strings as there are uniform numbers.
 
         Raises:
@@ -56,7 +56,7 @@ class DrawnStrings:
             terminator_id=self.terminator_id,
             describe=lambda index: self._describe(int(tasks[block[index]]), int(codes[index])),
         )
-        return blocks_of_strings(
+        return examples_of_strings(
             forest,
             [self.prompts[task] for task in tasks.tolist()],
             np.arange(tasks.size),

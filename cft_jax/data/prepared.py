@@ -18,12 +18,12 @@ from cft_jax.common.progress import Progress
 from cft_jax.config import DataConfig
 from cft_jax.data import cache
 from cft_jax.data.spaces import ListedSpace, listed_forest, task_space
-from cft_jax.distributions.full_space import FullSpace
+from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.tasks import Task
+from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.chat import ChatOptions, encode_chats, terminator_id
 from cft_jax.text.digits import digit_tokens
-from cft_jax.text.full_trie import FullTrie
-from cft_jax.text.number_prefixes import NumberTokens
+from cft_jax.text.number_grammar import NumberTokens
 from cft_jax.text.tokenizer import fingerprint
 from cft_jax.text.trie import CHILD_ARRAYS, LEAF_ARRAYS, PREFIX_ARRAYS, Forest, Trie
 from cft_jax.text.values import ValueEncoder
@@ -54,13 +54,13 @@ class Prepared:
     prompts: tuple[Int32[np.ndarray, "_"], ...]
     terminator_id: int
     forest: Forest
-    full: tuple[FullTrie, ...]
+    full: tuple[AnalyticTrie, ...]
     is_full: Bool[np.ndarray, "G"]
     depths: Int64[np.ndarray, "G"]
     seconds: float
     from_cache: bool
 
-    def trie(self, index: int) -> Trie | FullTrie:
+    def trie(self, index: int) -> Trie | AnalyticTrie:
         """The trie of one task."""
         if self.is_full[index]:
             return self.full[int(self.is_full[:index].sum())]
@@ -154,12 +154,12 @@ def encode_prompts(
 
 def _full_tries(
     tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: DataConfig, end: int
-) -> tuple[FullTrie, ...]:
+) -> tuple[AnalyticTrie, ...]:
     if not tasks:
         return ()
     tokens = NumberTokens(digit_tokens(tokenizer), end)
     spaces = [task_space(task, data) for task in tasks]
-    return tuple(FullTrie(space, tokens) for space in spaces if isinstance(space, FullSpace))
+    return tuple(AnalyticTrie(space, tokens) for space in spaces if isinstance(space, AnalyticSpace))
 
 
 def _array_types() -> dict[str, type]:
@@ -186,7 +186,7 @@ def _pieces(
             spaces: list[ListedSpace] = []
             for task in some:
                 space = task_space(task, data)
-                assert not isinstance(space, FullSpace)
+                assert not isinstance(space, AnalyticSpace)
                 spaces.append(space)
             forest = listed_forest(encoder, spaces, [task.task_id for task in some], end)
             yield {

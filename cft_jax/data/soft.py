@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from cft_jax.data.blocks import Blocks, blocks_of_strings, blocks_of_tries, split_blocks
+from cft_jax.data.blocks import TrieExamples, examples_of_strings, examples_of_tries, split_examples
 from cft_jax.data.spaces import draw_indices
-from cft_jax.text.full_trie import FullTrie, drawn_forest
+from cft_jax.text.analytic_trie import AnalyticTrie, drawn_forest
 from cft_jax.text.trie import Forest
 
 Prompts = Sequence[Int32[np.ndarray, "_"]]
@@ -32,11 +32,11 @@ class DrawnPaths:
     task_weights: Float64[np.ndarray, "G"]
     per_step: bool
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """A block per task with as many drawn strings as there are uniform numbers."""
         drawn = [draw_indices(self._cumulative[task], row) for task, row in zip(tasks.tolist(), uniforms, strict=True)]
         num_blocks, per_block = uniforms.shape
-        return blocks_of_strings(
+        return examples_of_strings(
             self.forest,
             [self.prompts[task] for task in tasks.tolist()],
             tasks,
@@ -68,14 +68,14 @@ class WholeTries:
     per_step: bool
     max_nodes: int
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """At least a block per task; the uniform numbers are not needed."""
         starts = self.forest.leaf_starts
         leaves = [self.forest.arrays["leaf_probs"][starts[task] : starts[task + 1]] for task in tasks]
         strings = [np.flatnonzero(probabilities) for probabilities in leaves]
         string_block = np.repeat(np.arange(tasks.size), [found.size for found in strings])
         probabilities = np.concatenate([leaf[found] for leaf, found in zip(leaves, strings, strict=True)])
-        blocks = blocks_of_strings(
+        blocks = examples_of_strings(
             self.forest,
             [self.prompts[task] for task in tasks.tolist()],
             tasks,
@@ -85,7 +85,7 @@ class WholeTries:
             np.ones(tasks.size),
             per_step=self.per_step,
         )
-        return split_blocks(blocks, self.max_nodes)
+        return split_examples(blocks, self.max_nodes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +97,17 @@ class FullPaths:
       prompts, task_weights, per_step: as in `DrawnPaths`.
     """
 
-    tries: Sequence[FullTrie]
+    tries: Sequence[AnalyticTrie]
     prompts: Prompts
     task_weights: Float64[np.ndarray, "G"]
     per_step: bool
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """A block per task with as many drawn strings as there are uniform numbers."""
         tries = [self.tries[task] for task in tasks.tolist()]
         drawn = [trie.space.draw(row) for trie, row in zip(tries, uniforms, strict=True)]
         num_blocks, per_block = uniforms.shape
-        return blocks_of_strings(
+        return examples_of_strings(
             drawn_forest(tries, drawn),
             [self.prompts[task] for task in tasks.tolist()],
             np.arange(num_blocks),
@@ -128,13 +128,13 @@ class FullTries:
       max_nodes: prefixes in one block, and how many of the most probable prefixes are taken.
     """
 
-    tries: Sequence[FullTrie]
+    tries: Sequence[AnalyticTrie]
     prompts: Prompts
     task_weights: Float64[np.ndarray, "G"]
     per_step: bool
     max_nodes: int
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> Blocks:
+    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """At least a block per task, with a drawn string per uniform number."""
         tries, weights = [], []
         for task, row in zip(tasks.tolist(), uniforms, strict=True):
@@ -144,7 +144,7 @@ class FullTries:
             step_weights = part.mean_weights if self.per_step else part.sequence_weights
             weights.append(step_weights * self.task_weights[task])
         prompts = [self.prompts[task] for task in tasks.tolist()]
-        return split_blocks(blocks_of_tries(tries, prompts, weights, np.ones(tasks.size)), self.max_nodes)
+        return split_examples(examples_of_tries(tries, prompts, weights, np.ones(tasks.size)), self.max_nodes)
 
 
 # Deeper than any number: a sign, a point and 18 digits.

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 from cft_jax.config import DataConfig
-from cft_jax.distributions.full_space import FullSpace, full_space
+from cft_jax.distributions.analytic_space import AnalyticSpace, analytic_space
 from cft_jax.distributions.output_space import (
     NumberSpace,
     OutputSpace,
@@ -19,7 +19,7 @@ from cft_jax.text.trie import Forest, grow_forest
 from cft_jax.text.values import ValueEncoder
 
 ListedSpace = OutputSpace | NumberSpace
-Space = ListedSpace | FullSpace
+Space = ListedSpace | AnalyticSpace
 
 
 def task_space(task: Task, data: DataConfig) -> Space:
@@ -33,7 +33,7 @@ def task_space(task: Task, data: DataConfig) -> Space:
     if task.spec is None:
         raise ValueError(f"task {task.task_id} has neither a spec nor a space")
     if data.space == "full":
-        return full_space(task.spec, num_decimals=data.num_decimals, quantile=data.full_quantile)
+        return analytic_space(task.spec, num_decimals=data.num_decimals, quantile=data.full_quantile)
     return number_space(
         task.spec,
         num_decimals=data.num_decimals,
@@ -58,9 +58,9 @@ class SpaceTable:
                 grids.append((space.first, space.range_size, space.probabilities.size, space.num_decimals))
             else:
                 self._others[index] = space
-                decimals = space.num_decimals if isinstance(space, FullSpace) else -1
+                decimals = space.num_decimals if isinstance(space, AnalyticSpace) else -1
                 grids.append((0, 0, 0, decimals))
-            if not isinstance(space, FullSpace):
+            if not isinstance(space, AnalyticSpace):
                 self._cumulative[index] = np.cumsum(space.probabilities)
         columns = np.array(grids, dtype=np.float64).reshape(-1, 4).T
         self._first, self._range_size = columns[:2]
@@ -72,7 +72,7 @@ class SpaceTable:
         drawn = np.empty(uniforms.shape, dtype=np.int64)
         for row, task in enumerate(tasks.tolist()):
             space = self._others.get(task)
-            if isinstance(space, FullSpace):
+            if isinstance(space, AnalyticSpace):
                 drawn[row] = space.draw(uniforms[row])
             else:
                 drawn[row] = draw_indices(self._cumulative[task], uniforms[row])
@@ -108,7 +108,7 @@ class SpaceTable:
     def longest(self, task: int, beyond: int) -> Int64[np.ndarray, "_"]:
         """Codes of values among which are all of more than `beyond` tokens, if there are any."""
         space = self._others.get(task)
-        if isinstance(space, FullSpace):
+        if isinstance(space, AnalyticSpace):
             return np.array([space.first, space.last])
         if isinstance(space, OutputSpace):
             # A token is at least one byte, but for one that some tokenizers put in front.

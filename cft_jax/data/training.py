@@ -24,7 +24,7 @@ def training_dataset(
     tasks: Sequence[Task],
     *,
     row_multiple: int,
-    share_beginning: bool,
+    share_prefix: bool,
 ) -> Dataset:
     """The batches of a run.
 
@@ -38,7 +38,7 @@ def training_dataset(
       tokenizer: of the model.
       tasks: the training split.
       row_multiple: batches have a multiple of so many rows; the rows beyond the data are padding.
-      share_beginning: whether batches leave out the tokens that all prompts begin with (`Dataset.beginning`).
+      share_prefix: whether batches leave out the tokens that all prompts begin with (`Dataset.beginning`).
 
     Raises:
       UserError: the counts do not divide, there are no tasks, or see `prepare`.
@@ -56,7 +56,7 @@ def training_dataset(
     return Dataset(
         source,
         _layout(train, row_multiple),
-        beginning=common_beginning(prompts) if share_beginning else np.zeros(0, dtype=np.int32),
+        beginning=common_beginning(prompts) if share_prefix else np.zeros(0, dtype=np.int32),
         groups=[task.group for task in tasks],
         names=[task.task_id for task in tasks],
         seed=config.seed,

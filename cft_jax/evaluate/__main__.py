@@ -20,21 +20,21 @@ import jax
 from absl import flags, logging
 from transformers import PreTrainedTokenizerBase
 
-from cft_jax.backends import load_backend
 from cft_jax.common import cli
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.mirror import local_workdir
-from cft_jax.common.workdir import setting_up
 from cft_jax.config import Config, from_config_dict, validate
-from cft_jax.evaluate.backend import Backend
-from cft_jax.evaluate.comparison import read_runs, render_comparison
-from cft_jax.evaluate.noveltybench import judge
-from cft_jax.evaluate.overview import all_summary, headline_figures
-from cft_jax.evaluate.result_files import SUMMARY, Results
+from cft_jax.evaluate.backends.load import load_backend
+from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.evaluate.report.comparison import read_runs, render_comparison
+from cft_jax.evaluate.report.overview import all_summary, headline_figures
+from cft_jax.evaluate.results import SUMMARY, Results
+from cft_jax.evaluate.suites.noveltybench.suite import judge
+from cft_jax.evaluate.suites.registry import RUNNERS, check_suites, generations_to_judge, run_suites
+from cft_jax.runs.workdir import setting_up
 from cft_jax.sharding import distributed
-from cft_jax.suites import RUNNERS, check_suites, generations_to_judge, run_suites
 
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:

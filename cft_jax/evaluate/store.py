@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 from cft_jax.common.progress import Progress
-from cft_jax.evaluate.processes import agreed
 
 Record = dict[str, Any]
 Key = tuple[str, str]
@@ -144,3 +147,12 @@ def _read(path: Path, number: int, line: bytes) -> Record:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}, line {number} is damaged ({error}); delete the line and repeat") from None
     return row
+
+
+def agreed(content: bytes) -> bytes:
+    """The bytes that process 0 has, in every process: hosts may have no common disk, or see a file a moment later."""
+    if jax.process_count() == 1:
+        return content
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    own = np.frombuffer(content, np.uint8) if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own), np.uint8).tobytes()

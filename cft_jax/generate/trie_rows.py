@@ -32,7 +32,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
+class ScoreRequest:
     """Prefixes of a trie, numbered afresh in their order, and the next tokens (entries) asked of each.
 
     Attributes:
@@ -57,7 +57,7 @@ class Questions:
     stop_entries: Int[np.ndarray, "S O"]
 
     @classmethod
-    def of(cls, trie: Trie, stop_ids: Int[np.ndarray, "_"], prefixes: Int[np.ndarray, "_"] | None) -> "Questions":
+    def of(cls, trie: Trie, stop_ids: Int[np.ndarray, "_"], prefixes: Int[np.ndarray, "_"] | None) -> "ScoreRequest":
         """All children of the given prefixes (None: of every prefix), and the stop ids after whole strings.
 
         Raises:
@@ -173,7 +173,7 @@ def pack(
 
 
 def spread(
-    trie: Trie, questions: Questions, log_probs: Float64[np.ndarray, "E"]
+    trie: Trie, questions: ScoreRequest, log_probs: Float64[np.ndarray, "E"]
 ) -> tuple[Float64[np.ndarray, "K"], Float64[np.ndarray, "N"]]:
     """Answers by child of the trie, and by value ln of the sum over the other stop ids; NaN where nothing was asked."""
     children = np.full(trie.child_ids.size, np.nan)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cft_jax.objectives.head import HeadOptions, step_losses
+from cft_jax.objectives.fused_loss import HeadOptions, step_losses
 
 
 class DeviceBatch(NamedTuple):

@@ -38,7 +38,7 @@ class Trie:
       child_ids: token ids, ascending within a prefix.
       child_probs: probability of the token given the prefix; 0 where the prefix itself has no probability.
       child_prefix: the prefix that the token leads to; -1 for the terminator; `CUT` where a trie holds only part of
-        the prefixes (`full_trie`) and not that one.
+        the prefixes (`analytic_trie`) and not that one.
       leaf_prefix: the prefix that is the whole string of each value, in the order of the output space.
       leaf_probs: probability of each value.
       terminator_id: the token that ends every string.

@@ -12,7 +12,7 @@ command that gets it, and the others go on; the same command completes the table
 from ml_collections import ConfigDict
 
 from cft_jax.config import eval_config_dict
-from cft_jax.suite_config import SUITES
+from cft_jax.config.suites import SUITES
 
 
 def get_config(arg: str = "") -> ConfigDict:

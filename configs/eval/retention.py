@@ -1,7 +1,7 @@
 """The retention suite: what a model still knows, by TinyBenchmarks and the paper's protocol (500 questions).
 
     curl -LO https://github.com/felipemaiapolo/tinyBenchmarks/raw/main/tinyBenchmarks/tinyBenchmarks.pkl
-    python -m cft_jax.convert_items --input=tinyBenchmarks.pkl --output=tinyBenchmarks.npz
+    python -m cft_jax.evaluate.suites.retention.convert_items --input=tinyBenchmarks.pkl --output=tinyBenchmarks.npz
     python -m cft_jax.evaluate --config=configs/eval/retention.py --workdir=eval/base-retention \
         --config.model.checkpoint=WHAT --config.suite.retention.item_parameters=tinyBenchmarks.npz
 

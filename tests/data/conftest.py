@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from cft_jax.data.blocks import blocks_of_strings
+from cft_jax.data.blocks import examples_of_strings
 from cft_jax.data.collate import collate, row_sizes
 from cft_jax.text.trie import grow_forest, token_matrix
 
@@ -33,7 +33,7 @@ def _forest(*spaces):
 
 
 def _blocks(forest, strings, *, per_step=True, prompts=PROMPTS):
-    return blocks_of_strings(
+    return examples_of_strings(
         forest,
         prompts,
         np.arange(len(strings)),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cft_jax.data.blocks import blocks_of_tries, joined_blocks, split_blocks
+from cft_jax.data.blocks import examples_of_tries, joined_examples, split_examples
 
 END = 90
 
@@ -84,7 +84,7 @@ def test_exact_is_the_mean_of_path(forest_of, blocks_for, batch_of, steps_of, lo
 def test_splitting_keeps_every_step_once(forest_of, blocks_for, batch_of, steps_of, prompts, space, spare):
     rows = blocks_for(forest_of(space), [dict(enumerate(space.values()))], prompts=prompts[:1])
     max_nodes = max(map(len, space)) + spare
-    split = split_blocks(rows, max_nodes)
+    split = split_examples(rows, max_nodes)
     assert (split.sizes()[:, 0] <= prompts[0].size + max_nodes).all()
     assert (np.diff(split.node_starts) - 1 <= max_nodes).all()
     assert split.mean_weight.sum() == rows.mean_weight.sum()
@@ -98,14 +98,14 @@ def test_splitting_keeps_every_step_once(forest_of, blocks_for, batch_of, steps_
 def test_splitting_needs_room_for_the_longest_string(forest_of, blocks_for, spaces):
     rows = blocks_for(forest_of(*spaces), [{0: 1.0}, {1: 1.0}, {0: 1.0}])
     with pytest.raises(ValueError, match="max_nodes=4 must be greater than 4"):
-        split_blocks(rows, 4)
+        split_examples(rows, 4)
 
 
 def test_whole_tries_with_given_weights(forest_of, blocks_for, batch_of, steps_of, spaces, prompts):
     forest = forest_of(*spaces)
     tries = [forest.trie(index) for index in range(3)]
     weights = [np.arange(1.0, trie.num_prefixes + 1) for trie in tries]
-    rows = blocks_of_tries(tries, prompts, weights, np.ones(3))
+    rows = examples_of_tries(tries, prompts, weights, np.ones(3))
     steps = steps_of(batch_of(rows), prompts)
     assert [weight for row, _, weight, _ in steps if row == 2] == weights[2].tolist()
     everything = blocks_for(forest, [dict.fromkeys(range(len(space)), 1.0) for space in spaces])
@@ -120,7 +120,7 @@ def test_rows_of_two_sources_keep_the_tasks_order(forest_of, blocks_for, batch_o
     whole = blocks_for(forest_of(*spaces), strings)
     outer = blocks_for(forest_of(spaces[0], spaces[2]), [strings[0], strings[2]], prompts=[prompts[0], prompts[2]])
     inner = blocks_for(forest_of(spaces[1]), [strings[1]], prompts=prompts[1:2])
-    joined = joined_blocks([outer, inner], [np.array([0, 2]), np.array([1])])
+    joined = joined_examples([outer, inner], [np.array([0, 2]), np.array([1])])
     for ours, theirs in itertools.zip_longest(batch_of(joined), batch_of(whole)):
         np.testing.assert_array_equal(ours, theirs)
     assert joined.task.tolist() == [0, 1, 2]

@@ -44,11 +44,11 @@ def tokenizer():
 
 @pytest.fixture
 def dataset(tokenizer, tmp_path):
-    def make(tasks=None, data=None, *, row_multiple=1, share_beginning=False, **train):
+    def make(tasks=None, data=None, *, row_multiple=1, share_prefix=False, **train):
         settings = {"num_decimals": 1, "max_bins": 100, "cache_dir": str(tmp_path), **(data or {})}
         config = Config(data=DataConfig(**settings), train=TrainConfig(**{"batch_size": 4, **train}))
         chosen = make_tasks() if tasks is None else tasks
-        return training_dataset(config, tokenizer, chosen, row_multiple=row_multiple, share_beginning=share_beginning)
+        return training_dataset(config, tokenizer, chosen, row_multiple=row_multiple, share_prefix=share_prefix)
 
     return make
 
@@ -253,7 +253,7 @@ def test_task_weights_weigh_strings_but_not_the_mean(dataset):
 
 
 def test_a_shared_beginning_is_in_every_prompt(dataset, prepared):
-    whole, rest = dataset(), dataset(share_beginning=True)
+    whole, rest = dataset(), dataset(share_prefix=True)
     beginning = rest.beginning
     assert whole.beginning.size == 0 < beginning.size
     assert all(prompt[: beginning.size].tolist() == beginning.tolist() for prompt in prepared().prompts)

@@ -10,8 +10,8 @@ from cft_jax.config import ChatConfig, DataConfig
 from cft_jax.data import prepared as prepared_module
 from cft_jax.data.prepared import prepare
 from cft_jax.distributions import OutputSpace, PromptSpec, Task, space_settings, task_from_spec
+from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.chat import encode_chat
-from cft_jax.text.full_trie import FullTrie
 from cft_jax.text.scratch import train_tokenizer
 from cft_jax.text.trie import build_trie
 
@@ -60,7 +60,7 @@ def test_at_full_resolution_only_listed_tasks_are_listed(data):
     tasks = [listed_task(), family_task(), listed_task(), family_task(2.0)]
     found = prepare(tokenizer, tasks, dataclasses.replace(data, space="full"))
     assert found.is_full.tolist() == [False, True, False, True]
-    assert [isinstance(found.trie(index), FullTrie) for index in range(4)] == [False, True, False, True]
+    assert [isinstance(found.trie(index), AnalyticTrie) for index in range(4)] == [False, True, False, True]
     assert found.trie(3).space.last > found.trie(1).space.last
     assert found.figures()["values"] == 12
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cft_jax.evaluate.exact_plan import PromptCodec
+from cft_jax.evaluate.suites.structured.plan import PromptCodec
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.text import paths
+from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.digits import DigitTokens
-from cft_jax.text.full_trie import FullTrie
-from cft_jax.text.number_prefixes import NumberTokens
+from cft_jax.text.number_grammar import NumberTokens
 from cft_jax.text.trie import grow_forest, token_matrix
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -180,7 +180,7 @@ def character_model() -> type[CharacterModel]:
 
 @pytest.fixture(scope="session")
 def character_codec() -> PromptCodec:
-    return PromptCodec(encode_characters, character_trie, lambda space: FullTrie(space, NUMBERS), "characters")
+    return PromptCodec(encode_characters, character_trie, lambda space: AnalyticTrie(space, NUMBERS), "characters")
 
 
 @pytest.fixture(scope="session")
@@ -302,7 +302,7 @@ def paloma(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_benchmarks(tmp_path_factory, golden_rows) -> Path:
     """TinyBenchmarks' five data sets, 100 rows each, from the golden rows."""
-    from cft_jax.suite_config import RETENTION_TASKS
+    from cft_jax.config.suites import RETENTION_TASKS
 
     root = tmp_path_factory.mktemp("tiny")
     rows = golden_rows("retention_examples")

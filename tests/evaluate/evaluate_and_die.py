@@ -29,5 +29,5 @@ class DyingStore(ResultStore):
 STORE, RECORDS = sys.argv[1], int(sys.argv[2])
 sys.argv = [str(Path(evaluate.__file__)), *sys.argv[3:]]
 # Its place, where every suite opens its store.
-sys.modules["cft_jax.evaluate.result_files"].ResultStore = DyingStore  # type: ignore[attr-defined]
+sys.modules["cft_jax.evaluate.results"].ResultStore = DyingStore  # type: ignore[attr-defined]
 evaluate.main()

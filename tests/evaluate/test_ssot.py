@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from cft_jax.distributions import parse_number, strip_thinking
-from cft_jax.evaluate.asking import asking_of
 from cft_jax.evaluate.parsing import normalize_answer
+from cft_jax.evaluate.prompting import prompt_strategy
 from cft_jax.evaluate.ssot import clean_response, extract_answer, native_reasoning, seeded_messages
 
 # What the golden cases' families stand for.
@@ -69,10 +69,10 @@ def test_real_templates_leave_room_to_reason(tokenizers_dir, configured, name, k
     assert native_reasoning(tokenizer.get_chat_template()) == kind
     file = resources.files("cft_jax").joinpath("../configs/eval/structured.py")
     config = configured(str(file), "eval.method=ssot", "model.checkpoint=x")
-    asking = asking_of(config, tokenizer, mode="open", max_new_tokens=8)
-    text = tokenizer.decode(asking.encode(ASK))
+    strategy = prompt_strategy(config, tokenizer, mode="open", max_new_tokens=8)
+    text = tokenizer.decode(strategy.encode(ASK))
     assert text.endswith(ending)
     assert "unpredictable" in text and "Name a random city." in text
-    assert asking.max_new_tokens == config.suite.ssot.max_new_tokens == 4096
-    direct = asking_of(configured(str(file), "model.checkpoint=x"), tokenizer, mode="open", max_new_tokens=8)
+    assert strategy.max_new_tokens == config.suite.ssot.max_new_tokens == 4096
+    direct = prompt_strategy(configured(str(file), "model.checkpoint=x"), tokenizer, mode="open", max_new_tokens=8)
     assert direct.max_new_tokens == 8 and "unpredictable" not in tokenizer.decode(direct.encode(ASK))

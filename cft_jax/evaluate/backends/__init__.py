@@ -1,0 +1,1 @@
+"""What runs the model that is measured: this package, or transformers."""

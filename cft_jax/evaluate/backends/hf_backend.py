@@ -1,0 +1,262 @@
+"""Models run by `transformers` and torch as a backend of the suites: the same figures, from exported weights.
+
+It is there to check exports and to compare speed, so it is plain: `generate` in batches, and strings scored by running
+each once behind the cached prompt.
+"""
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from cft_jax.checkpoints import hub
+from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.common.errors import UserError
+from cft_jax.generate import Likelihood, TrieScore
+from cft_jax.generate.stops import StopStrings
+from cft_jax.text.chat import terminator_id
+from cft_jax.text.paths import prefix_log_probs, string_log_probs
+from cft_jax.text.trie import Trie
+
+# Numbers of one forward pass's logits, which exist in float32 at once.
+_LOGITS_AT_ONCE = 1 << 26
+_SAMPLES_AT_ONCE = 250
+
+
+class HfBackend:
+    """Samples from and scores with a model of `transformers`, with or without a PEFT adapter.
+
+    Args:
+      model: in eval mode.
+      tokenizer: of the model.
+      stop_ids: tokens that end a text.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]) -> None:
+        self._model, self._tokenizer, self._stop_ids = model, tokenizer, tuple(sorted(stop_ids))
+        # Checkpoints bring sampling settings of their own (top_k, top_p, penalties), which would be applied in silence.
+        model.generation_config = GenerationConfig(eos_token_id=list(self._stop_ids), pad_token_id=self._stop_ids[0])
+        self._fingerprint = _fingerprint(model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all weights, adapters included."""
+        return self._fingerprint
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        stop: Sequence[str] = (),
+    ) -> list[list[str]]:
+        """See `Backend.sample`; torch's generator is seeded anew for each prompt."""
+        strings = StopStrings(self._tokenizer, stop)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        found = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            torch.manual_seed(seed)
+            texts: list[str] = []
+            while len(texts) < num_samples:
+                count = min(_SAMPLES_AT_ONCE, num_samples - len(texts))
+                ids = torch.tensor([list(prompt)] * count, device=self._model.device)
+                mask = torch.ones_like(ids)
+                out = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    stopping_criteria=_stopping(strings, len(prompt)),
+                    **sampling,
+                )
+                texts += [strings.cut(self._text(row)) for row in out[:, len(prompt) :].tolist()]
+            found.append(texts)
+        return found
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tries: Sequence[Trie],
+        *,
+        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
+    ) -> list[TrieScore]:
+        """See `Backend.score`."""
+        parts = [None] * len(tries) if prefixes is None else prefixes
+        return [self._score(*asked) for asked in zip(prompts, tries, parts, strict=True)]
+
+    @torch.inference_mode()
+    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
+        """See `Backend.next_token_log_probs`."""
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=self._model.device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, -1]
+            rows.append(torch.log_softmax(logits.float(), -1).cpu().numpy())
+        return np.stack(rows)
+
+    @torch.inference_mode()
+    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """See `Backend.log_likelihoods`; every continuation runs with its context."""
+        answers = self._answers([[*context, *continuation] for context, continuation in requests])
+        found = []
+        for (context, _), (log_probs, best) in zip(requests, answers, strict=True):
+            own = slice(len(context) - 1, None)
+            found.append(Likelihood(float(log_probs[own].sum(dtype=np.float64)), bool(best[own].all())))
+        return found
+
+    @torch.inference_mode()
+    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
+        """See `Backend.token_log_probs`."""
+        return [log_probs for log_probs, _ in self._answers(rows)]
+
+    def _answers(self, rows: Sequence[Sequence[int]]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
+        """Log-probabilities of every token but the first of each row, and whether it is the most probable one."""
+        found = [(np.zeros(0, np.float32), np.zeros(0, bool)) for _ in rows]
+        order = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: -len(rows[i]))
+        while order:
+            length = len(rows[order[0]])
+            count = max(_LOGITS_AT_ONCE // (length * self._model.config.get_text_config().vocab_size), 1)
+            part, order = order[:count], order[count:]
+            # Rows are filled up on the right, where causal attention lets nothing see it.
+            tokens = torch.tensor([[*rows[i], *[0] * (length - len(rows[i]))] for i in part], device=self._model.device)
+            logits = self._model(input_ids=tokens).logits
+            for row, i in enumerate(part):
+                scores, targets = logits[row, : len(rows[i]) - 1].float(), tokens[row, 1 : len(rows[i])]
+                chosen = scores.gather(1, targets[:, None])[:, 0] - torch.logsumexp(scores, 1)
+                found[i] = (chosen.cpu().numpy(), (scores.argmax(1) == targets).cpu().numpy())
+        return found
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        end = next((place for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        text = self._tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _score(self, prompt: Sequence[int], trie: Trie, prefixes: Int[np.ndarray, "_"] | None) -> TrieScore:
+        chosen = np.arange(trie.num_prefixes) if prefixes is None else np.asarray(prefixes)
+        others = [token for token in self._stop_ids if token != trie.terminator_id]
+        is_leaf = np.zeros(trie.num_prefixes, dtype=bool)
+        is_leaf[trie.leaf_prefix] = True
+        children = np.full(trie.child_ids.size, np.nan)
+        stops = np.full(trie.num_prefixes, np.nan)
+        for prefix, log_probs in self._next_tokens(prompt, trie, chosen):
+            entries = slice(trie.child_offsets[prefix], trie.child_offsets[prefix + 1])
+            children[entries] = log_probs[torch.from_numpy(trie.child_ids[entries].astype(np.int64))].cpu().numpy()
+            if is_leaf[prefix]:
+                stops[prefix] = torch.logsumexp(log_probs[others], 0).item() if others else -np.inf
+        whole = prefix_log_probs(trie, children)
+        strings = string_log_probs(trie, children)
+        return TrieScore(children, whole, strings, (whole + stops)[trie.leaf_prefix])
+
+    def _next_tokens(
+        self, prompt: Sequence[int], trie: Trie, chosen: Int[np.ndarray, "R"]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The log-probabilities of the next token after every chosen prefix, float32[V]."""
+        device = self._model.device
+        start = self._model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
+        yield 0, torch.log_softmax(start.logits[0, -1].float(), -1)
+        numbers = _paths(trie, chosen)
+        if not numbers.size:
+            return
+        rows = max(_LOGITS_AT_ONCE // (numbers.shape[1] * start.logits.shape[-1]), 1)
+        done = {0}
+        for first in range(0, numbers.shape[0], rows):
+            part = numbers[first : first + rows]
+            # Rows are filled up on the right, where causal attention lets nothing see it.
+            tokens = np.where(part >= 0, trie.token[part], 0)
+            cache = copy.deepcopy(start.past_key_values)
+            cache.batch_repeat_interleave(part.shape[0])
+            out = self._model(input_ids=torch.from_numpy(tokens.astype(np.int64)).to(device), past_key_values=cache)
+            for row, depth in zip(*np.nonzero(part >= 0), strict=True):
+                prefix = int(part[row, depth])
+                if prefix not in done:
+                    done.add(prefix)
+                    yield prefix, torch.log_softmax(out.logits[row, depth].float(), -1)
+
+
+def hf_stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a generation: those of the checkpoint, the tokenizer and the chat template.
+
+    Raises:
+      UserError: nothing names a token.
+    """
+    named = model.generation_config.eos_token_id
+    found = set(named) if isinstance(named, list) else {named}
+    found.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template is not None:
+        # A template may end turns in plain text, which is no token.
+        with contextlib.suppress(UserError):
+            found.add(terminator_id(tokenizer, "auto"))
+    stops = sorted(int(token) for token in found if token is not None)
+    if not stops:
+        raise UserError("neither generation_config.json nor the tokenizer names a token that ends a text")
+    return tuple(stops)
+
+
+def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_only: bool) -> Any:
+    """A model of `transformers` in eval mode, from a checkpoint or a PEFT adapter in HF format, without its own code.
+
+    Raises:
+      UserError: the checkpoint or its base is missing, or the adapter damaged.
+    """
+    directory, _ = hub.resolve(path_or_id, revision=revision, local_files_only=local_files_only)
+    if not is_adapter(directory):
+        return _load(directory, dtype).eval()
+    base = directory
+    if not (directory / "config.json").is_file():
+        adapter = read_adapter(str(directory), revision="", local_files_only=True)
+        base, _ = hub.resolve(adapter.base, revision=adapter.revision, local_files_only=local_files_only)
+    return PeftModel.from_pretrained(_load(base, dtype), str(directory)).eval()
+
+
+def _load(directory: Path, dtype: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stopping(strings: StopStrings, start: int) -> StoppingCriteriaList:
+    """Ends a row whose new tokens, those from `start` on, hold a stop string."""
+
+    def reached(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor([strings.reached(row) for row in ids[:, start:].tolist()], device=ids.device)
+
+    criteria: Any = [reached] if strings.strings else []
+    return StoppingCriteriaList(criteria)
+
+
+def _paths(trie: Trie, chosen: Int[np.ndarray, "R"]) -> Int[np.ndarray, "S T"]:
+    """Prefixes along the path to every chosen one that no other continues, the empty one left out; -1 after the end."""
+    continued = np.zeros(trie.num_prefixes, dtype=bool)
+    continued[trie.parent[chosen[chosen > 0]]] = True
+    ends = chosen[~continued[chosen] & (chosen > 0)]
+    paths = np.full((ends.size, int(trie.depth[ends].max(initial=0))), -1)
+    prefix = ends.copy()
+    while (rows := np.flatnonzero(prefix > 0)).size:
+        paths[rows, trie.depth[prefix[rows]] - 1] = prefix[rows]
+        prefix[rows] = trie.parent[prefix[rows]]
+    return paths
+
+
+def _fingerprint(model: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""The model that an evaluation measures, from whatever names it, ready to be sampled from and scored."""
+
+import contextlib
+from pathlib import Path
+
+from etils import epath
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.checkpoints import from_pretrained, hub
+from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.common.errors import UserError
+from cft_jax.common.mirror import CHECKPOINTS, local_workdir
+from cft_jax.common.stores import is_remote, reaching
+from cft_jax.config import Config, from_config_dict, read_config
+from cft_jax.evaluate.backends.jax_backend import JaxBackend
+from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.runs.base import base_of_run, base_tokenizer
+from cft_jax.runs.trained import load_trained
+from cft_jax.sharding.mesh import make_mesh
+
+
+def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]:
+    """The model to measure, its tokenizer, and a name for it.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be loaded.
+    """
+    settings, what = config.model, config.model.checkpoint
+    if _is_run(what):
+        if config.backend == "jax":
+            with local_workdir(what, write=False, flag="config.model.checkpoint") as directory:
+                return _newest(directory, what)
+        what = f"{what.rstrip('/')}/export"
+        if not epath.Path(what).is_dir():
+            raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
+    tokenizer = base_tokenizer(settings, _tokenizer_place(what, config))
+    if config.backend == "hf":
+        return _hf_backend(what, config, tokenizer), tokenizer, what
+    model = from_pretrained(
+        what,
+        dtype=settings.dtype,
+        param_dtype=settings.dtype,
+        mesh=make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+        adapter=settings.adapter or None,
+        revision=settings.revision,
+        local_files_only=settings.local_files_only,
+    )
+    return JaxBackend(model, tokenizer), tokenizer, what
+
+
+def _is_run(what: str) -> bool:
+    """Whether a directory, here or on a store, is that of a run of cft_jax.main."""
+    with reaching(what, "config.model.checkpoint") if is_remote(what) else contextlib.nullcontext():
+        return (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
+
+
+def _newest(directory: Path, name: str) -> tuple[Backend, PreTrainedTokenizerBase, str]:
+    """The newest checkpoint of a run."""
+    saved = from_config_dict(read_config(directory))
+    tokenizer = base_tokenizer(saved.model, base_of_run(saved, directory))
+    model, step = load_trained(directory, saved)
+    return JaxBackend(model, tokenizer), tokenizer, f"{name}, step {step}"
+
+
+def _tokenizer_place(what: str, config: Config) -> str:
+    """Where the tokenizer lies: with the weights, or, of an adapter that brings none, with its base."""
+    if config.model.tokenizer:
+        return what
+    local = config.model.local_files_only
+    directory, _ = hub.resolve(what, revision=config.model.revision, local_files_only=local)
+    if is_adapter(directory) and not (directory / "tokenizer.json").exists():
+        return read_adapter(str(directory), revision="", local_files_only=True).base
+    return what
+
+
+def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backend:
+    if config.model.adapter:
+        raise UserError("with backend=hf give the adapter's own directory as config.model.checkpoint")
+    try:
+        from cft_jax.evaluate.backends.hf_backend import HfBackend, hf_stop_ids, load_hf_model
+    except ImportError as error:
+        raise UserError(f"backend=hf needs torch and peft ({error}): pip install -e '.[eval]'") from error
+    settings = config.model
+    model = load_hf_model(
+        what, dtype=settings.dtype, revision=settings.revision, local_files_only=settings.local_files_only
+    )
+    return HfBackend(model, tokenizer, stop_ids=hf_stop_ids(model, tokenizer))

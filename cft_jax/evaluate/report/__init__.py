@@ -1,0 +1,1 @@
+"""Pages, plots and the model card: what people read of runs and evaluations."""

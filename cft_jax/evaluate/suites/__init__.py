@@ -1,0 +1,1 @@
+"""The suites of the evaluation, a module or a package each; `registry` lists them."""

@@ -1,0 +1,1 @@
+"""NoveltyBench: how many different good answers a model gives."""

@@ -1,0 +1,152 @@
+"""Where NoveltyBench (arXiv 2504.05228) takes its prompts and its scorers from: local files, or the hub."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cft_jax.checkpoints import hub
+from cft_jax.common.errors import UserError
+from cft_jax.config.suites import NoveltyBenchConfig
+from cft_jax.evaluate.suites.hub_rows import data_set_rows
+
+_FIELD = "config.suite.noveltybench.data"
+_GET = "hf download yimingzhang/novelty-bench --repo-type dataset --local-dir novelty-bench"
+
+
+@dataclass(frozen=True)
+class NoveltyPrompt:
+    """A prompt of a split, with its id there."""
+
+    split: str
+    task_id: str
+    text: str
+
+
+def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
+    """The prompts that `data` names.
+
+    A JSONL file has rows with `id` and `prompt`, and `split` where it holds several; without it the file's name is the
+    split. A directory has a file `<split>.jsonl` for each of the `splits`, or is a download of the hub's data set.
+
+    Raises:
+      UserError: there are none: what is missing, where it was looked for, and how to get it.
+    """
+    if not settings.data:
+        raise UserError(f"{_FIELD} is empty; name a JSONL file with id and prompt, or get the data with `{_GET}`")
+    path = Path(settings.data).expanduser()
+    if path.is_file():
+        prompts = list(_from_jsonl(path, path.stem))
+    elif path.is_dir() and any(path.glob("*.jsonl")):
+        prompts = []
+        for split in settings.splits:
+            file = path / f"{split}.jsonl"
+            if not file.is_file():
+                raise UserError(f"{_FIELD}={settings.data} holds no {file.name}; set config.suite.noveltybench.splits")
+            prompts += _from_jsonl(file, split)
+    elif not path.is_dir() and (path.suffix in (".jsonl", ".json") or settings.data.startswith((".", "/", "~"))):
+        raise UserError(f"{_FIELD}={settings.data}: no such file or directory; get the data with `{_GET}`")
+    else:
+        source = str(path) if path.is_dir() else settings.data
+        cure = f"run `{_GET}` where there is one and set {_FIELD} to that directory"
+        prompts = [
+            _prompt(row, split, f"{source}, split {split}, row {number}")
+            for split in settings.splits
+            for number, row in enumerate(data_set_rows(source, None, split, cure=cure), 1)
+        ]
+    return _checked(prompts, settings.data)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer that is at hand, but read only when it is needed.
+
+    Attributes:
+      identify: tells its weights, tokenizer and arithmetic from all others; part of the results' fingerprint.
+      load: makes the scorer.
+    """
+
+    identify: Callable[[], str]
+    load: Callable[[], Any]
+
+
+def find_classifier(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
+    """The classifier of equivalent answers, downloaded if need be, with the tokenizer it was trained with.
+
+    Raises:
+      UserError: there is none: where it was looked for, and how to get it.
+    """
+    scorers = _scorers()
+    directory = _resolve("classifier", settings.classifier, local_files_only)
+    tokenizer = directory
+    if not scorers.has_tokenizer(directory):
+        tokenizer = _resolve("classifier_tokenizer", settings.classifier_tokenizer, local_files_only)
+    scorers.check_files(directory, tokenizer)
+    dtype, batch = settings.classifier_dtype, settings.scorer_batch
+    return Scorer(
+        lambda: f"{scorers.checkpoint_identity(directory)} {scorers.checkpoint_identity(tokenizer)} {dtype}",
+        lambda: scorers.Classifier(directory, tokenizer, dtype=dtype, batch=batch),
+    )
+
+
+def find_reward_model(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
+    """The reward model, as `find_classifier`."""
+    scorers = _scorers()
+    directory = _resolve("reward_model", settings.reward_model, local_files_only)
+    scorers.check_files(directory, directory)
+    dtype, batch = settings.reward_dtype, settings.scorer_batch
+    return Scorer(
+        lambda: f"{scorers.checkpoint_identity(directory)} {dtype}",
+        lambda: scorers.RewardModel(directory, dtype=dtype, batch=batch),
+    )
+
+
+def _scorers() -> Any:
+    """The module of the scorers, whose libraries are extras."""
+    try:
+        from cft_jax.evaluate.suites.noveltybench import judges as scorers
+    except ImportError as error:
+        raise UserError(f"NoveltyBench's scorers need torch ({error}): pip install -e '.[eval]'") from error
+    return scorers
+
+
+def _resolve(field: str, path_or_id: str, local_files_only: bool) -> Path:
+    try:
+        return hub.resolve(path_or_id, revision="main", local_files_only=local_files_only)[0]
+    except UserError as error:
+        raise UserError(
+            f"config.suite.noveltybench.{field}={path_or_id}: {error}. Get it with `hf download {path_or_id}` where "
+            "there is a network, or run the stages that need no scorer: --config.suite.noveltybench.stages=generate"
+        ) from error
+
+
+def _from_jsonl(path: Path, split: str) -> Iterator[NoveltyPrompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{_FIELD}={path} cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is no JSON ({error})") from None
+            yield _prompt(row, split, f"{path}, line {number}")
+
+
+def _prompt(row: Any, split: str, place: str) -> NoveltyPrompt:
+    if not isinstance(row, Mapping) or "id" not in row or not isinstance(row.get("prompt"), str):
+        raise UserError(f"{place}: a row needs `id` and a text `prompt`")
+    return NoveltyPrompt(str(row.get("split", split)), str(row["id"]), row["prompt"])
+
+
+def _checked(prompts: Sequence[NoveltyPrompt], data: str) -> list[NoveltyPrompt]:
+    if not prompts:
+        raise UserError(f"{_FIELD}={data} holds no prompts")
+    seen = set()
+    for prompt in prompts:
+        if (prompt.split, prompt.task_id) in seen:
+            raise UserError(f"{_FIELD}={data} has the id {prompt.task_id!r} twice in split {prompt.split}")
+        seen.add((prompt.split, prompt.task_id))
+    return list(prompts)

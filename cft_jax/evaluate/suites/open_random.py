@@ -1,0 +1,188 @@
+"""The open-random suite: asked for a random word, city or name, how many different ones does the model give?
+
+For every prompt: the figures of sampled answers, and from the model's whole next-token distribution after the prompt
+the size of the smallest set of tokens that holds a given mass, computed exactly.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from cft_jax.common.errors import UserError
+from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.evaluate.metrics import TOP_P_THRESHOLDS, open_random_counts, top_p_sizes
+from cft_jax.evaluate.parsing import has_thinking_tags, normalize_answer
+from cft_jax.evaluate.prompting import PromptStrategy, SamplingConfig, draw, settings_of
+from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.store import Record, measured
+
+SUITE = "open_random"
+_PROMPTS_AT_ONCE = 8
+_FIGURES = ("num_unique", "unique_fraction", "entropy", "empty_rate", "degraded_rate", "thinking_rate")
+
+
+@dataclass(frozen=True)
+class OpenPrompt:
+    """A request, and a name for it that tells it from all others."""
+
+    task_id: str
+    text: str
+
+
+def read_prompts(path: str) -> list[OpenPrompt]:
+    """The prompts of a JSON file, a list of texts; those of the package for an empty path.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    if path:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"config.suite.open_random.prompts={path}: {error.strerror}; name a JSON file with a list of texts, "
+                "or leave it empty for the package's own"
+            ) from None
+    else:
+        text = (
+            resources.files("cft_jax.evaluate.suites").joinpath("prompts/open_random.json").read_text(encoding="utf-8")
+        )
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"config.suite.open_random.prompts={path} is no JSON ({error})") from None
+    if not isinstance(found, list) or not found or not all(isinstance(item, str) and item.strip() for item in found):
+        raise UserError(f"config.suite.open_random.prompts={path} must hold a list of texts, at least one, none empty")
+    # The text is part of the name: a list that has grown keeps the results of the prompts it had.
+    return [
+        OpenPrompt(f"{index:03d}-{hashlib.sha256(item.encode()).hexdigest()[:8]}", item)
+        for index, item in enumerate(found)
+    ]
+
+
+def run_open_random(
+    backend: Backend,
+    strategy: PromptStrategy,
+    prompts: Sequence[OpenPrompt],
+    sampling: SamplingConfig,
+    results: Results,
+) -> dict[str, Any]:
+    """Measures every prompt and returns the summary; a killed run goes on where it stopped.
+
+    Args:
+      backend: the model.
+      strategy: how it is asked. Support sizes are of the direct prompt's next token, and absent otherwise.
+      prompts: what it is asked.
+      sampling: the samples.
+      results: where the files go.
+    """
+    settings = settings_of(strategy, sampling)
+    fingerprint = fingerprint_of(SUITE, backend.fingerprint, strategy.name, settings)
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            prompts,
+            lambda prompt: (SUITE, prompt.task_id),
+            lambda chunk: _measure(backend, strategy, chunk, sampling),
+            at_once=_PROMPTS_AT_ONCE,
+            what="evaluate open_random",
+            unit="prompt",
+        )
+    rows, samples = [_row(record) for record in records], _samples(records)
+    return results.finish(SUITE, fingerprint, settings, summarise(records), rows=rows, samples=samples)
+
+
+def prompt_figures(outputs: Sequence[str], *, degraded: int) -> dict[str, float]:
+    """Figures of one prompt's answers, as they were read from the completions."""
+    answers = [normalize_answer(output) for output in outputs]
+    counts = open_random_counts(answers)
+    figures = {name: float(value) for name, value in counts.items() if isinstance(value, int | float)}
+    total = max(len(outputs), 1)
+    return figures | {
+        "empty_rate": sum(not answer for answer in answers) / total,
+        "degraded_rate": degraded / total,
+        "thinking_rate": sum(map(has_thinking_tags, outputs)) / total,
+    }
+
+
+def support_sizes(log_probs: Float32[np.ndarray, "V"]) -> dict[str, int]:
+    """Sizes of the smallest sets of next tokens that hold each of the paper's 21 masses, by mass."""
+    probs = np.exp(log_probs.astype(np.float64)).astype(np.float32).astype(np.float64)
+    return {
+        f"{p:.2f}": int(size) for p, size in zip(TOP_P_THRESHOLDS, top_p_sizes(probs, TOP_P_THRESHOLDS), strict=True)
+    }
+
+
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
+    """Means over prompts; `left_out` counts the prompts that a figure does not exist for."""
+    summary: dict[str, Any] = {"num_prompts": len(records)}
+    left_out = {}
+    for name in _FIGURES:
+        values = [record["figures"][name] for record in records if name in record["figures"]]
+        if values:
+            summary[f"mean_{name}"] = math.fsum(values) / len(values)
+        if len(values) < len(records):
+            left_out[name] = len(records) - len(values)
+    sized = [record["support_sizes"] for record in records if "support_sizes" in record]
+    if sized:
+        for name, average in (("mean_support_sizes", np.mean), ("median_support_sizes", np.median)):
+            summary[name] = {p: float(average([sizes[p] for sizes in sized])) for p in sized[0]}
+    return summary | ({"left_out": left_out} if left_out else {})
+
+
+def _measure(
+    backend: Backend, strategy: PromptStrategy, prompts: Sequence[OpenPrompt], sampling: SamplingConfig
+) -> list[Record]:
+    tokens = [strategy.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts]
+    drawn = draw(backend, strategy, sampling, tokens, [f"{SUITE}/{prompt.task_id}" for prompt in prompts])
+    records: list[Record] = []
+    for prompt, samples in zip(prompts, drawn, strict=True):
+        read = {seed: [strategy.read(text) for text in texts] for seed, texts in samples.items()}
+        per_seed = [
+            prompt_figures([answer.text for answer in answers], degraded=sum(answer.degraded for answer in answers))
+            for answers in read.values()
+        ]
+        # A figure that one seed lacks (there is no answer) would be an average over others.
+        common = [name for name in per_seed[0] if all(name in figures for figures in per_seed)]
+        records.append(
+            {
+                "split": SUITE,
+                "task_id": prompt.task_id,
+                "prompt": prompt.text,
+                "figures": {name: math.fsum(f[name] for f in per_seed) / len(per_seed) for name in common},
+                "samples": samples,
+                "answers": {seed: [normalize_answer(a.text) for a in answers] for seed, answers in read.items()},
+            }
+        )
+    if strategy.method == "direct":
+        for record, log_probs in zip(records, backend.next_token_log_probs(tokens), strict=True):
+            record["support_sizes"] = support_sizes(log_probs)
+    return records
+
+
+def _row(record: Record) -> Record:
+    sizes = {f"support_size_{p}": size for p, size in record.get("support_sizes", {}).items()}
+    return {"task_id": record["task_id"], "prompt": record["prompt"], **record["figures"], **sizes}
+
+
+def _samples(records: Sequence[Record]) -> list[Record]:
+    """One row per prompt and seed: completions as they came, and the answers read from them."""
+    return [
+        {
+            "task_id": record["task_id"],
+            "prompt": record["prompt"],
+            "seed": int(seed),
+            "samples": texts,
+            "answers": record["answers"][seed],
+        }
+        for record in records
+        for seed, texts in record["samples"].items()
+    ]

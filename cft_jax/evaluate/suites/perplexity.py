@@ -1,0 +1,252 @@
+"""The perplexity suite: how well the model predicts ordinary text, in PALOMA's layout `<slice>/<split>/*.jsonl.gz`.
+
+Two figures stand side by side. `paper` repeats the reference implementation: windows without BOS, the first token of
+a text (and of every window that does not overlap the one before) unscored, bits over all bytes. `covering` puts the
+tokenizer's BOS before every window, scores every token once and counts the bytes of scored tokens. Finished batches
+of documents are kept, so a killed evaluation goes on where it stopped and ends with the same numbers.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cft_jax.common.errors import UserError
+from cft_jax.config.suites import PerplexityConfig
+from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.store import Record, measured
+from cft_jax.evaluate.suites.windows import Window, covering_windows, paper_windows
+from cft_jax.text import tokenizer as tokens
+
+SUITE = "perplexity"
+# Text handed to the backend at once, about 64,000 tokens; a killed run repeats at most this.
+_BYTES_AT_ONCE = 1 << 18
+_GET = "hf download allenai/paloma --repo-type dataset --local-dir paloma"
+_LICENCE = "after accepting its licence at https://huggingface.co/datasets/allenai/paloma"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents `start` to `stop` - 1 of a file; measured together.
+
+    Attributes:
+      path: of the file.
+      slice: of the data set, the name of the file's grandparent directory.
+    """
+
+    path: Path
+    slice: str
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Of its record in the store."""
+        return self.slice, f"{self.path.name}:{self.start}-{self.stop}"
+
+
+def plan(settings: PerplexityConfig) -> tuple[list[Batch], str]:
+    """All documents in batches, and a digest of their texts; every file is read once and checked.
+
+    Raises:
+      UserError: there is no such directory, it holds no files, or one of them is damaged.
+    """
+    digest, batches = hashlib.sha256(), []
+    for path in find_files(settings):
+        start = size = 0
+        texts = _texts(path, settings.max_documents)
+        for stop, text in enumerate(texts, 1):
+            encoded = text.encode()
+            digest.update(f"{path.parent.parent.name}/{path.name} {len(encoded)}\n".encode() + encoded)
+            size += len(encoded)
+            if size >= _BYTES_AT_ONCE:
+                batches.append(Batch(path, path.parent.parent.name, start, stop))
+                start, size = stop, 0
+        if start < len(texts):
+            batches.append(Batch(path, path.parent.parent.name, start, len(texts)))
+    return batches, digest.hexdigest()
+
+
+def run_perplexity(
+    backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: PerplexityConfig, results: Results
+) -> dict[str, Any]:
+    """Measures every document and returns the summary; a killed run goes on where it stopped.
+
+    `per_prompt.csv` has a row per file, `samples.jsonl.gz` one per document.
+
+    Args:
+      backend: the model.
+      tokenizer: of the model.
+      settings: which texts and windows.
+      results: where the files go.
+
+    Raises:
+      UserError: the data is missing or damaged.
+    """
+    batches, digest = plan(settings)
+    # Where the data lies does not matter, only what it says.
+    asked = asdict(settings) | {"data": digest}
+    fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens.fingerprint(tokenizer), asked)
+    # Batches come in order, so that every file is read once.
+    texts_of = functools.lru_cache(maxsize=1)(lambda path: _texts(path, settings.max_documents))
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            batches,
+            lambda batch: batch.key,
+            lambda members: [
+                measure(backend, tokenizer, batch, texts_of(batch.path)[batch.start : batch.stop], settings)
+                for batch in members
+            ],
+            at_once=1,
+            what="evaluate perplexity",
+            unit="part",
+        )
+    files, figures = summarise(records)
+    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=files, samples=_documents(records))
+
+
+def measure(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    texts: Sequence[str],
+    settings: PerplexityConfig,
+) -> Record:
+    """The record of a batch: for every document its tokens, bytes, and per way of cutting its sums."""
+    encodings = tokens.backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+    documents: list[dict[str, Any]] = [
+        {"document": batch.start + i, "num_tokens": len(encoding.ids), "num_bytes": len(text.encode())}
+        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True))
+    ]
+    for way in settings.windows:
+        prefix = [] if way == "paper" or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]  # type: ignore[arg-type]
+        cuts = [_cut(way, len(encoding.ids), bool(prefix), settings) for encoding in encodings]
+        rows = [
+            [*prefix, *encoding.ids[window.begin : window.end]]
+            for encoding, windows in zip(encodings, cuts, strict=True)
+            for window in windows
+        ]
+        answers = iter(backend.token_log_probs(rows))
+        for document, text, encoding, windows in zip(documents, texts, encodings, cuts, strict=True):
+            nll = 0.0
+            for window in windows:
+                first = window.first_scored - window.begin + len(prefix) - 1
+                scored = next(answers)[first : first + window.num_scored]
+                nll -= float(scored.sum(dtype=np.float64))
+            num_bytes = len(text.encode())
+            if way == "covering" and not prefix and encoding.ids:
+                # Without BOS nothing predicts the first token, so its bytes do not count.
+                num_bytes = len(text[encoding.offsets[0][1] :].encode())
+            document[way] = {"nll": nll, "num_scored": sum(w.num_scored for w in windows), "num_bytes": num_bytes}
+    name = batch.path.name
+    return {"split": batch.slice, "task_id": batch.key[1], "file": name, "documents": documents}
+
+
+def summarise(records: Sequence[Record]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of all files, and the figures of every slice and of the whole."""
+    slices: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in records:
+        slices.setdefault(record["split"], {}).setdefault(record["file"], []).extend(record["documents"])
+    rows = [
+        {"slice": slice_, "file": name} | _flat(figures_of(documents))
+        for slice_, files in slices.items()
+        for name, documents in files.items()
+    ]
+    joined = {name: [document for members in files.values() for document in members] for name, files in slices.items()}
+    whole = [document for members in joined.values() for document in members]
+    return rows, {
+        "total": figures_of(whole),
+        "slices": {name: figures_of(documents) for name, documents in joined.items()},
+    }
+
+
+def figures_of(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums over documents, and for every way of cutting them `nll` (nats per token), `perplexity`, `bits_per_byte`."""
+    found: dict[str, Any] = {"num_documents": len(documents)}
+    for way in ("paper", "covering"):
+        parts = [document[way] for document in documents if way in document]
+        scored, num_bytes = (sum(part[name] for part in parts) for name in ("num_scored", "num_bytes"))
+        if not scored:
+            continue
+        total = math.fsum(part["nll"] for part in parts)
+        section = {"num_scored": scored, "num_bytes": num_bytes, "nll": total / scored}
+        section["bits_per_byte"] = total / math.log(2) / num_bytes
+        # A model that rules a token out has no perplexity that a float could hold.
+        if total / scored < 700:
+            section["perplexity"] = math.exp(total / scored)
+        found[way] = section
+    return found
+
+
+def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _documents(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A line for every document."""
+    return [
+        {"slice": record["split"], "file": record["file"]} | document
+        for record in records
+        for document in record["documents"]
+    ]
+
+
+def _cut(way: str, length: int, prefixed: bool, settings: PerplexityConfig) -> list[Window]:
+    if way == "paper":
+        return paper_windows(length, context_length=settings.context_length, stride=settings.stride)
+    return covering_windows(length, context_length=settings.context_length, stride=settings.stride, prefixed=prefixed)
+
+
+def find_files(settings: PerplexityConfig) -> list[Path]:
+    """The files of the data set, in order.
+
+    Raises:
+      UserError: there are none: where they were looked for, and how to get them.
+    """
+    cure = f"get the data with `{_GET}` ({_LICENCE}) and set config.suite.perplexity.data=paloma"
+    if not settings.data:
+        raise UserError(f"config.suite.perplexity.data is empty; {cure}")
+    root = Path(settings.data).expanduser()
+    if not root.is_dir():
+        raise UserError(f"config.suite.perplexity.data={settings.data!r}: no such directory; {cure}")
+    found = []
+    for name in settings.slices or ["*"]:
+        files = sorted(root.glob(f"{name}/{settings.split}/*.jsonl.gz"))
+        if not files:
+            shown = f"{root}/{name if settings.slices else '<slice>'}/{settings.split}/*.jsonl.gz"
+            raise UserError(f"no files {shown}; check config.suite.perplexity's slices and split, or {cure}")
+        found += files
+    return found
+
+
+def _texts(path: Path, limit: int) -> list[str]:
+    """The documents of a file, at most `limit` where that is not 0."""
+    texts: list[str] = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise UserError(f"{path}, line {number}: field `text` is no text; copy the file again")
+                # Half a surrogate pair, which JSON can hold, is no character.
+                texts.append(text.encode("utf-8", "replace").decode("utf-8"))
+                if len(texts) == limit:
+                    break
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}, after {len(texts)} documents: {error!r}; copy the file again") from error
+    return texts

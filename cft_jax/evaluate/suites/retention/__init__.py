@@ -1,0 +1,1 @@
+"""What a model still knows: tinyBenchmarks and the tasks of lm-eval."""

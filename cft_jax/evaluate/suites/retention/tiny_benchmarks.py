@@ -1,0 +1,339 @@
+"""TinyBenchmarks by the paper's protocol: rows of the data sets become examples, scores and answers become figures.
+
+`tests/golden/RETENTION.md` describes the protocol. Pure functions; the suite is `suite.py`.
+"""
+
+import decimal
+import math
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cft_jax.common.errors import UserError
+from cft_jax.distributions import strip_thinking
+
+NUM_EXAMPLES = 100
+STRICT, FLEXIBLE = "tiny_gsm8k_strict", "tiny_gsm8k_flexible"
+STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
+# Looked for by the joining rule; other white space does not count.
+_BLANKS = (" ", "\n", "\t")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_MARKED = re.compile(r"####\s*([^\n\r]*)")
+_TARGETS = {"choices", "labels"}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+      example_id: task and number of the row.
+      prompt: what the model is shown.
+      choices: texts of the answers, whose lengths normalise scores; empty for GSM8K.
+      continuations: what is scored of each choice.
+      contexts: a prompt for each choice, where they differ; else empty.
+      correct: index of the right choice, the first of several.
+      target_scores: of the choices; empty but for TruthfulQA.
+      target_answer: GSM8K's answer; empty for the others.
+    """
+
+    example_id: str
+    prompt: str
+    choices: tuple[str, ...] = ()
+    continuations: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+    correct: int = 0
+    target_scores: tuple[float, ...] = ()
+    target_answer: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+      name: its own.
+      benchmark: name of its item parameters.
+      source: data set on the hub, its configuration ("" for none) and its split.
+      columns: exactly those of every row.
+      metric: "acc", "acc_norm", "mc2" or "" (GSM8K).
+      read: a row → its example, without the id.
+    """
+
+    name: str
+    benchmark: str
+    source: tuple[str, str, str]
+    columns: frozenset[str]
+    metric: str
+    read: Callable[[Row], Example]
+
+    @property
+    def how_to_get(self) -> str:
+        """The command that gets the data set into a directory of local data."""
+        source = self.source[0]
+        return f"`hf download {source} --repo-type dataset --local-dir tiny/{source.partition('/')[2]}`"
+
+    def examples(self, rows: Sequence[Row], place: str) -> list[Example]:
+        """The examples of a data set.
+
+        Raises:
+          UserError: the data set, found at `place`, is not the published one in form.
+        """
+        cure = f"get it anew with {self.how_to_get}"
+        if len(rows) != NUM_EXAMPLES:
+            raise UserError(f"{place} has {len(rows)} rows; {self.name} has exactly {NUM_EXAMPLES}; {cure}")
+        if set(rows[0]) != self.columns:
+            columns = f"{place} has the columns {sorted(rows[0])}; {self.name} takes {sorted(self.columns)}"
+            raise UserError(f"{columns}; {cure}")
+        found = []
+        for number, row in enumerate(rows):
+            try:
+                found.append(self.example(row, number))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise UserError(f"{place}, row {number} cannot be read as {self.name}: {error}; {cure}") from error
+        return found
+
+    def example(self, row: Row, number: int) -> Example:
+        """One row's example.
+
+        Raises:
+          ValueError: the row breaks a rule of the task.
+        """
+        example = self.read(row)
+        return Example(**{**example.__dict__, "example_id": f"{self.name}_{number:03d}"})
+
+
+def joined(context: str, continuation: str) -> str:
+    """The continuation with a blank before it, unless there is one at either side of the seam.
+
+    Raises:
+      ValueError: it is empty.
+    """
+    if not continuation:
+        raise ValueError("an answer is empty")
+    return continuation if continuation.startswith(_BLANKS) or context.endswith(_BLANKS) else f" {continuation}"
+
+
+def _mmlu(row: Row) -> Example:
+    prompt, choices, answer = row["input_formatted"], tuple(row["choices"]), int(row["answer"])
+    if not 0 <= answer < len(choices) <= len(string.ascii_uppercase):
+        raise ValueError(f"answer {answer} of {len(choices)} choices")
+    letters = tuple(joined(prompt, letter) for letter in string.ascii_uppercase[: len(choices)])
+    return Example("", prompt, choices, letters, correct=answer)
+
+
+def cleaned_ending(text: str) -> str:
+    """HellaSwag's endings without their marks, by the paper's rules (and their leftovers)."""
+    text = text.strip().replace(" [title]", ". ")
+    while (start := text.find("[")) >= 0 and (end := text.find("]", start)) >= 0:
+        text = text[:start] + text[end + 1 :]
+    return text.replace("  ", " ")
+
+
+def _hellaswag(row: Row) -> Example:
+    prompt, label = row["input_formatted"], int(row["label"])
+    endings = tuple(cleaned_ending(ending) for ending in row["endings"])
+    if not 0 <= label < len(endings):
+        raise ValueError(f"label {label} of {len(endings)} endings")
+    return Example("", prompt, endings, tuple(joined(prompt, ending) for ending in endings), correct=label)
+
+
+def _truthfulqa(row: Row) -> Example:
+    for name in ("mc1_targets", "mc2_targets"):
+        if set(row[name]) != _TARGETS:
+            raise ValueError(f"{name} holds {sorted(row[name])}, not {sorted(_TARGETS)}")
+    prompt, choices = row["input_formatted"], tuple(row["mc2_targets"]["choices"])
+    scores = tuple(float(label) for label in row["mc2_targets"]["labels"])
+    return Example(
+        "",
+        prompt,
+        choices,
+        tuple(joined(prompt, choice) for choice in choices),
+        correct=scores.index(1.0),
+        target_scores=scores,
+    )
+
+
+def _winogrande(row: Row) -> Example:
+    prompt, options, right = row["input_formatted"], (row["option1"], row["option2"]), row["answer"]
+    if right not in ("1", "2"):
+        raise ValueError(f"answer {right!r} is neither '1' nor '2'")
+    correct = int(right) - 1
+    if not prompt.endswith(options[correct]):
+        raise ValueError("the prompt does not end with the right option")
+    # The longer option is tried first, even where the shorter one is right.
+    tail = next(option for option in sorted(options, key=len, reverse=True) if prompt.endswith(option))
+    prefix = prompt[: len(prompt) - len(tail)]
+    contexts = tuple(prefix + option for option in options)
+    blank, _, rest = row["sentence"].partition("_")
+    if len(blank) == len(row["sentence"]):
+        raise ValueError("the sentence has no blank")
+    continuations = tuple(joined(context, rest.strip()) for context in contexts)
+    return Example("", prompt, options, continuations, contexts, correct)
+
+
+def _gsm8k(row: Row) -> Example:
+    # Of five hashes the first four are the marker.
+    _, *targets = row["answer"].split("####")
+    target = targets[-1] if targets else ""
+    if not target.strip():
+        raise ValueError("the answer has nothing after ####")
+    return Example("", row["input_formatted"], target_answer=target.strip())
+
+
+_FORMATTED = "input_formatted"
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "tiny_mmlu", "mmlu", ("tinyBenchmarks/tinyMMLU", "", "test"),
+            frozenset({"answer", "choices", _FORMATTED, "question", "subject"}), "acc", _mmlu,
+        ),
+        Task(
+            "tiny_hellaswag", "hellaswag", ("tinyBenchmarks/tinyHellaswag", "", "validation"),
+            frozenset(
+                {"activity_label", "ctx", "ctx_a", "ctx_b", "endings", "ind", _FORMATTED, "label", "source_id", "split",
+                 "split_type"}
+            ),
+            "acc_norm", _hellaswag,
+        ),
+        Task(
+            "tiny_truthfulqa", "truthfulqa", ("tinyBenchmarks/tinyTruthfulQA", "multiple_choice", "validation"),
+            frozenset({_FORMATTED, "mc1_targets", "mc2_targets", "question"}), "mc2", _truthfulqa,
+        ),
+        Task(
+            "tiny_winogrande", "winogrande", ("tinyBenchmarks/tinyWinogrande", "winogrande_xl", "validation"),
+            frozenset({"answer", _FORMATTED, "option1", "option2", "sentence"}), "acc", _winogrande,
+        ),
+        Task(
+            "tiny_gsm8k", "gsm8k", ("tinyBenchmarks/tinyGSM8k", "main", "test"),
+            frozenset({"answer", _FORMATTED, "question"}), "", _gsm8k,
+        ),
+    )
+}  # fmt: skip
+
+
+def score_choices(example: Example, metric: str, log_probs: Sequence[float]) -> dict[str, Any]:
+    """What the log-probabilities of the continuations say; ties go to the first choice.
+
+    Args:
+      example: the question.
+      metric: of its task.
+      log_probs: one per choice, natural logarithms.
+
+    Returns:
+      prediction and gold (letters) with their texts, example_score, is_correct (None for mc2), raw_accuracy,
+      normalized, probabilities.
+    """
+    raw = np.asarray(log_probs, np.float64)
+    lengths = np.array([max(len(choice), 1) for choice in example.choices])
+    normalized = raw / lengths
+    probabilities = np.exp(raw - raw.max())
+    probabilities /= probabilities.sum()
+    chosen = int(np.argmax(normalized if metric == "acc_norm" else raw))
+    score = float(chosen == example.correct)
+    if metric == "mc2":
+        score = float(sum(p for p, target in zip(probabilities, example.target_scores, strict=True) if target))
+    return {
+        "prediction": string.ascii_uppercase[chosen],
+        "prediction_text": example.choices[chosen],
+        "gold": string.ascii_uppercase[example.correct],
+        "gold_text": example.choices[example.correct],
+        "example_score": score,
+        "is_correct": None if metric == "mc2" else chosen == example.correct,
+        "raw_accuracy": float(np.argmax(raw) == example.correct),
+        "normalized": normalized.tolist(),
+        "probabilities": probabilities.tolist(),
+    }
+
+
+def clean_response(text: str, *, thinks: bool) -> str:
+    """A generated answer up to the first stop string; without reasoning blocks if the model writes them."""
+    text = text[: min((text.find(stop) for stop in STOP_STRINGS if stop in text), default=len(text))].strip()
+    return strip_thinking(text).strip() if thinks else text
+
+
+def normal_form(text: str) -> str | None:
+    """A number in plain notation without commas and final zeros, at 28 significant digits; None if it is none."""
+    try:
+        value = decimal.Decimal(text.strip().replace(",", ""))
+    except decimal.InvalidOperation:
+        return None
+    if not value.is_finite():
+        return None
+    value = value.normalize(decimal.Context(prec=28))
+    return "0" if value == 0 else f"{value:f}"
+
+
+def score_response(response: str, target_answer: str) -> dict[str, Any]:
+    """The answers in a cleaned response, `strict` and `flexible`, each None where there is none, and their scores."""
+    marked = _MARKED.search(response)
+    numbers = _NUMBER.findall(marked[1]) if marked else []
+    strict = normal_form(numbers[0]) if len(numbers) == 1 else None
+    anywhere = _NUMBER.findall(response)
+    flexible = normal_form(anywhere[-1]) if anywhere else None
+    gold = normal_form(target_answer)
+    return {
+        "gold": gold,
+        "strict": strict,
+        "strict_correct": gold is not None and strict == gold,
+        "flexible": flexible,
+        "flexible_correct": gold is not None and flexible == gold,
+    }
+
+
+def choice_row(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A multiple-choice task's row from what `score_choices` gave."""
+    row = _row(task.name, task.benchmark, [record["example_score"] for record in records])
+    if not records:
+        return row
+    row["metric_name"] = task.metric
+    if task.metric == "acc_norm":
+        row["raw_accuracy"] = float(np.mean([record["raw_accuracy"] for record in records]))
+    if task.metric == "mc2":
+        row["argmax_accuracy"] = float(np.mean([record["raw_accuracy"] for record in records]))
+    return row
+
+
+def response_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """GSM8K's two rows from what `score_response` gave."""
+    rows = []
+    for name, kind in ((STRICT, "strict"), (FLEXIBLE, "flexible")):
+        row = _row(name, "gsm8k", [float(record[f"{kind}_correct"]) for record in records])
+        failed = [record[kind] is None for record in records]
+        rows.append(row | {"extraction_failure_rate": float(np.mean(failed)) if failed else 0.0})
+    return rows
+
+
+def _row(name: str, benchmark: str, scores: Sequence[float]) -> dict[str, Any]:
+    total = math.fsum(scores)
+    whole = all(score in (0.0, 1.0) for score in scores)
+    return {
+        "task_name": name,
+        "benchmark_name": benchmark,
+        "num_examples": len(scores),
+        "score_sum": total,
+        "num_correct": int(total) if whole else None,
+        "accuracy": total / len(scores) if scores else 0.0,
+    }
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures over all task rows; GSM8K counts twice in `mean_accuracy`, as in the paper's."""
+    by_name = {row["task_name"]: row["accuracy"] for row in rows}
+    estimates = [row["gpirt"] for row in rows if row.get("gpirt") is not None]
+    choices = [row["accuracy"] for row in rows if row["benchmark_name"] != "gsm8k"]
+    return {
+        "num_tasks": len(rows),
+        "mean_accuracy": float(np.mean([row["accuracy"] for row in rows])) if rows else 0.0,
+        "mean_gpirt": float(np.mean(estimates)) if estimates else None,
+        "mean_mc_accuracy": float(np.mean(choices)) if choices else 0.0,
+        "gsm8k_strict_accuracy": by_name.get(STRICT),
+        "gsm8k_flexible_accuracy": by_name.get(FLEXIBLE),
+    }

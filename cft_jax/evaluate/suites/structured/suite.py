@@ -1,0 +1,230 @@
+"""The structured-sampling suite: does the model answer with the distribution it is asked for?
+
+For every prompt: the exact figures of the model's whole distribution over the answers, the paper's path KL, and the
+figures of sampled answers. Each finished prompt is kept, so a killed evaluation goes on where it stopped and ends with
+the same numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cft_jax.common.errors import UserError
+from cft_jax.distributions.tasks import Task
+from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.evaluate.prompting import PromptStrategy
+from cft_jax.evaluate.results import STORE, Results, fingerprint_of, read_summary
+from cft_jax.evaluate.store import Record, measured, read_records
+from cft_jax.evaluate.suites.structured import prompt_metrics as figures
+from cft_jax.evaluate.suites.structured.aggregate import SECTIONS, summarise_split
+from cft_jax.evaluate.suites.structured.plan import (
+    Messages,
+    PaperPath,
+    PromptCodec,
+    Resolution,
+    plan_of,
+    task_number,
+    task_rng,
+)
+
+SUITE = "structured"
+# Prompts handed to the backend at once; a killed run repeats at most these.
+_PROMPTS_AT_ONCE = 8
+_LARGEST_SEED = 2**31
+
+
+@dataclass(frozen=True)
+class StructuredSettings:
+    """What is measured.
+
+    Attributes:
+      resolution: the values whose probabilities are compared.
+      num_samples: answers per prompt and seed; 0 samples nothing.
+      seeds: one set of samples for each.
+      max_new_tokens: per answer.
+      temperature, top_p: of the samples.
+      numbers_per_completion: 1 for the protocol `independent`; more for `batch`, where each completion holds so many
+        comma-separated numbers and nothing but samples is measured.
+    """
+
+    resolution: Resolution
+    num_samples: int
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    numbers_per_completion: int
+
+
+def run_structured(
+    backend: Backend,
+    codec: PromptCodec,
+    tasks: Sequence[Task],
+    settings: StructuredSettings,
+    results: Results,
+    strategy: PromptStrategy | None = None,
+) -> dict[str, Any]:
+    """Measures every task and returns the summary; a killed run goes on where it stopped.
+
+    Args:
+      backend: the model.
+      codec: its tokens.
+      tasks: prompts of one or several splits, in order.
+      settings: what is measured.
+      results: where the files go.
+      strategy: another way to ask than by the tasks' own messages; of it only samples are measured, since the model's
+        answer is then no longer the first thing it writes.
+
+    Raises:
+      UserError: there are no tasks, or the batch protocol has no prompt for one of them.
+    """
+    if not tasks:
+        raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
+    method = [] if strategy is None else [strategy.name]
+    fingerprint = fingerprint_of(backend.fingerprint, codec.name, asdict(settings), *method)
+    shown = _shown(tasks)
+    with results.store(fingerprint) as store:
+        records = measured(
+            store,
+            tasks,
+            lambda task: (task.split, task.task_id),
+            lambda chunk: measure(backend, codec, chunk, settings, shown, strategy),
+            at_once=_PROMPTS_AT_ONCE,
+            what="evaluate structured",
+            unit="prompt",
+        )
+    splits: dict[str, list[Record]] = {}
+    for record in records:
+        splits.setdefault(record["split"], []).append(record)
+    protocol = "independent" if settings.numbers_per_completion == 1 else "batch"
+    figures = {
+        "protocol": protocol if strategy is None else strategy.method,
+        "splits": {name: summarise_split(members, settings.num_samples) for name, members in splits.items()},
+    }
+    rows, samples = _rows(records), _samples(records)
+    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=rows, samples=samples)
+
+
+def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
+    """The summary and the records that `run_structured` left in a directory; None where there is no summary.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    summary = read_summary(directory)
+    if summary is None:
+        return None
+    return summary, read_records(directory / STORE)
+
+
+def measure(
+    backend: Backend,
+    codec: PromptCodec,
+    tasks: Sequence[Task],
+    settings: StructuredSettings,
+    shown: frozenset[tuple[str, str]],
+    strategy: PromptStrategy | None = None,
+) -> list[Record]:
+    """The records of a few tasks; a record does not depend on which other tasks are measured with it."""
+    encode = codec.encode if strategy is None else strategy.encode
+    prompts = [encode(_messages(task, settings.numbers_per_completion)) for task in tasks]
+    records: list[Record] = [
+        {"split": task.split, "task_id": task.task_id, "group": task.group, "weight": task.weight} for task in tasks
+    ]
+    if settings.numbers_per_completion == 1 and strategy is None:
+        plans = [plan_of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
+        papers = [PaperPath.of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
+        whole = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
+        drawn = backend.score(prompts, [p.trie for p in papers], prefixes=[p.prefixes for p in papers])
+        for i, record in enumerate(records):
+            keep = (record["split"], record["task_id"]) in shown
+            record |= plans[i].sections(whole[i], keep_distribution=keep)
+            record["path"] = figures.finite({"logit_kl": papers[i].logit_kl(drawn[i])}) | record["path"]
+    if settings.num_samples:
+        for record, sections in zip(records, _sample(backend, tasks, prompts, settings, strategy), strict=True):
+            record |= sections
+    return records
+
+
+def _sample(
+    backend: Backend,
+    tasks: Sequence[Task],
+    prompts: Sequence[Sequence[int]],
+    settings: StructuredSettings,
+    strategy: PromptStrategy | None,
+) -> Iterator[figures.Figures]:
+    per_completion = settings.numbers_per_completion
+    completions = {
+        seed: backend.sample(
+            prompts,
+            seeds=[(seed + task_number(task, "sample")) % _LARGEST_SEED for task in tasks],
+            num_samples=-(-settings.num_samples // per_completion),
+            max_new_tokens=settings.max_new_tokens * per_completion if strategy is None else strategy.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+        for seed in settings.seeds
+    }
+    for i, task in enumerate(tasks):
+        space = task.output_space(settings.resolution.grid)
+        target = figures.target_of_task(task, space, settings.resolution.grid.num_decimals)
+        sections = []
+        for seed in settings.seeds:
+            texts = completions[seed][i]
+            read = [] if strategy is None else [strategy.read(text) for text in texts]
+            answers = figures.read_answers(
+                texts if strategy is None else [answer.text for answer in read],
+                task,
+                space,
+                per_completion=per_completion,
+            )
+            if degraded := sum(answer.degraded for answer in read):
+                answers = replace(answers, lenient_parses={**answers.lenient_parses, "without_answer_tag": degraded})
+            sections.append(figures.sampled_section(answers, task, space, target, task_rng(task, seed, "figures")))
+        yield figures.mean_sections(sections) | {
+            "samples": {str(seed): completions[seed][i] for seed in settings.seeds}
+        }
+
+
+def _messages(task: Task, per_completion: int) -> Messages:
+    """The task's messages, which the batch protocol asks for several numbers at once."""
+    if per_completion == 1:
+        return task.messages
+    content = task.messages[-1]["content"]
+    one, output = "exactly ONE random number", "Output ONLY the number."
+    if one not in content or output not in content:
+        raise UserError(
+            f"task {task.task_id} is not one of the families' prompts, which alone can ask for several numbers; "
+            "set config.eval.numbers_per_completion=1"
+        )
+    content = content.replace(one, f"exactly {per_completion} random numbers")
+    content = content.replace(output, "Output ONLY the numbers, separated by commas.")
+    return [*task.messages[:-1], {"role": "user", "content": content}]
+
+
+def _shown(tasks: Sequence[Task]) -> frozenset[tuple[str, str]]:
+    """The tasks whose whole distribution is kept for plots: the middle one of every family in every split."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for task in tasks:
+        groups.setdefault((task.split, task.group), []).append(task.task_id)
+    return frozenset((split, members[len(members) // 2]) for (split, _), members in groups.items())
+
+
+def _rows(records: Sequence[Record]) -> list[Record]:
+    """One row per prompt, a column per figure."""
+    sections = (*SECTIONS, "estimate", "tests", "paper_gof")
+    return [
+        {"split": r["split"], "family": r["group"], "task_id": r["task_id"]}
+        | {f"{section}.{name}": value for section in sections for name, value in r.get(section, {}).items()}
+        for r in records
+    ]
+
+
+def _samples(records: Sequence[Record]) -> list[Record]:
+    """One row per prompt and seed."""
+    return [
+        {"split": r["split"], "task_id": r["task_id"], "seed": int(seed), "samples": texts}
+        for r in records
+        for seed, texts in r.get("samples", {}).items()
+    ]

@@ -1,0 +1,154 @@
+"""A run's directory: what it was started with, and whether it may go on or is finished."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_json
+from cft_jax.common.mirror import shown
+from cft_jax.config import RECORD, read_config
+
+# What may differ when a run is resumed, as paths in the config; everything else shapes the weights.
+MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "suite", "tasks", "export")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy", "scipy")
+
+
+def check_workdir(workdir: Path, config: Any) -> bool:
+    """Whether the run's directory is still to be made; changes nothing.
+
+    Args:
+      workdir: the directory.
+      config: a dataclass, the resolved configuration.
+
+    Raises:
+      UserError: the directory belongs to a run of another configuration (the fields are named), or holds other files.
+    """
+    if (workdir / RECORD).exists():
+        check_same_run(read_config(workdir), _plain(config), workdir)
+        return False
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={shown(workdir)} is a file; name a new or empty directory")
+    # Another process of the same run may be writing the record just now.
+    if workdir.exists() and any(not path.name.startswith(f".{RECORD}.") for path in workdir.iterdir()):
+        raise UserError(f"--workdir={shown(workdir)} is not empty and holds no run; name a new or empty directory")
+    return True
+
+
+@contextlib.contextmanager
+def setting_up(workdir: Path, config: Any, *, devices: str, write: bool) -> Iterator[None]:
+    """Records a run's configuration around the work that may still find a mistake in it.
+
+    A new run's record stands from the beginning, so that the same command goes on with what a kill left behind; after
+    a UserError nothing is left of the directory. A run that goes on keeps its old record until the work is done.
+
+    Args:
+      workdir: the directory.
+      config: a dataclass, the resolved configuration.
+      devices: description of the devices, recorded.
+      write: whether this process records the configuration (process 0 does).
+
+    Raises:
+      UserError: see `check_workdir`; or the place is not writable.
+    """
+    new = check_workdir(workdir, config)
+    record = {"config": _plain(config), "versions": versions(), "revision": git_revision(), "devices": devices}
+    existed = workdir.exists()
+    try:
+        if new and write:
+            _record(workdir, record)
+        yield
+        if not new and write:
+            _record(workdir, record)
+    except UserError:
+        if new and write and workdir.is_dir():
+            _empty(workdir)
+            if not existed:
+                workdir.rmdir()
+        raise
+
+
+def _record(workdir: Path, record: Mapping[str, Any]) -> None:
+    try:
+        write_json(workdir / RECORD, record)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --workdir={shown(workdir)}: {error.strerror or error}; name another one"
+        ) from error
+
+
+def _empty(workdir: Path) -> None:
+    """Removes what is in a directory that was empty."""
+    for path in workdir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The configuration as JSON reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Refuses to go on with a run whose configuration differs where it may not.
+
+    Raises:
+      UserError: naming each field with its saved and its present value.
+    """
+    before, after = _flat(saved), _flat(now)
+    changed = [
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+        and not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"--workdir={shown(workdir)} holds a run of another config: {'; '.join(changed)}. Name a new --workdir, or "
+            f"restore these fields (only {', '.join(MAY_CHANGE)} may change on resume)"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def git_revision() -> str:
+    """Commit of the code, with "+" where it has local changes; "unknown" outside a checkout."""
+    root = Path(__file__).parents[2]
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+" if commit and git("status", "--porcelain", "--untracked-files=no") else "") or "unknown"
+    except FileNotFoundError:
+        return "unknown"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(_flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

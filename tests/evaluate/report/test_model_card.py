@@ -1,0 +1,68 @@
+"""The model card says what was done and what came of it, and nothing that was not measured."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+
+from cft_jax.config import Config, DataConfig, ExportConfig, LoraConfig, ModelSettings
+from cft_jax.evaluate.report.model_card import model_card
+
+SUMMARY = {
+    "splits": {
+        "test_unseen_params": {
+            "num_prompts": 24,
+            "exact": {"kl": 0.0302, "total_variation": 0.08, "support_mass": 0.991},
+            "sampled": {"valid_rate": 0.99},
+        }
+    }
+}
+
+
+def card(config=None, **changes):
+    arguments = {"base": "org/model", "prompt": "Ask 'me'", "summaries": {"after": SUMMARY}, "revision": "abc"}
+    return model_card(config or Config(), **{**arguments, **changes})
+
+
+def test_adapter_and_merged_say_how_to_load():
+    adapter = card()
+    assert "library_name: peft" in adapter and "base_model: org/model" in adapter
+    assert "AutoPeftModelForCausalLM" in adapter and "rank 16, alpha 32, dropout 0.05" in adapter
+    merged = card(Config(export=ExportConfig(format="merged"), model=ModelSettings(lora=LoraConfig(enabled=False))))
+    assert "library_name: transformers" in merged and "AutoPeft" not in merged and "all weights" in merged
+    for text in (adapter, merged):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            ast.parse(block)
+
+
+def test_figures_are_those_measured():
+    text = card(summaries={"before": {"splits": {}}, "after": SUMMARY})
+    assert "| exact KL, nats | – | 0.0302 |" in text
+    assert "| valid answers | – | 99.0 % |" in text
+    assert "Wasserstein" not in text
+    assert "## Figures" not in card(summaries={})
+
+
+def test_a_model_from_scratch_names_no_base():
+    text = card(base="")
+    assert "base_model" not in text and "huggingface.co" not in text and "a small language model" in text
+
+
+@pytest.mark.parametrize("base", ["/data/models/llama", "./llama", "models/of/llama"])
+def test_a_local_base_is_not_linked(base):
+    text = card(base=base)
+    assert "base_model" not in text and "huggingface.co" not in text and "makes llama sample" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"target": "hard"}, "hard targets, 1 drawn values"),
+        ({"custom": "mine.jsonl"}, "prompts and distributions of the user's own"),
+        ({"train_families": ("gaussian", "cauchy")}, "2 families of distributions (gaussian, cauchy)"),
+        ({"space": "full"}, "every string"),
+    ],
+)
+def test_data_is_described(change, text):
+    assert text in card(dataclasses.replace(Config(), data=DataConfig(**change)))
