@@ -1,0 +1,42 @@
+"""A run's trained weights: from its newest checkpoint into the model, and out in Hugging Face format."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cft_jax.checkpoints.fingerprint import fingerprint
+from cft_jax.checkpoints.orbax_io import Checkpoints
+from cft_jax.common.errors import UserError
+from cft_jax.common.mirror import checkpoint_directory
+from cft_jax.config import Config
+from cft_jax.models.transformer import Transformer
+from cft_jax.runs.base import base_of_run, load_model
+from cft_jax.sharding.mesh import make_mesh
+from cft_jax.train.optimizer import adamw
+from cft_jax.train.state import abstract_state, split_model
+
+
+def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
+    """The model of a run with the weights of its newest whole checkpoint, and that checkpoint's step.
+
+    Raises:
+      UserError: the run has no checkpoint, or its base model is gone or another one.
+    """
+    directory = checkpoint_directory(workdir)
+    if not directory.is_dir():
+        raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
+    base = base_of_run(config, workdir)
+    model = load_model(config, base, make_mesh())
+    parts, weights, frozen = split_model(model)
+
+    def check(metadata: Mapping[str, Any]) -> None:
+        if metadata["base_weights"] != fingerprint(frozen):
+            raise UserError(f"{base} holds other weights than those that {workdir} was trained on; bring them back")
+
+    optimizer = adamw(weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
+    with Checkpoints(directory, keep=config.checkpoint.keep, read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract_state(weights, optimizer), check)
+    if restored is None:
+        raise UserError(f"{workdir} has no complete checkpoint yet; train first with cft_jax.main")
+    parts.update(model, restored.state.weights)
+    return model, restored.step
