@@ -6,9 +6,8 @@ import json
 import pytest
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config, MeshConfig, TrainConfig, read_config
 from cft_jax.runs.workdir import MAY_CHANGE, check_workdir, setting_up
-from cft_jax.config import read_config
-from cft_jax.config import Config, MeshConfig, TrainConfig
 
 
 def opened(path, config, mistake=""):
