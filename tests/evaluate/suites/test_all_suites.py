@@ -15,8 +15,8 @@ from cft_jax.evaluate.report.side_by_side import Run
 from cft_jax.evaluate.suites.registry import RUNNERS
 from cft_jax.main import run as train
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+CONFIGS = Path(__file__).parents[3] / "configs"
+TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
 LITTLE = (
     "model.dtype=float32",
     "model.local_files_only=True",

@@ -21,7 +21,7 @@ from cft_jax.evaluate.suites.perplexity import run_perplexity
 from cft_jax.evaluate.suites.windows import Window, covering_windows, paper_windows
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "perplexity.py"
+CONFIG = Path(__file__).parents[3] / "configs" / "eval" / "perplexity.py"
 
 
 @pytest.fixture(scope="module")

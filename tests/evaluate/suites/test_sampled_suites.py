@@ -18,7 +18,7 @@ from cft_jax.evaluate.ssot import ReadAnswer, extract_answer
 from cft_jax.evaluate.suites.mcq import read_prompt, run_mcq
 from cft_jax.evaluate.suites.open_random import OpenPrompt, read_prompts, run_open_random, support_sizes
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+CONFIGS = Path(__file__).parents[3] / "configs" / "eval"
 FILES = ("summary.json", "per_prompt.csv", "samples.jsonl.gz")
 DIRECT = PromptStrategy("direct", lambda m: list(m[-1]["content"].encode()), lambda t: ReadAnswer(t, False), 9, "bytes")
 SSOT = PromptStrategy("ssot", DIRECT.encode, lambda t: extract_answer(t, "none", strict=False), 99, "bytes ssot")

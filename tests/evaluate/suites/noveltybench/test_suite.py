@@ -19,7 +19,7 @@ from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.suites.noveltybench.judges import Classifier, RewardModel, checkpoint_identity
 from cft_jax.evaluate.suites.noveltybench.sources import find_classifier, read_novelty_prompts
 
-CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "noveltybench.py"
+CONFIG = Path(__file__).parents[4] / "configs" / "eval" / "noveltybench.py"
 FILES = ("summary.json", "per_prompt.csv", "samples.jsonl.gz")
 LONG = [
     "the quick brown fox jumps over the lazy dog",
@@ -32,7 +32,7 @@ LONG = [
 def two_prompts_at_once():
     """So that there is a half-way to be killed at, with the shapes of all other runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cft_jax.evaluate.suites.noveltybench._PROMPTS_AT_ONCE", 2)
+        patch.setattr("cft_jax.evaluate.suites.noveltybench.suite._PROMPTS_AT_ONCE", 2)
         yield
 
 

@@ -24,7 +24,7 @@ from cft_jax.evaluate.suites.retention.lm_eval_tasks import BackendModel, load_t
 from cft_jax.text import ChatOptions
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "retention.py"
+CONFIG = Path(__file__).parents[4] / "configs" / "eval" / "retention.py"
 TASKS = ("local_choices", "local_word", "local_text", "local_answer")
 WORDS = "the a red green small tall bird stone river house sings falls runs shines today and then again".split()
 MAX_LENGTH = 60

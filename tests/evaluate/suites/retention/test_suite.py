@@ -16,7 +16,7 @@ from cft_jax.text import ChatOptions
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 from cft_jax.text.tokenizer import load_tokenizer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "eval" / "retention.py"
+CONFIG = Path(__file__).parents[4] / "configs" / "eval" / "retention.py"
 
 
 @pytest.fixture(scope="module")

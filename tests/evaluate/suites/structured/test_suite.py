@@ -129,7 +129,7 @@ def test_files(model_of, character_codec, tasks, tmp_path):
 
 
 def test_a_killed_run_continues_to_the_same_files(model_of, character_codec, tasks, tmp_path, monkeypatch):
-    monkeypatch.setattr("cft_jax.evaluate.suites.structured._PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("cft_jax.evaluate.suites.structured.suite._PROMPTS_AT_ONCE", 2)
     run(model_of(tasks, tilt=0.01), character_codec, tasks, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(model_of(tasks, tilt=0.01, fail_after=2), character_codec, tasks, tmp_path / "killed")
