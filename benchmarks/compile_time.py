@@ -47,7 +47,7 @@ def batch() -> DeviceBatch:
     fields = {
         "tokens": ((ROWS, LENGTH), np.int32),
         "positions": ((ROWS, LENGTH), np.int32),
-        "until": ((ROWS, LENGTH), np.int32),
+        "subtree_end": ((ROWS, LENGTH), np.int32),
         "step_index": ((ROWS, STEPS), np.int32),
         "step_weight": ((ROWS, STEPS), np.float32),
         "target_step": ((ROWS, TARGETS), np.int32),
@@ -66,7 +66,7 @@ def seconds(config: ModelConfig) -> float:
     optimizer = adamw(weight_decay=0.01, max_grad_norm=0.0)
     options = StepOptions(
         loss=HeadOptions(tau=1.0, softcap=config.final_softcap, entropy=True, mesh=None),
-        beginning=(),
+        shared_prefix=(),
         micro_batches=1,
         seed=0,
         optimizer=optimizer,

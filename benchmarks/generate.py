@@ -100,10 +100,10 @@ def train(model: Transformer, prompts: list[list[int]], tries: list[Trie], steps
     options = HeadOptions(tau=1.0, softcap=None, entropy=True, mesh=None)
 
     @jax.jit
-    def step(weights, moments, tokens, positions, until, index, ids, probs, weight):
+    def step(weights, moments, tokens, positions, subtree_end, index, ids, probs, weight):
         def loss(weights):
             model = nnx.merge(graphdef, weights)
-            hidden, _ = model.hidden(tokens, positions, until)
+            hidden, _ = model.hidden(tokens, positions, subtree_end)
             hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
             entry_step = jnp.broadcast_to(jnp.repeat(jnp.arange(depth), fanout), ids.shape)
             losses = step_losses(hidden, model.head_kernel(), entry_step, ids, probs, options)
@@ -125,7 +125,7 @@ def train(model: Transformer, prompts: list[list[int]], tries: list[Trie], steps
 def _batch(prompts, tries, rng, paths, sizes):
     longest, depth, fanout = sizes
     count, width = len(prompts) * paths, longest + depth
-    tokens, positions, until = (np.zeros((count, width), np.int32) for _ in range(3))
+    tokens, positions, subtree_end = (np.zeros((count, width), np.int32) for _ in range(3))
     index, weight = np.zeros((count, depth), np.int32), np.zeros((count, depth), np.float32)
     ids, probs = np.zeros((count, depth, fanout), np.int32), np.zeros((count, depth, fanout), np.float32)
     row = 0
@@ -133,14 +133,14 @@ def _batch(prompts, tries, rng, paths, sizes):
         for path in strings_of(trie, rng, paths)[1]:
             text = [*prompt, *trie.token[path[1:]].tolist()]
             tokens[row, : len(text)], positions[row] = text, np.arange(width)
-            until[row, : len(text)] = len(text)
+            subtree_end[row, : len(text)] = len(text)
             for place, prefix in enumerate(path):
                 entries = slice(*trie.child_offsets[prefix : prefix + 2])
                 size = entries.stop - entries.start
                 ids[row, place, :size], probs[row, place, :size] = trie.child_ids[entries], trie.child_probs[entries]
                 index[row, place], weight[row, place] = len(prompt) - 1 + place, 1
             row += 1
-    return tokens, positions, until, index, ids.reshape(count, -1), probs.reshape(count, -1), weight
+    return tokens, positions, subtree_end, index, ids.reshape(count, -1), probs.reshape(count, -1), weight
 
 
 def samples_per_second(model: Transformer, tokenizer, prompts, max_new_tokens: int) -> tuple[float, float]:

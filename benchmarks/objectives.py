@@ -90,7 +90,9 @@ class Run:
             warmup_cosine, peak=train.learning_rate, warmup_ratio=train.warmup_ratio, total_steps=total
         )
         loss = head_options(self.config.data.target, tau=train.tau, softcap=None, mesh=mesh)
-        options = StepOptions(loss, tuple(self.dataset.beginning.tolist()), 1, self.config.seed, self.optimizer, rate)
+        options = StepOptions(
+            loss, tuple(self.dataset.shared_prefix.tolist()), 1, self.config.seed, self.optimizer, rate
+        )
         self.run = make_train_step(self.parts, options, state_shardings(self.weights, self.optimizer))
         self.state = initial_state(jax.tree.map(jnp.copy, self.weights), self.optimizer)
         self.seen.clear()

@@ -151,7 +151,7 @@ class Torch:
     def _soft(self, batch: Any) -> Any:
         import torch
 
-        mask = batch["until"] > 0
+        mask = batch["subtree_end"] > 0
         logits = self.model(input_ids=batch["tokens"].long(), attention_mask=mask.long()).logits
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         step, index, ids = batch["target_step"].long(), batch["step_index"].long(), batch["target_ids"].long()
@@ -184,7 +184,7 @@ def _strings(batch: Any) -> list[tuple[list[int], int]]:
             if token != end or prob == 0:
                 continue
             place = int(batch.step_index[row, step])
-            above = (index <= place) & (place < batch.until[row])
+            above = (index <= place) & (place < batch.subtree_end[row])
             tokens = [*batch.tokens[row][above].tolist(), end]
             assert positions[place] == len(tokens) - 2
             prompt = int(positions[batch.step_index[row, 0]]) + 1
@@ -215,8 +215,8 @@ class Engine:
         optimizer = adamw(weight_decay=0.01, max_grad_norm=0.0)
         parts, weights, self.frozen = split_model(model)
         loss = head_options("hard" if kind == "hard" else "soft", tau=1.0, softcap=None, mesh=mesh)
-        beginning = tuple(self.data.beginning.tolist())
-        options = StepOptions(loss, beginning, 1, 11, optimizer, lambda step: jnp.float32(2e-4))
+        shared_prefix = tuple(self.data.shared_prefix.tolist())
+        options = StepOptions(loss, shared_prefix, 1, 11, optimizer, lambda step: jnp.float32(2e-4))
         self.run = make_train_step(parts, options, state_shardings(weights, optimizer))
         self.state = initial_state(weights, optimizer)
 

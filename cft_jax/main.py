@@ -77,9 +77,9 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
         dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_prefix=True)
         batch = dataset.batch(0)
-        highest = max(int(ids.max(initial=0)) for ids in (dataset.beginning, batch.tokens, batch.target_ids))
+        highest = max(int(ids.max(initial=0)) for ids in (dataset.shared_prefix, batch.tokens, batch.target_ids))
         check_vocabulary(config.model, base, highest_id=highest)
-        logging.info("%s", render_example(tokenizer, batch, dataset.beginning))
+        logging.info("%s", render_example(tokenizer, batch, dataset.shared_prefix))
         rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
         logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
         model = load_model(config, base, mesh)

@@ -72,7 +72,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     figures |= _largest_loss(tasks[TRAIN], config)
     figures["shapes"] = [list(shape) for shape in dataset.shapes]
     figures["steps_per_epoch"] = dataset.steps_per_epoch
-    return figures, render_example(tokenizer, batch, dataset.beginning)
+    return figures, render_example(tokenizer, batch, dataset.shared_prefix)
 
 
 def _largest_loss(tasks: Sequence[Task], config: Config) -> dict[str, Any]:

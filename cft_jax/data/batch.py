@@ -10,9 +10,9 @@ class TargetBatch(NamedTuple):
     """B rows of T tokens with P steps and K target entries each; NumPy here, the same tree of arrays on devices.
 
     A row holds one or several blocks, each a prompt and a part of its trie in depth-first order. Query i of a row
-    sees key j exactly if j <= i < until[j]; for plain text, `until` is the length of the row. The step at a prefix
-    predicts the next token from the hidden state at the prefix's last token, the step of the empty prefix from the
-    prompt's last.
+    sees key j exactly if j <= i < subtree_end[j]; for plain text, `subtree_end` is the length of the row. The step at
+    a prefix predicts the next token from the hidden state at the prefix's last token, the step of the empty prefix
+    from the prompt's last.
 
     loss = Σ step_weight · L(step) / Σ row_weight, with L the divergence from the model's to the target distribution
     (soft targets) or the cross-entropy between them (hard targets).
@@ -20,7 +20,7 @@ class TargetBatch(NamedTuple):
     Attributes:
       tokens: token ids; 0 where padded.
       positions: of the prompt 0, 1, ...; of a prefix the last of the prompt plus the prefix's number of tokens.
-      until: one past the last query that sees this key; 0 where padded.
+      subtree_end: one past the last query that sees this key; 0 where padded.
       step_index: position in the row whose hidden state predicts the step; 0 where padded.
       step_weight: weight of the step; 0 where padded.
       target_step: the step that a target entry belongs to, ascending; the last where padded.
@@ -32,7 +32,7 @@ class TargetBatch(NamedTuple):
 
     tokens: Int32[np.ndarray, "B T"]
     positions: Int32[np.ndarray, "B T"]
-    until: Int32[np.ndarray, "B T"]
+    subtree_end: Int32[np.ndarray, "B T"]
     step_index: Int32[np.ndarray, "B P"]
     step_weight: Float32[np.ndarray, "B P"]
     target_step: Int32[np.ndarray, "B K"]
@@ -43,4 +43,4 @@ class TargetBatch(NamedTuple):
 
 def padding_fraction(batch: TargetBatch) -> float:
     """Share of the batch's token places that are padding."""
-    return float(np.mean(np.asarray(batch.until) == 0))
+    return float(np.mean(np.asarray(batch.subtree_end) == 0))

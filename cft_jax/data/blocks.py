@@ -25,7 +25,7 @@ class TrieExamples:
         empty prefix first.
       token: last token of the prefix; -1 for the empty one.
       depth: its number of tokens.
-      end: one past the last prefix below it, counted from the block's first.
+      subtree_end: one past the last prefix below it, counted from the block's first.
       weight: of its step; 0 where the step is not counted.
       target_starts: int64[N + 1]; where the entries of each prefix begin.
       target_ids, target_probs: tokens that can follow the prefix and their probabilities.
@@ -37,7 +37,7 @@ class TrieExamples:
     node_starts: Int64[np.ndarray, "_"]
     token: Int32[np.ndarray, "N"]
     depth: Int32[np.ndarray, "N"]
-    end: Int64[np.ndarray, "N"]
+    subtree_end: Int64[np.ndarray, "N"]
     weight: Float64[np.ndarray, "N"]
     target_starts: Int64[np.ndarray, "_"]
     target_ids: Int32[np.ndarray, "K"]
@@ -104,7 +104,7 @@ def examples_of_strings(
     block, local = np.divmod(kept, stride)
     node_starts = np.searchsorted(block, np.arange(tries.size + 1)).astype(np.int64)
     source = forest.prefix_starts[tries[block]] + local
-    end = np.searchsorted(kept, block * stride + arrays["subtree_end"][source]) - node_starts[block]
+    subtree_end = np.searchsorted(kept, block * stride + arrays["subtree_end"][source]) - node_starts[block]
     # Offsets of children have one entry more per trie than there are prefixes.
     offset = source + tries[block]
     child_base = forest.child_starts[tries[block]]
@@ -116,7 +116,7 @@ def examples_of_strings(
         node_starts=node_starts,
         token=arrays["token"][source],
         depth=arrays["depth"][source],
-        end=end.astype(np.int64),
+        subtree_end=subtree_end.astype(np.int64),
         weight=weight,
         target_starts=np.append(0, num_children.cumsum()),
         target_ids=arrays["child_ids"][entries],
@@ -140,7 +140,7 @@ def examples_of_tries(
         node_starts=np.append(0, np.cumsum(sizes)),
         token=np.concatenate([trie.token for trie in tries]),
         depth=np.concatenate([trie.depth for trie in tries]),
-        end=np.concatenate([trie.subtree_end for trie in tries]).astype(np.int64),
+        subtree_end=np.concatenate([trie.subtree_end for trie in tries]).astype(np.int64),
         weight=np.concatenate(weights),
         target_starts=np.append(0, num_children.cumsum()),
         target_ids=np.concatenate([trie.child_ids for trie in tries]),
@@ -157,7 +157,7 @@ def joined_examples(parts: Sequence[TrieExamples], tasks: Sequence[Int64[np.ndar
       parts: the blocks of each source.
       tasks: for each source, the numbers that its tasks have among all.
     """
-    names = ("token", "depth", "end", "weight", "target_ids", "target_probs", "mean_weight")
+    names = ("token", "depth", "subtree_end", "weight", "target_ids", "target_probs", "mean_weight")
     joined = TrieExamples(
         prompts=[prompt for part in parts for prompt in part.prompts],
         node_starts=np.append(0, np.cumsum(np.concatenate([np.diff(part.node_starts) for part in parts]))),
@@ -168,7 +168,7 @@ def joined_examples(parts: Sequence[TrieExamples], tasks: Sequence[Int64[np.ndar
     order = np.argsort(joined.task, kind="stable")
     num_nodes = np.diff(joined.node_starts)[order]
     nodes = ranges(joined.node_starts[order], num_nodes)
-    return _gathered(joined, order, num_nodes, nodes, joined.end[nodes], None, joined.mean_weight[order])
+    return _gathered(joined, order, num_nodes, nodes, joined.subtree_end[nodes], None, joined.mean_weight[order])
 
 
 def split_examples(blocks: TrieExamples, max_nodes: int) -> TrieExamples:
@@ -190,7 +190,7 @@ def split_examples(blocks: TrieExamples, max_nodes: int) -> TrieExamples:
         np.array([part.block for part in parts]),
         np.array([part.nodes.size for part in parts]),
         np.concatenate([part.nodes for part in parts]),
-        np.concatenate([part.end for part in parts]),
+        np.concatenate([part.subtree_end for part in parts]),
         np.concatenate([part.counted for part in parts]),
         np.array([blocks.mean_weight[part.block] if part.is_first else 0.0 for part in parts]),
     )
@@ -201,7 +201,7 @@ def _gathered(
     source: np.ndarray,
     num_nodes: np.ndarray,
     nodes: np.ndarray,
-    end: np.ndarray,
+    subtree_end: np.ndarray,
     counted: np.ndarray | None,
     mean_weight: np.ndarray,
 ) -> TrieExamples:
@@ -217,7 +217,7 @@ def _gathered(
         node_starts=np.append(0, num_nodes.cumsum()),
         token=blocks.token[nodes],
         depth=blocks.depth[nodes],
-        end=end,
+        subtree_end=subtree_end,
         weight=np.where(counted, blocks.weight[nodes], 0.0),
         target_starts=np.append(0, num_targets.cumsum()),
         target_ids=blocks.target_ids[entries],
@@ -229,18 +229,18 @@ def _gathered(
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A part of a split block; `nodes` are numbers in the arrays of all blocks, `end` counts from the part's first."""
+    """A part of a split block; `nodes` index the arrays of all blocks, `subtree_end` counts from the part's first."""
 
     block: int
     nodes: np.ndarray
-    end: np.ndarray
+    subtree_end: np.ndarray
     counted: np.ndarray
     is_first: bool
 
 
 def _parts(blocks: TrieExamples, block: int, max_nodes: int) -> list[_Part]:
     start, stop = blocks.node_starts[block : block + 2].tolist()
-    ends = blocks.end[start:stop]
+    ends = blocks.subtree_end[start:stop]
     parts = []
     first = 1
     while first == 1 or first < ends.size:
@@ -249,9 +249,9 @@ def _parts(blocks: TrieExamples, block: int, max_nodes: int) -> list[_Part]:
         last = min(ends.size, first + max_nodes - ancestors.size)
         nodes = np.concatenate([[0], ancestors, np.arange(first, last)])
         # A repeated ancestor goes on to the end of its subtree or of the part, whichever comes first.
-        end = 1 + ancestors.size + np.minimum(ends[nodes], last) - first
+        subtree_end = 1 + ancestors.size + np.minimum(ends[nodes], last) - first
         is_first = first == 1
-        parts.append(_Part(block, start + nodes, end, (nodes >= first) | is_first, is_first))
+        parts.append(_Part(block, start + nodes, subtree_end, (nodes >= first) | is_first, is_first))
         first = max(last, 2)
     return parts
 

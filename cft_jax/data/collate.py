@@ -61,13 +61,13 @@ def collate(
     begins = np.cumsum(lengths) - lengths
     begins -= begins[np.searchsorted(rows, rows)]
 
-    tokens, positions, until = np.zeros((3, num_rows, shape[0]), dtype=np.int32)
+    tokens, positions, subtree_end = np.zeros((3, num_rows, shape[0]), dtype=np.int32)
     owner = np.repeat(np.arange(chosen.size), prompt_lengths)
     at = ranges(np.zeros(chosen.size, dtype=np.int64), prompt_lengths)
     where = rows[owner], begins[owner] + at
     tokens[where] = np.concatenate([np.empty(0, dtype=np.int32), *prompts])
     positions[where] = shared + at
-    until[where] = (begins + lengths)[owner]
+    subtree_end[where] = (begins + lengths)[owner]
 
     owner = np.repeat(np.arange(chosen.size), num_nodes)
     nodes = ranges(blocks.node_starts[chosen], num_nodes)
@@ -77,12 +77,12 @@ def collate(
     where = rows[owner[below]], place[below]
     tokens[where] = blocks.token[nodes[below]]
     positions[where] = shared + (prompt_lengths - 1)[owner[below]] + blocks.depth[nodes[below]]
-    until[where] = root[below] + blocks.end[nodes[below]]
+    subtree_end[where] = root[below] + blocks.subtree_end[nodes[below]]
 
     counted = np.flatnonzero(blocks.weight[nodes] > 0)
     steps = _steps(blocks, nodes[counted], rows[owner[counted]], place[counted], num_rows, shape, epsilon)
     mean_weight = np.bincount(rows, weights=blocks.mean_weight[chosen], minlength=num_rows).astype(np.float32)
-    return TargetBatch(tokens, positions, until, *steps, mean_weight)
+    return TargetBatch(tokens, positions, subtree_end, *steps, mean_weight)
 
 
 _StepArrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]

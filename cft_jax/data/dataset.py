@@ -77,7 +77,7 @@ class Dataset:
     """Training batches in a balanced order.
 
     Attributes:
-      beginning: tokens that all prompts begin with and that the batches leave out, for the model to be given once.
+      shared_prefix: tokens that all prompts begin with and that the batches leave out, for the model to be given once.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Dataset:
         source: Source,
         layout: Layout,
         *,
-        beginning: Int32[np.ndarray, "_"],
+        shared_prefix: Int32[np.ndarray, "_"],
         groups: Sequence[str],
         names: Sequence[str],
         seed: int,
@@ -96,13 +96,13 @@ class Dataset:
         Args:
           source: makes the blocks.
           layout: how they become batches.
-          beginning: tokens that all prompts begin with and that the batches shall leave out; may be empty.
+          shared_prefix: tokens that all prompts begin with and that the batches shall leave out; may be empty.
           groups: of every task, for the balanced order.
           names: of every task.
           seed: of the run.
           epsilon: floor of soft targets; None for hard ones.
         """
-        self.beginning = beginning
+        self.shared_prefix = shared_prefix
         self._source = source
         self._layout = layout
         self._groups = groups
@@ -151,7 +151,7 @@ class Dataset:
             num_rows=end - begin,
             shape=(shape[0], shape[1], shape[2]),
             epsilon=self._epsilon,
-            shared=self.beginning.size,
+            shared=self.shared_prefix.size,
         )
 
     def task_names(self, step: int) -> list[str]:
@@ -194,7 +194,7 @@ class Dataset:
         made = self._chunk
         if made is None or made[0] != (epoch, chunk):
             blocks = self._make_blocks(epoch, chunk)
-            made = (epoch, chunk), blocks, blocks.sizes() - np.array([self.beginning.size, 0, 0])
+            made = (epoch, chunk), blocks, blocks.sizes() - np.array([self.shared_prefix.size, 0, 0])
             self._chunk = made
         _, blocks, sizes = made
         per_step = self._layout.tasks_per_step
@@ -210,8 +210,8 @@ class Dataset:
         return self._source.blocks(tasks, uniforms.reshape(-1, strings))
 
 
-def common_beginning(prompts: Sequence[Int32[np.ndarray, "_"]]) -> Int32[np.ndarray, "_"]:
-    """The longest beginning that all prompts have in common, but never a whole prompt."""
+def common_prefix(prompts: Sequence[Int32[np.ndarray, "_"]]) -> Int32[np.ndarray, "_"]:
+    """The longest prefix that all prompts have in common, but never a whole prompt."""
     shortest = min(prompt.size for prompt in prompts) - 1
     first = prompts[0][:shortest]
     same = np.ones(first.size, dtype=bool)

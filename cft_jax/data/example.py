@@ -10,7 +10,7 @@ _SHOWN = 6
 
 
 def render_example(
-    tokenizer: PreTrainedTokenizerBase, batch: TargetBatch, beginning: Int32[np.ndarray, "_"], row: int = 0
+    tokenizer: PreTrainedTokenizerBase, batch: TargetBatch, shared_prefix: Int32[np.ndarray, "_"], row: int = 0
 ) -> str:
     """The first block of a row of a batch, as the model sees it.
 
@@ -20,39 +20,41 @@ def render_example(
     Args:
       tokenizer: of the model.
       batch: from `Dataset.batch`.
-      beginning: the tokens that its prompts begin with and that it leaves out (`Dataset.beginning`).
+      shared_prefix: the tokens that its prompts begin with and that it leaves out (`Dataset.shared_prefix`).
       row: which row.
     """
-    size = int(batch.until[row, 0])
+    size = int(batch.subtree_end[row, 0])
     places = batch.step_index[row, batch.step_weight[row] > 0]
     places = places[places < size]
     if not places.size:
         return "a row of padding"
-    tokens, until = batch.tokens[row, :size], batch.until[row, :size]
+    tokens, subtree_end = batch.tokens[row, :size], batch.subtree_end[row, :size]
     # The first step is that of the empty prefix, at the prompt's last token.
     start = int(places[0]) + 1
-    prompt = np.concatenate([beginning, tokens[:start]])
+    prompt = np.concatenate([shared_prefix, tokens[:start]])
     inner = np.arange(start, size)
-    ends = inner[until[inner] == inner + 1]
-    strings = [_string(tokenizer, tokens, until, start, int(end)) for end in ends[:_SHOWN]] or [""]
+    ends = inner[subtree_end[inner] == inner + 1]
+    strings = [_string(tokenizer, tokens, subtree_end, start, int(end)) for end in ends[:_SHOWN]] or [""]
     more = f" and {ends.size - _SHOWN} more" if ends.size > _SHOWN else ""
     first, last = (", ".join(map(str, ids.tolist())) for ids in (prompt[:_SHOWN], prompt[-_SHOWN:]))
-    scored = _ranges_in_words((places + beginning.size).tolist())
+    scored = _ranges_in_words((places + shared_prefix.size).tolist())
     return "\n".join(
         [
             "one example, as the model sees it:",
             "  prompt: " + repr(_text(tokenizer, prompt)),
             f"  its token ids: {first}, ..., {last} ({prompt.size} tokens)",
             "  answers: " + ", ".join(map(repr, strings)) + more,
-            f"  loss at {places.size} of {beginning.size + size} positions: {scored}",
+            f"  loss at {places.size} of {shared_prefix.size + size} positions: {scored}",
         ]
     )
 
 
-def _string(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, until: np.ndarray, start: int, end: int) -> str:
+def _string(
+    tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, subtree_end: np.ndarray, start: int, end: int
+) -> str:
     """The string that ends at a position: the tokens after the prompt that this position sees."""
     seen = np.arange(start, end + 1)
-    path = tokens[seen[until[seen] > end]]
+    path = tokens[seen[subtree_end[seen] > end]]
     return _text(tokenizer, path)
 
 

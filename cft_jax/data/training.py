@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config, TrainConfig
-from cft_jax.data.dataset import Dataset, Layout, Mixture, Source, common_beginning
+from cft_jax.data.dataset import Dataset, Layout, Mixture, Source, common_prefix
 from cft_jax.data.hard import DrawnStrings
 from cft_jax.data.prepared import Prepared, check_lengths, encode_prompts, prepare
 from cft_jax.data.soft import DrawnPaths, FullPaths, FullTries, Prompts, WholeTries
@@ -38,7 +38,7 @@ def training_dataset(
       tokenizer: of the model.
       tasks: the training split.
       row_multiple: batches have a multiple of so many rows; the rows beyond the data are padding.
-      share_prefix: whether batches leave out the tokens that all prompts begin with (`Dataset.beginning`).
+      share_prefix: whether batches leave out the tokens that all prompts begin with (`Dataset.shared_prefix`).
 
     Raises:
       UserError: the counts do not divide, there are no tasks, or see `prepare`.
@@ -56,7 +56,7 @@ def training_dataset(
     return Dataset(
         source,
         _layout(train, row_multiple),
-        beginning=common_beginning(prompts) if share_prefix else np.zeros(0, dtype=np.int32),
+        shared_prefix=common_prefix(prompts) if share_prefix else np.zeros(0, dtype=np.int32),
         groups=[task.group for task in tasks],
         names=[task.task_id for task in tasks],
         seed=config.seed,

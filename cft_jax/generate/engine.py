@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from cft_jax.common.errors import UserError
 from cft_jax.generate.decode import MAX_STEPS, Rows, decode, move_rows, replace_prompts
 from cft_jax.generate.prefill import bucket, cache_bytes_per_token, check_prompts, empty_cache, prefill
-from cft_jax.generate.prefixes import Completion, Limits, Prefix, Request, advance
+from cft_jax.generate.prefixes import Completion, DecodeBranch, Limits, Request, advance
 from cft_jax.generate.rows import Grid, Slot
 from cft_jax.generate.sampling import SamplingSettings, request_key, uniforms
 from cft_jax.generate.split_model import SplitModel
@@ -238,7 +238,7 @@ class _Decode:
             for place in places:
                 slot = self._grid.slots[place]
                 slot.request = self._queue.popleft()
-                slot.waiting = [Prefix([], np.arange(self._num_samples), fed=0, source=-1)]
+                slot.waiting = [DecodeBranch([], np.arange(self._num_samples), fed=0, source=-1)]
                 prompts.append(slot.request.prompt)
             rows = min(bucket(len(places), least=1, factor=4), self._sizes.slots)
             new = prefill(self._split, prompts, rows=rows, length=self._sizes.prompt_length)
@@ -260,7 +260,7 @@ class _Decode:
             self._columns, self._clock = columns, self._columns
         return source < 0
 
-    def _step(self, asked: Sequence[tuple[int, Slot, Prefix]], fresh: np.ndarray) -> np.ndarray:
+    def _step(self, asked: Sequence[tuple[int, Slot, DecodeBranch]], fresh: np.ndarray) -> np.ndarray:
         """Tokens of all draws of the rows asked, [draws, steps]."""
         rows, longest, done = self._rows(fresh), 0, 0
         draw_row, sample, step = (np.zeros(self._sizes.draws, np.int32) for _ in range(3))

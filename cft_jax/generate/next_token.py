@@ -50,7 +50,7 @@ def next_token_log_probs(
 def _last_log_probs(split: SplitModel, tokens: Int[Array, "B T"], sizes: Int[Array, "B"]) -> Float[Array, "B V"]:
     model = split.merge()
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    until = jnp.where(positions < sizes[:, None], sizes[:, None], 0)
-    hidden, _ = model.hidden(tokens, positions, until)
+    subtree_end = jnp.where(positions < sizes[:, None], sizes[:, None], 0)
+    hidden, _ = model.hidden(tokens, positions, subtree_end)
     last = jnp.take_along_axis(hidden, (sizes - 1)[:, None, None], axis=1)[:, 0]
     return constrain(jax.nn.log_softmax(model.logits(last), axis=-1), (None, None), model.mesh)

@@ -70,8 +70,8 @@ def prefill(split: SplitModel, prompts: Sequence[Sequence[int]], *, rows: int, l
 def _prefill_whole(split: SplitModel, tokens: Int[Array, "P S"], lengths: Int[Array, "P"]) -> KVCache:
     model = split.merge()
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    until = jnp.where(positions < lengths[:, None], lengths[:, None], 0)
-    return constrain_cache(model.hidden(tokens, positions, until)[1], model)
+    subtree_end = jnp.where(positions < lengths[:, None], lengths[:, None], 0)
+    return constrain_cache(model.hidden(tokens, positions, subtree_end)[1], model)
 
 
 @partial(jax.jit, static_argnames=("rows", "length"))
@@ -100,8 +100,8 @@ def _prefill_piece(
 ) -> KVCache:
     model = split.merge()
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    until = jnp.where(positions < lengths[:, None], tokens.shape[1], 0)
-    _, new = model.hidden(tokens, positions, until, context=(cache,))
+    subtree_end = jnp.where(positions < lengths[:, None], tokens.shape[1], 0)
+    _, new = model.hidden(tokens, positions, subtree_end, context=(cache,))
     return constrain_cache(write_columns(cache, new, start), model)
 
 

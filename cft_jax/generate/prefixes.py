@@ -68,7 +68,7 @@ class Limits:
 
 
 @dataclass(eq=False)
-class Prefix:
+class DecodeBranch:
     """Tokens that some samples of a request have drawn.
 
     Attributes:
@@ -97,7 +97,9 @@ class Prefix:
 Finished = tuple[Int[np.ndarray, "_"], Completion]
 
 
-def advance(prefix: Prefix, drawn: Int[np.ndarray, "n X"], limits: Limits) -> tuple[list[Prefix], list[Finished]]:
+def advance(
+    prefix: DecodeBranch, drawn: Int[np.ndarray, "n X"], limits: Limits
+) -> tuple[list[DecodeBranch], list[Finished]]:
     """What becomes of a prefix whose samples have drawn.
 
     Args:
@@ -127,7 +129,7 @@ def advance(prefix: Prefix, drawn: Int[np.ndarray, "n X"], limits: Limits) -> tu
         else:
             finished.append((samples, end))
     fed = len(prefix.tokens) + 1
-    branches = [Prefix([*prefix.tokens, token], samples, fed, prefix.source) for token, samples in going_on[1:]]
+    branches = [DecodeBranch([*prefix.tokens, token], samples, fed, prefix.source) for token, samples in going_on[1:]]
     if not going_on:
         return [], finished
     token, prefix.samples = going_on[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
-from cft_jax.generate.prefixes import Prefix, Request
+from cft_jax.generate.prefixes import DecodeBranch, Request
 
 
 @dataclass(eq=False)
@@ -20,10 +20,10 @@ class Slot:
       waiting: prefixes that have no row and no cache.
     """
 
-    rows: list[Prefix | None]
+    rows: list[DecodeBranch | None]
     request: Request | None = None
-    branches: list[Prefix] = field(default_factory=list)
-    waiting: list[Prefix] = field(default_factory=list)
+    branches: list[DecodeBranch] = field(default_factory=list)
+    waiting: list[DecodeBranch] = field(default_factory=list)
 
     @property
     def wanted(self) -> int:
@@ -75,7 +75,7 @@ class Grid:
             prefix.source = row
         return source, moves
 
-    def prefixes(self) -> Iterator[tuple[int, Slot, Prefix]]:
+    def prefixes(self) -> Iterator[tuple[int, Slot, DecodeBranch]]:
         """Every row in use, by ascending number, with its slot and prefix."""
         for place, slot in enumerate(self.slots):
             for row, prefix in enumerate(slot.rows):

@@ -41,31 +41,31 @@ class Likelihood:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class TextTree:
     """A text with branches in the form of `Transformer.hidden`, and the tokens asked about.
 
     Attributes:
       tokens, positions: of the block's tokens.
-      until: where in the block a token's visibility ends.
+      subtree_end: where in the block a token's visibility ends.
       places: the token whose hidden state predicts the one asked about.
       targets: the tokens asked about.
     """
 
     tokens: Int[np.ndarray, "T"]
     positions: Int[np.ndarray, "T"]
-    until: Int[np.ndarray, "T"]
+    subtree_end: Int[np.ndarray, "T"]
     places: Int[np.ndarray, "Q"]
     targets: Int[np.ndarray, "Q"]
 
     @classmethod
-    def of_text(cls, tokens: Sequence[int]) -> "Block":
+    def of_text(cls, tokens: Sequence[int]) -> "TextTree":
         """Asks about every token but the first."""
         size = max(len(tokens) - 1, 0)
         given, index = np.asarray(tokens, np.int32), np.arange(size)
         return cls(given[:size], index, np.full(size, size), index, given[1:])
 
     @classmethod
-    def of_tree(cls, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> "Block":
+    def of_tree(cls, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> "TextTree":
         """Asks about the tokens of every row from its start on, one row after the other.
 
         Args:
@@ -74,28 +74,28 @@ class Block:
         """
         tokens: list[int] = []
         positions: list[int] = []
-        until: list[int] = []
+        subtree_end: list[int] = []
         # Places of the current row's tokens in the block.
         path: list[int] = []
         places, previous = [], ()
         for row, start in zip(rows, starts, strict=True):
             shared = _common(previous, row)
             for node in path[shared:]:
-                until[node] = len(tokens)
+                subtree_end[node] = len(tokens)
             # The last token predicts nothing that is asked.
             added = range(shared, len(row) - 1)
             path = [*path[:shared], *range(len(tokens), len(tokens) + len(added))]
             tokens += [row[depth] for depth in added]
             positions += added
-            until += [0] * len(added)
+            subtree_end += [0] * len(added)
             places.append(np.array(path[start - 1 :]))
             previous = row[:-1]
         for node in path:
-            until[node] = len(tokens)
+            subtree_end[node] = len(tokens)
         return cls(
             np.array(tokens),
             np.array(positions),
-            np.array(until),
+            np.array(subtree_end),
             np.concatenate(places),
             np.concatenate([np.asarray(row[start:]) for row, start in zip(rows, starts, strict=True)]),
         )
@@ -130,7 +130,7 @@ class LikelihoodScorer:
         texts = [(*context, *continuation) for context, continuation in requests]
         groups = list(_groups([text if requests[i][1] else () for i, text in enumerate(texts)]))
         starts = [len(context) for context, _ in requests]
-        blocks = [Block.of_tree([texts[i] for i in group], [starts[i] for i in group]) for group in groups]
+        blocks = [TextTree.of_tree([texts[i] for i in group], [starts[i] for i in group]) for group in groups]
         found = [Likelihood(0.0, True)] * len(requests)
         for indices, (log_probs, best) in zip(groups, self._answers(blocks), strict=True):
             ends = np.cumsum([len(requests[i][1]) for i in indices])
@@ -146,9 +146,9 @@ class LikelihoodScorer:
           UserError: a row is empty, or a token is not in the model's vocabulary.
         """
         check_prompts(rows, self._vocab_size)
-        return [log_probs for log_probs, _ in self._answers([Block.of_text(row) for row in rows])]
+        return [log_probs for log_probs, _ in self._answers([TextTree.of_text(row) for row in rows])]
 
-    def _answers(self, blocks: Sequence[Block]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
+    def _answers(self, blocks: Sequence[TextTree]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
         """For each block the log-probabilities of what it asks about, and whether these are the most probable."""
         found = [(np.zeros(0, np.float32), np.zeros(0, bool)) for _ in blocks]
         sent = []
@@ -190,7 +190,7 @@ def _groups(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield group
 
 
-def _rows(blocks: Sequence[Block]) -> Iterator[tuple[int, list[list[int]]]]:
+def _rows(blocks: Sequence[TextTree]) -> Iterator[tuple[int, list[list[int]]]]:
     """Row lengths, each with the blocks that stand in every row: longest first, into the first row with room."""
     sizes = [block.tokens.size for block in blocks]
     order = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: -sizes[i])
@@ -210,7 +210,7 @@ def _rows(blocks: Sequence[Block]) -> Iterator[tuple[int, list[list[int]]]]:
     yield from lengths.items()
 
 
-def _pack(packed: Sequence[Sequence[Block]], *, rows: int, length: int) -> dict[str, Any]:
+def _pack(packed: Sequence[Sequence[TextTree]], *, rows: int, length: int) -> dict[str, Any]:
     """The arrays of one forward pass.
 
     Args:
@@ -219,17 +219,21 @@ def _pack(packed: Sequence[Sequence[Block]], *, rows: int, length: int) -> dict[
       length: of a row.
 
     Returns:
-      tokens, positions, until: int32[rows, length].
+      tokens, positions, subtree_end: int32[rows, length].
       places, targets: int32[Q], of all questions in the blocks' order, places in the flattened rows; the first `count`
         of them count.
     """
-    tokens, positions, until = (np.zeros((rows, length), np.int32) for _ in range(3))
+    tokens, positions, subtree_end = (np.zeros((rows, length), np.int32) for _ in range(3))
     places, targets = [], []
     for row, blocks in enumerate(packed):
         start = 0
         for block in blocks:
             own = slice(start, start + block.tokens.size)
-            tokens[row, own], positions[row, own], until[row, own] = block.tokens, block.positions, start + block.until
+            tokens[row, own], positions[row, own], subtree_end[row, own] = (
+                block.tokens,
+                block.positions,
+                start + block.subtree_end,
+            )
             places.append(row * length + start + block.places)
             targets.append(block.targets)
             start = own.stop
@@ -239,7 +243,7 @@ def _pack(packed: Sequence[Sequence[Block]], *, rows: int, length: int) -> dict[
     return {
         "tokens": tokens,
         "positions": positions,
-        "until": until,
+        "subtree_end": subtree_end,
         "places": np.pad(asked, padding),
         "targets": np.pad(np.concatenate(targets).astype(np.int32), padding),
         "count": np.int32(asked.size),
@@ -252,14 +256,14 @@ def _log_probs(
     *,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    until: Int[Array, "B T"],
+    subtree_end: Int[Array, "B T"],
     places: Int[Array, "Q"],
     targets: Int[Array, "Q"],
     count: Int[Array, ""],
 ) -> tuple[Float[Array, "Q"], Bool[Array, "Q"]]:
     """Log-probability of every target, and whether no token has a higher score; arguments as `_pack` makes them."""
     model = split.merge()
-    hidden, _ = model.hidden(tokens, positions, until)
+    hidden, _ = model.hidden(tokens, positions, subtree_end)
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[places], ("batch", "act_embed"), model.mesh)
 
     def of_tile(scores: Float[Array, "r S U W"]) -> tuple[Array, Array, Array]:

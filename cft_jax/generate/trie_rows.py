@@ -17,7 +17,8 @@ class Chunk:
     """One row: the ancestors of its first prefix, then prefixes in depth-first order, and what is asked of these.
 
     Attributes:
-      tokens, depth, until: of the row's prefixes; `until` as in `Transformer.hidden`, the empty prefix's token is -1.
+      tokens, depth: of the row's prefixes; the empty prefix's token is -1.
+      subtree_end: as in `Transformer.hidden`.
       entries: which of the questions' entries are asked here.
       entry_index: place in the row of the prefix that an entry follows.
       entry_ids: the entries' tokens.
@@ -25,7 +26,7 @@ class Chunk:
 
     tokens: Int[np.ndarray, "T"]
     depth: Int[np.ndarray, "T"]
-    until: Int[np.ndarray, "T"]
+    subtree_end: Int[np.ndarray, "T"]
     entries: slice
     entry_index: Int[np.ndarray, "E"]
     entry_ids: Int[np.ndarray, "E"]
@@ -116,7 +117,7 @@ class ScoreRequest:
             yield Chunk(
                 tokens=self.tokens[inside],
                 depth=self.depth[inside],
-                until=np.minimum(self.subtree_end[inside], stop) - start + above.size,
+                subtree_end=np.minimum(self.subtree_end[inside], stop) - start + above.size,
                 entries=entries,
                 entry_index=np.repeat(np.arange(above.size, inside.size), counts),
                 entry_ids=self.entry_ids[entries],
@@ -136,14 +137,14 @@ def pack(
     """The arrays of one forward pass over some chunks, each with the index of its prompt.
 
     Returns:
-      tokens, positions, until: int32[rows, length].
+      tokens, positions, subtree_end: int32[rows, length].
       prompt: int32[rows], whose cache each row continues.
       queries: int32[rows * length], the places, in the flattened rows, of the prefixes asked about; the first
         `num_queries` count.
       entry_query, entry_ids: int32[E], each entry's query and token; the first `num_entries` count.
     """
     shape = (rows, length)
-    tokens, positions, until = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens, positions, subtree_end = (np.zeros(shape, np.int32) for _ in range(3))
     prompt = np.zeros(rows, np.int32)
     places, ids = [], []
     for row, (index, chunk) in enumerate(chunks):
@@ -151,7 +152,7 @@ def pack(
         last = prompts[index][-1]
         tokens[row, :size] = np.where(chunk.tokens < 0, last, chunk.tokens)
         positions[row, :size] = len(prompts[index]) - 1 + chunk.depth
-        until[row, :size] = chunk.until
+        subtree_end[row, :size] = chunk.subtree_end
         prompt[row] = index
         places.append(row * length + chunk.entry_index)
         ids.append(chunk.entry_ids)
@@ -162,7 +163,7 @@ def pack(
     return {
         "tokens": tokens,
         "positions": positions,
-        "until": until,
+        "subtree_end": subtree_end,
         "prompt": prompt,
         "queries": queries,
         "num_queries": np.int32(asked.size),

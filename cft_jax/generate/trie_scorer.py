@@ -178,7 +178,7 @@ def _entry_log_probs(
     *,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    until: Int[Array, "B T"],
+    subtree_end: Int[Array, "B T"],
     prompt: Int[Array, "B"],
     queries: Int[Array, "Q"],
     num_queries: Int[Array, ""],
@@ -190,7 +190,7 @@ def _entry_log_probs(
     model = split.merge()
     keys, values = jax.tree.map(lambda x: x[:, prompt], (context.keys, context.values))
     own = KVCache(keys, values, context.positions[prompt], context.visible[prompt])
-    hidden, _ = model.hidden(tokens, positions, until, context=(own,))
+    hidden, _ = model.hidden(tokens, positions, subtree_end, context=(own,))
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
 
     def add_scores(i: Int[Array, ""], scores: Float[Array, "E"]) -> Float[Array, "E"]:

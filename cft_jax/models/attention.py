@@ -1,8 +1,8 @@
 """Grouped-query attention over any number of key/value segments, visible by position.
 
-Every mask is one array: query i of a row sees key j of the same row iff `j <= i < until[j]`. Causal text, padding
-(`until = 0`), packed sequences and trees in depth-first order (`until` = end of the node's subtree) are all of this
-form. Keys computed earlier (a prompt shared by many rows, a decode cache) come as further segments.
+Every mask is one array: query i of a row sees key j of the same row iff `j <= i < subtree_end[j]`. Causal text, padding
+(`subtree_end = 0`), packed sequences and trees in depth-first order are all of this form. Keys computed earlier (a
+prompt shared by many rows, a decode cache) come as further segments.
 """
 
 from typing import NamedTuple
@@ -35,10 +35,10 @@ class Segment(NamedTuple):
     visible: Bool[Array, "R #Q S"]
 
 
-def tree_visible(until: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """visible[b, i, j] = j <= i < until[b, j]."""
-    index = jnp.arange(until.shape[1])
-    return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < until[:, None, :])
+def tree_visible(subtree_end: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """visible[b, i, j] = j <= i < subtree_end[b, j]."""
+    index = jnp.arange(subtree_end.shape[1])
+    return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < subtree_end[:, None, :])
 
 
 def within_window(

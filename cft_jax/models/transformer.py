@@ -140,7 +140,7 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        until: Int[Array, "B T"],
+        subtree_end: Int[Array, "B T"],
         *,
         context: tuple[KVCache, ...] = (),
         key: Key[Array, ""] | None = None,
@@ -150,14 +150,14 @@ class Transformer(nnx.Module):
         Args:
           tokens: ids.
           positions: for the rotary embedding and the windows.
-          until: key j of a row is seen by its queries i with j <= i < until[j]; 0 at padding.
+          subtree_end: key j of a row is seen by its queries i with j <= i < subtree_end[j]; 0 at padding.
           context: caches of earlier tokens that the rows also attend to.
           key: dropout of the adapters; None switches it off.
 
         Returns:
-          hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with until > 0).
+          hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with subtree_end > 0).
         """
-        x, visible, ropes = self.begin(tokens, positions, until)
+        x, visible, ropes = self.begin(tokens, positions, subtree_end)
         keys, values = [], []
         for s, (blocks, (repeats, pattern)) in enumerate(zip(self.stacks, self.config.stacks, strict=True)):
             graphdef, state = nnx.split(blocks)
@@ -182,11 +182,11 @@ class Transformer(nnx.Module):
             x, new = jax.lax.scan(self._rematerialised(period), x, (state, earlier, seeds))
             keys.append(tuple(k for k, _ in new))
             values.append(tuple(v for _, v in new))
-        cache = KVCache(tuple(keys), tuple(values), positions, (until > 0)[:, None, :])
+        cache = KVCache(tuple(keys), tuple(values), positions, (subtree_end > 0)[:, None, :])
         return self.final_norm(x), cache
 
     def begin(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], until: Int[Array, "B T"]
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], subtree_end: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T T"], dict[Rope, tuple[Array, Array]]]:
         """What the first layer takes: embeddings, which token sees which, cos and sin of every rope."""
         x = self.embed[...][tokens].astype(self.dtype)
@@ -196,7 +196,7 @@ class Transformer(nnx.Module):
         x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
         specs = {spec.rope for spec in self.config.layer_pattern}
         ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in specs}
-        return x, tree_visible(until), ropes
+        return x, tree_visible(subtree_end), ropes
 
     def _rematerialised(self, period):
         if self.remat == "none":
@@ -219,6 +219,6 @@ class Transformer(nnx.Module):
 def _all_logits(
     model: Transformer, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B L V"]:
-    until = jnp.where(mask, tokens.shape[1], 0)
-    hidden, _ = model.hidden(tokens, positions, until)
+    subtree_end = jnp.where(mask, tokens.shape[1], 0)
+    hidden, _ = model.hidden(tokens, positions, subtree_end)
     return model.logits(hidden)

@@ -17,7 +17,7 @@ class DeviceBatch(NamedTuple):
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-    until: Int[Array, "B T"]
+    subtree_end: Int[Array, "B T"]
     step_index: Int[Array, "B P"]
     step_weight: Float[Array, "B P"]
     target_step: Int[Array, "B K"]

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cft_jax.distributions.analytic_space import AnalyticSpace
-from cft_jax.text.number_grammar import NumberGrammar, NumberTokens, Prefixes
+from cft_jax.text.number_grammar import NumberGrammar, NumberState, NumberTokens
 from cft_jax.text.trie import CUT, Forest, Trie, grow_forest
 
 # Prefixes expanded at once: bounds the memory of one step to some tens of MiB with groups of three digits.
@@ -116,8 +116,8 @@ class AnalyticTrie:
         integers[~ends] = sums[1] / (2 * sums[0])
         return integers / 10.0**self.space.num_decimals
 
-    def _find(self, grammar: NumberGrammar, prefix: Sequence[int]) -> Prefixes:
-        found = Prefixes.empty(np.zeros(1, dtype=np.int64))
+    def _find(self, grammar: NumberGrammar, prefix: Sequence[int]) -> NumberState:
+        found = NumberState.empty(np.zeros(1, dtype=np.int64))
         for token in prefix:
             slots = grammar.children(found).slot
             slot = slots[self.tokens.ids[slots] == token]
@@ -256,9 +256,9 @@ def _forest(
 
 def _states(
     grammar: NumberGrammar, owner: np.ndarray, parent: np.ndarray, depth: np.ndarray, slots: np.ndarray
-) -> Prefixes:
+) -> NumberState:
     """What has been read at every prefix of a forest."""
-    states = Prefixes.empty(owner)
+    states = NumberState.empty(owner)
     for level in range(1, int(depth.max()) + 1):
         nodes = np.flatnonzero(depth == level)
         states = states.replaced(nodes, states.take(parent[nodes]).extended(slots[nodes], grammar.tokens))
@@ -269,7 +269,7 @@ def _most_probable(
     grammar: NumberGrammar, max_prefixes: int, max_depth: int
 ) -> tuple[Int[np.ndarray, "M T"], Int[np.ndarray, "M"]]:
     """The tokens and depths of the prefixes of largest reach; a prefix's ancestors are always among them."""
-    states = Prefixes.empty(np.zeros(1, dtype=np.int64))
+    states = NumberState.empty(np.zeros(1, dtype=np.int64))
     paths = [np.zeros((1, 0), dtype=np.int32)]
     reaches = [np.ones(1)]
     threshold = 0.0
@@ -292,7 +292,7 @@ def _most_probable(
 
 
 def _followed(
-    grammar: NumberGrammar, states: Prefixes, reach: np.ndarray, threshold: float
+    grammar: NumberGrammar, states: NumberState, reach: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All children of some prefixes but the terminators, of at least this reach: (parent, slot, reach)."""
     found = []

@@ -98,7 +98,7 @@ class NumberTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class Prefixes:
+class NumberState:
     """N prefixes of numbers.
 
     Attributes:
@@ -116,29 +116,29 @@ class Prefixes:
     value: Int[np.ndarray, "N"]
 
     @classmethod
-    def empty(cls, owner: Int[np.ndarray, "N"]) -> "Prefixes":
+    def empty(cls, owner: Int[np.ndarray, "N"]) -> "NumberState":
         """The empty prefix of each of these spaces."""
         zeros = np.zeros(owner.size, dtype=np.int64)
         return cls(owner, zeros.astype(bool), zeros, zeros - 1, zeros)
 
-    def take(self, indices: Int[np.ndarray, "M"]) -> "Prefixes":
+    def take(self, indices: Int[np.ndarray, "M"]) -> "NumberState":
         """The prefixes at these indices."""
-        return Prefixes(*(field[indices] for field in self._fields()))
+        return NumberState(*(field[indices] for field in self._fields()))
 
-    def replaced(self, indices: Int[np.ndarray, "M"], others: "Prefixes") -> "Prefixes":
+    def replaced(self, indices: Int[np.ndarray, "M"], others: "NumberState") -> "NumberState":
         """A copy in which the prefixes at these indices are others."""
         fields = []
         for mine, theirs in zip(self._fields(), others._fields(), strict=True):
             field = mine.copy()
             field[indices] = theirs
             fields.append(field)
-        return Prefixes(*fields)
+        return NumberState(*fields)
 
-    def extended(self, slots: Int[np.ndarray, "N"], tokens: NumberTokens) -> "Prefixes":
+    def extended(self, slots: Int[np.ndarray, "N"], tokens: NumberTokens) -> "NumberState":
         """Every prefix with one more token, which must be able to follow and not be the terminator."""
         width = tokens.widths[slots]
         whole = self.decimals < 0
-        return Prefixes(
+        return NumberState(
             self.owner,
             self.negative | (slots == tokens.minus),
             self.digits + np.where(whole, width, 0),
@@ -205,7 +205,7 @@ class NumberGrammar:
         self._first = np.array([space.first for space in spaces], dtype=np.int64)
         self._last = np.array([space.last for space in spaces], dtype=np.int64)
 
-    def children(self, prefixes: Prefixes) -> Children:
+    def children(self, prefixes: NumberState) -> Children:
         """Every child of every prefix, also those without probability; prefixes in ascending order of owner."""
         ladders = self._ladders(prefixes)
         ladder, step, masses = self._masses(ladders, prefixes.owner[ladders.prefix])
@@ -221,7 +221,9 @@ class NumberGrammar:
             np.bincount(cell, weights=weights, minlength=num_cells)[cells],
         )
 
-    def intervals(self, prefixes: Prefixes) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"], Int[np.ndarray, "M"]]:
+    def intervals(
+        self, prefixes: NumberState
+    ) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"], Int[np.ndarray, "M"]]:
         """The strings below the prefixes as intervals: (prefix, start, stop) for start ≤ k < stop, by prefix."""
         ladders = self._ladders(prefixes)
         owner = prefixes.owner[ladders.prefix]
@@ -269,7 +271,7 @@ class NumberGrammar:
             masses[steps] = self.spaces[space].masses(edges[edge_slice], lower[steps] - offset, upper[steps] - offset)
         return ladder, index[near], masses
 
-    def _ladders(self, prefixes: Prefixes) -> _Ladders:
+    def _ladders(self, prefixes: NumberState) -> _Ladders:
         """The ladders of every prefix, in order of the prefixes, cut to the steps that hold any string."""
         before_point = prefixes.decimals < 0
         decimals = self._decimals[prefixes.owner]
@@ -314,7 +316,9 @@ class NumberGrammar:
         largest = np.where(negative, -first, last)
         return smallest, np.where(largest < smallest, -1, largest)
 
-    def _lengths(self, prefixes: Prefixes, indices: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _lengths(
+        self, prefixes: NumberState, indices: np.ndarray, negative: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Every prefix with every number of digits that the whole part may still reach: (index, digits)."""
         owner = prefixes.owner[indices]
         _, largest = self._sizes(negative, owner)
@@ -325,7 +329,7 @@ class NumberGrammar:
         repeated = np.repeat(indices, num_lengths)
         return repeated, prefixes.digits[repeated] + 1 + within
 
-    def _sign(self, prefixes: Prefixes, indices: np.ndarray) -> _Ladders:
+    def _sign(self, prefixes: NumberState, indices: np.ndarray) -> _Ladders:
         """From the empty prefix to "-": a single step for every number of digits."""
         index, digits = self._lengths(prefixes, indices, np.ones(indices.size, dtype=bool))
         scale = _POWERS[self._decimals[prefixes.owner[index]]]
@@ -334,7 +338,7 @@ class NumberGrammar:
         slot = np.full_like(index, self.tokens.minus)
         return _Ladders(index, one.astype(bool), digits, start, _POWERS[digits] * scale - start, one, slot)
 
-    def _whole_part(self, prefixes: Prefixes, indices: np.ndarray) -> _Ladders:
+    def _whole_part(self, prefixes: NumberState, indices: np.ndarray) -> _Ladders:
         """From a whole part that may go on to the next group of its digits."""
         index, digits = self._lengths(prefixes, indices, prefixes.negative[indices])
         left = digits - prefixes.digits[index]
@@ -346,7 +350,7 @@ class NumberGrammar:
         slot = (_POWERS[width] - 10) // 9 + least
         return _Ladders(index, prefixes.negative[index], digits, start, step, _POWERS[width] - least, slot)
 
-    def _decimal_part(self, prefixes: Prefixes, index: np.ndarray) -> _Ladders:
+    def _decimal_part(self, prefixes: NumberState, index: np.ndarray) -> _Ladders:
         """From the point, or from decimals that are not complete, to the next group."""
         left = self._decimals[prefixes.owner[index]] - prefixes.decimals[index]
         width = np.minimum(left, self._group)
@@ -354,7 +358,7 @@ class NumberGrammar:
         slot = (_POWERS[width] - 10) // 9
         return _Ladders(index, prefixes.negative[index], prefixes.digits[index], start, step, _POWERS[width], slot)
 
-    def _single(self, prefixes: Prefixes, index: np.ndarray, slots: np.ndarray) -> _Ladders:
+    def _single(self, prefixes: NumberState, index: np.ndarray, slots: np.ndarray) -> _Ladders:
         """From a whole part that ends here, or from a whole string, to the one token that says so."""
         left = self._decimals[prefixes.owner[index]] - np.maximum(prefixes.decimals[index], 0)
         start, step = prefixes.value[index] * _POWERS[left], _POWERS[left]

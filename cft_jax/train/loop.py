@@ -41,10 +41,10 @@ class Batches(Protocol):
     """The data of a run; `cft_jax.data.dataset.Dataset` is one.
 
     Attributes:
-      beginning: tokens that all prompts begin with and that the batches leave out.
+      shared_prefix: tokens that all prompts begin with and that the batches leave out.
     """
 
-    beginning: Int32[np.ndarray, "_"]
+    shared_prefix: Int32[np.ndarray, "_"]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,7 +130,7 @@ def train(
     optimizer = adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm)
     options = StepOptions(
         loss=head_options(target, tau=train.tau, softcap=model.config.final_softcap, mesh=model.mesh),
-        beginning=tuple(dataset.beginning.tolist()),
+        shared_prefix=tuple(dataset.shared_prefix.tolist()),
         micro_batches=train.grad_accum_steps,
         seed=seed,
         optimizer=optimizer,

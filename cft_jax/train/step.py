@@ -47,7 +47,7 @@ class StepOptions:
 
     Attributes:
       loss: of the head.
-      beginning: tokens that every row's prompt begins with and that the batches leave out.
+      shared_prefix: tokens that every row's prompt begins with and that the batches leave out.
       micro_batches: parts of the batch whose gradients are added up.
       seed: of the dropout.
       optimizer: up to the learning rate.
@@ -55,7 +55,7 @@ class StepOptions:
     """
 
     loss: HeadOptions
-    beginning: tuple[int, ...]
+    shared_prefix: tuple[int, ...]
     micro_batches: int
     seed: int
     optimizer: optax.GradientTransformation
@@ -89,8 +89,8 @@ def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainSta
             lambda new, old: jnp.where(finite, new, old), (weights, moments), (state.weights, state.optimizer)
         )
         skipped = state.skipped + jnp.where(finite, 0, 1)
-        padding = jnp.mean(batch.until == 0, dtype=jnp.float32)
-        tokens = jnp.sum(batch.until > 0) + len(options.beginning)
+        padding = jnp.mean(batch.subtree_end == 0, dtype=jnp.float32)
+        tokens = jnp.sum(batch.subtree_end > 0) + len(options.shared_prefix)
         steps = jnp.sum(batch.step_weight > 0)
         metrics = StepMetrics(loss, grad_norm, rate, finite, skipped, padding, tokens, steps)
         return TrainState(state.step + 1, skipped, weights, moments), metrics
@@ -110,8 +110,8 @@ def _loss_and_gradient(
 
     def share_of_loss(weights: Weights, rows: DeviceBatch, key: Key[Array, ""]) -> Float[Array, ""]:
         model = parts.merge(weights, frozen)
-        context = _beginning(model, options.beginning, fold_in(key, 0))
-        hidden, _ = model.hidden(rows.tokens, rows.positions, rows.until, context=context, key=fold_in(key, 1))
+        context = _shared_context(model, options.shared_prefix, fold_in(key, 0))
+        hidden, _ = model.hidden(rows.tokens, rows.positions, rows.subtree_end, context=context, key=fold_in(key, 1))
         return batch_loss(hidden, model.head_kernel(), rows, options.loss)[0] / total
 
     differentiate = jax.value_and_grad(share_of_loss)
@@ -127,7 +127,7 @@ def _loss_and_gradient(
     return jax.lax.scan(add, nothing, parts_of_batch)[0]
 
 
-def _beginning(model: Transformer, tokens: tuple[int, ...], key: Key[Array, ""]) -> tuple[KVCache, ...]:
+def _shared_context(model: Transformer, tokens: tuple[int, ...], key: Key[Array, ""]) -> tuple[KVCache, ...]:
     """Keys and values of the tokens that all rows share, computed once, gradients included."""
     if not tokens:
         return ()

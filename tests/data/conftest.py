@@ -69,7 +69,7 @@ def _steps(batch, prompts, shared=0):
     found = []
     for row, step in np.argwhere(batch.step_weight > 0):
         query = batch.step_index[row, step]
-        keys = np.flatnonzero(query < batch.until[row, : query + 1])
+        keys = np.flatnonzero(query < batch.subtree_end[row, : query + 1])
         tokens = tuple(batch.tokens[row, keys].tolist())
         (prompt,) = {
             number for number, ids in enumerate(prompts) if tokens[: ids.size - shared] == tuple(ids[shared:].tolist())

@@ -12,15 +12,15 @@ def test_prefixes_lie_depth_first_after_the_prompt(forest_of, blocks_for, batch_
     # By hand: prefixes (1), (1, 2), (1, 2, 3), (4) after the prompt 50 51 52.
     assert batch.tokens[0].tolist() == [50, 51, 52, 1, 2, 3, 4, 0, 0, 0]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 0, 0, 0]
-    assert batch.until[0].tolist() == [7, 7, 7, 6, 6, 6, 7, 0, 0, 0]
+    assert batch.subtree_end[0].tolist() == [7, 7, 7, 6, 6, 6, 7, 0, 0, 0]
     assert batch.step_index[0].tolist() == [2, 3, 4, 5, 6, 0]
     # The empty string's row is its prompt alone, and its only step is at the prompt's last token.
-    assert batch.until[1].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.subtree_end[1].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     assert batch.step_weight[1].tolist() == [1, 0, 0, 0, 0, 0]
     # By hand: (7), (7, 8), (7, 8, 9), (7, 8, 9, 7), (7, 8, 9, 8) after a prompt of five.
     assert batch.positions[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
-    assert batch.until[2].tolist() == [10, 10, 10, 10, 10, 10, 10, 10, 9, 10]
-    assert not batch.until[3].any() and batch.row_weight[3] == 0
+    assert batch.subtree_end[2].tolist() == [10, 10, 10, 10, 10, 10, 10, 10, 9, 10]
+    assert not batch.subtree_end[3].any() and batch.row_weight[3] == 0
     assert padding_fraction(batch) == 1 - (7 + 1 + 10) / (4 * 10)
 
 
@@ -55,7 +55,7 @@ def test_several_blocks_in_a_row_are_the_same_steps(forest_of, blocks_for, batch
     packed = batch_of(blocks, rows=[1, 0, 0], num_rows=3)
     assert sorted(map(repr, steps_of(packed, prompts))) == sorted(map(repr, apart))
     # By hand: the second block's 1 + 2 tokens come before the third's 5 + 5.
-    assert packed.until[0].tolist() == [3, 3, 3, 13, 13, 13, 13, 13, 13, 12, 12, 12, 13]
+    assert packed.subtree_end[0].tolist() == [3, 3, 3, 13, 13, 13, 13, 13, 13, 12, 12, 12, 13]
     assert packed.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 6]
     assert packed.row_weight.tolist() == [2, 1, 0]
 

@@ -8,7 +8,7 @@ from scipy import stats
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config, DataConfig, TrainConfig
-from cft_jax.data.dataset import Mixture, common_beginning
+from cft_jax.data.dataset import Mixture, common_prefix
 from cft_jax.data.hard import DrawnStrings
 from cft_jax.data.prepared import prepare
 from cft_jax.data.soft import DrawnPaths, FullPaths, FullTries, WholeTries
@@ -130,7 +130,7 @@ def test_draws_do_not_depend_on_the_batch_size(dataset, tokenizer):
         for step in range(made.steps_per_epoch):
             batch = made.batch(step)
             for row in np.flatnonzero(batch.row_weight):
-                tokens = batch.tokens[row, : int((batch.until[row] > 0).sum())]
+                tokens = batch.tokens[row, : int((batch.subtree_end[row] > 0).sum())]
                 found.append(tokenizer.decode(tokens))
         return found
 
@@ -144,7 +144,7 @@ def test_drawn_strings_follow_the_space(dataset, tokenizer):
     for step in range(2 * made.steps_per_epoch):
         batch = made.batch(step)
         for row in range(100):
-            answer = batch.tokens[row, batch.step_index[row, 0] + 1 : int((batch.until[row] > 0).sum())]
+            answer = batch.tokens[row, batch.step_index[row, 0] + 1 : int((batch.subtree_end[row] > 0).sum())]
             answers.append(tokenizer.decode(answer))
     counts = [answers.count(value) for value in COIN.values]
     # 2,000 draws; p > 1e-4 fails once in 10,000 seeds.
@@ -252,28 +252,28 @@ def test_task_weights_weigh_strings_but_not_the_mean(dataset):
     assert weighted.batch(step).step_weight[row].sum() == pytest.approx(5.5)
 
 
-def test_a_shared_beginning_is_in_every_prompt(dataset, prepared):
+def test_a_shared_prefix_is_in_every_prompt(dataset, prepared):
     whole, rest = dataset(), dataset(share_prefix=True)
-    beginning = rest.beginning
-    assert whole.beginning.size == 0 < beginning.size
-    assert all(prompt[: beginning.size].tolist() == beginning.tolist() for prompt in prepared().prompts)
+    shared_prefix = rest.shared_prefix
+    assert whole.shared_prefix.size == 0 < shared_prefix.size
+    assert all(prompt[: shared_prefix.size].tolist() == shared_prefix.tolist() for prompt in prepared().prompts)
     for step in range(3):
         left, right = whole.batch(step), rest.batch(step)
-        num_tokens = (right.until > 0).sum(axis=1)
+        num_tokens = (right.subtree_end > 0).sum(axis=1)
         for row, count in enumerate(num_tokens):
-            after = slice(beginning.size, beginning.size + count)
+            after = slice(shared_prefix.size, shared_prefix.size + count)
             np.testing.assert_array_equal(left.tokens[row, after], right.tokens[row, :count])
             np.testing.assert_array_equal(left.positions[row, after], right.positions[row, :count])
 
 
-def test_the_common_beginning_leaves_a_token_of_every_prompt():
-    def beginning(*prompts):
-        return common_beginning([np.array(prompt, dtype=np.int32) for prompt in prompts]).tolist()
+def test_the_common_prefix_leaves_a_token_of_every_prompt():
+    def shared_prefix(*prompts):
+        return common_prefix([np.array(prompt, dtype=np.int32) for prompt in prompts]).tolist()
 
-    assert beginning([1, 2, 3, 4], [1, 2, 4]) == [1, 2]
-    assert beginning([1, 2, 3], [1, 2]) == [1]
-    assert beginning([1, 2, 3]) == [1, 2]
-    assert beginning([1], [2, 3]) == []
+    assert shared_prefix([1, 2, 3, 4], [1, 2, 4]) == [1, 2]
+    assert shared_prefix([1, 2, 3], [1, 2]) == [1]
+    assert shared_prefix([1, 2, 3]) == [1, 2]
+    assert shared_prefix([1], [2, 3]) == []
 
 
 @pytest.mark.parametrize(

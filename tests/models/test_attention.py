@@ -82,7 +82,7 @@ def test_a_row_that_sees_nothing_stays_finite():
 def test_visibility_of_a_tree():
     """By hand: prompt p, then the strings "ab" and "ac" and "d" below it; padding at the end.
 
-    Row: p a b c d -, with until = end of what lies below: p 5, a 4, b 3, c 4, d 5, padding 0.
+    Row: p a b c d -, with subtree_end = end of what lies below: p 5, a 4, b 3, c 4, d 5, padding 0.
     """
     visible = np.asarray(tree_visible(jnp.array([[5, 4, 3, 4, 5, 0]])))[0].astype(int)
     expected = [

@@ -36,8 +36,8 @@ def make(random_model):
 
 
 @nnx.jit
-def run(model, tokens, positions, until, context=(), key=None):
-    hidden, cache = model.hidden(tokens, positions, until, context=context, key=key)
+def run(model, tokens, positions, subtree_end, context=(), key=None):
+    hidden, cache = model.hidden(tokens, positions, subtree_end, context=context, key=key)
     return model.logits(hidden), cache
 
 
@@ -61,9 +61,9 @@ def test_a_packed_tree_gives_the_logits_of_its_strings(make):
     model = make()
     prompt, (a, b, c, d) = TOKENS[0, :8], TOKENS[1, :4]
     row = jnp.concatenate([prompt, jnp.array([a, b, c, d])])[None]
-    until = jnp.array([[12] * 8 + [12, 11, 11, 12]])
+    subtree_end = jnp.array([[12] * 8 + [12, 11, 11, 12]])
     positions = jnp.array([[*range(8), 8, 9, 10, 9]])
-    packed, _ = run(model, row, positions, until)
+    packed, _ = run(model, row, positions, subtree_end)
     abc = model(jnp.concatenate([prompt, jnp.array([a, b, c])])[None])
     ad = model(jnp.concatenate([prompt, jnp.array([a, d])])[None])
     np.testing.assert_allclose(packed[0, :11], abc[0], atol=1e-5, rtol=0)
@@ -96,9 +96,9 @@ def test_unknown_rematerialisation_is_refused(make):
 def test_dropout_needs_a_key(make):
     lora = LoraSpec(rank=2, alpha=4.0, dropout=0.5, targets=("q_proj", "gate_up_proj"))
     model = make(lora=lora)
-    positions, until = jnp.arange(25)[None].repeat(4, 0), jnp.full((4, 25), 25)
-    np.testing.assert_array_equal(run(model, TOKENS, positions, until)[0], model(TOKENS))
-    first, again, other = (run(model, TOKENS, positions, until, key=jax.random.key(s))[0] for s in (0, 0, 1))
+    positions, subtree_end = jnp.arange(25)[None].repeat(4, 0), jnp.full((4, 25), 25)
+    np.testing.assert_array_equal(run(model, TOKENS, positions, subtree_end)[0], model(TOKENS))
+    first, again, other = (run(model, TOKENS, positions, subtree_end, key=jax.random.key(s))[0] for s in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
     assert np.abs(first - model(TOKENS)).max() > 1e-3

@@ -73,7 +73,7 @@ def tiny_batch(seed: int, *, rows: int = 8, kind: str = "soft", steps: int = 3) 
     return TargetBatch(
         tokens=np.where(real, rng.integers(0, VOCAB, (rows, length)), 0).astype(np.int32),
         positions=np.where(real, places, 0).astype(np.int32),
-        until=np.where(real, lengths[:, None], 0).astype(np.int32),
+        subtree_end=np.where(real, lengths[:, None], 0).astype(np.int32),
         step_index=np.where(step_real, lengths[:, None] - num_steps[:, None] + np.arange(steps), 0).astype(np.int32),
         step_weight=(step_real / (num_steps[:, None] if kind == "soft" else 1)).astype(np.float32),
         target_step=np.repeat(np.arange(steps, dtype=np.int32), fan_out)[None].repeat(rows, 0),
@@ -92,7 +92,7 @@ def on_devices(batch: TargetBatch, mesh=None) -> DeviceBatch:
 
 
 @functools.cache
-def compiled(model_options, mesh_shape, kind, beginning, micro_batches, seed, rate):
+def compiled(model_options, mesh_shape, kind, shared_prefix, micro_batches, seed, rate):
     """Model, parts, start and step, shared by the tests that need the same."""
     mesh = make_mesh(*mesh_shape, devices=jax.devices()[: math.prod(mesh_shape)])
     model = tiny_model(mesh=mesh, **dict(model_options))
@@ -103,7 +103,7 @@ def compiled(model_options, mesh_shape, kind, beginning, micro_batches, seed, ra
         schedule = lambda step: jnp.float32(rate)  # noqa: E731
     parts, weights, frozen = split_model(model)
     loss = head_options(kind, tau=1.0, softcap=None, mesh=mesh)
-    options = StepOptions(loss, beginning, micro_batches, seed, optimizer, schedule)
+    options = StepOptions(loss, shared_prefix, micro_batches, seed, optimizer, schedule)
     step = make_train_step(parts, options, state_shardings(weights, optimizer))
     return model, parts, optimizer, weights, frozen, step
 
@@ -112,10 +112,10 @@ class Trainer:
     """A fresh state of a tiny model, and its step."""
 
     def __init__(
-        self, *, mesh=(1, 1, 1), kind="soft", beginning=(), micro_batches=1, seed=11, rate=None, **model_options
+        self, *, mesh=(1, 1, 1), kind="soft", shared_prefix=(), micro_batches=1, seed=11, rate=None, **model_options
     ):
         self.model, self.parts, optimizer, weights, self.frozen, self.step = compiled(
-            tuple(sorted(model_options.items())), mesh, kind, beginning, micro_batches, seed, rate
+            tuple(sorted(model_options.items())), mesh, kind, shared_prefix, micro_batches, seed, rate
         )
         self.mesh = self.model.mesh
         self.state = initial_state(jax.tree.map(jnp.copy, weights), optimizer)
@@ -132,14 +132,14 @@ class Trainer:
 class TinyBatches:
     """Five batches an epoch of eight rows; the batch of a step depends on the step alone."""
 
-    def __init__(self, change=lambda step, batch: batch, beginning=()):
-        self.beginning = np.array(beginning, np.int32)
+    def __init__(self, change=lambda step, batch: batch, shared_prefix=()):
+        self.shared_prefix = np.array(shared_prefix, np.int32)
         self.steps_per_epoch, self.num_examples = 5, 40
         self._change = change
 
     def batch(self, step):
         batch = tiny_batch(step)
-        return self._change(step, batch._replace(positions=batch.positions + self.beginning.size))
+        return self._change(step, batch._replace(positions=batch.positions + self.shared_prefix.size))
 
     def task_names(self, step):
         return [f"task-{step}-{row}" for row in range(10)]

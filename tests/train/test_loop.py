@@ -180,5 +180,5 @@ def test_out_of_memory_is_one_clear_line():
 
 
 def test_a_shared_beginning_passes_through_the_loop(tmp_path, run, tiny_batches):
-    result, _ = run(tmp_path, tiny_batches(beginning=(5, 9)), max_steps=2)
+    result, _ = run(tmp_path, tiny_batches(shared_prefix=(5, 9)), max_steps=2)
     assert result.step == 2

@@ -120,17 +120,17 @@ def test_rows_of_padding_change_nothing(new_trainer, make_batch):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_a_shared_beginning_changes_nothing(lora, new_trainer, make_batch):
     """Three tokens before every row, given once, against the same tokens in every row; two microbatches."""
-    beginning = (7, 3, 60)
+    shared_prefix = (7, 3, 60)
     batch = make_batch(4)
-    real = batch.until > 0
-    wide = {name: np.pad(getattr(batch, name), ((0, 0), (3, 0))) for name in ("tokens", "positions", "until")}
-    wide["tokens"][:, :3] = beginning
+    real = batch.subtree_end > 0
+    wide = {name: np.pad(getattr(batch, name), ((0, 0), (3, 0))) for name in ("tokens", "positions", "subtree_end")}
+    wide["tokens"][:, :3] = shared_prefix
     wide["positions"] = np.pad(np.where(real, batch.positions + 3, 0), ((0, 0), (3, 0)))
     wide["positions"][:, :3] = np.arange(3)
-    wide["until"] = np.pad(np.where(real, batch.until + 3, 0), ((0, 0), (3, 0)))
-    wide["until"][:, :3] = batch.until[:, :1] + 3
+    wide["subtree_end"] = np.pad(np.where(real, batch.subtree_end + 3, 0), ((0, 0), (3, 0)))
+    wide["subtree_end"][:, :3] = batch.subtree_end[:, :1] + 3
     step_index = np.where(batch.step_weight > 0, batch.step_index + 3, 0)
-    apart, within = new_trainer(lora=lora, beginning=beginning, micro_batches=2), new_trainer(lora=lora)
+    apart, within = new_trainer(lora=lora, shared_prefix=shared_prefix, micro_batches=2), new_trainer(lora=lora)
     got = apart.run(batch._replace(positions=np.where(real, batch.positions + 3, 0)))
     want = within.run(batch._replace(**wide, step_index=step_index.astype(np.int32)))
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)

@@ -30,7 +30,7 @@ TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 def torch_loss(model, batch, kind):
     """Plain PyTorch: logits of the whole sequence, log-softmax, targets gathered at the steps."""
     tokens, index = torch.tensor(batch.tokens).long(), torch.tensor(batch.step_index).long()
-    logits = model(tokens, attention_mask=torch.tensor(batch.until > 0).long()).logits.float()
+    logits = model(tokens, attention_mask=torch.tensor(batch.subtree_end > 0).long()).logits.float()
     log_probs = torch.log_softmax(logits, dim=-1)
     rows = torch.arange(tokens.shape[0])[:, None]
     step = torch.tensor(batch.target_step).long()
