@@ -31,6 +31,7 @@ ORDER = (
     "evaluate.prompting",
     "evaluate.suites",
     "evaluate.report",
+    "jobs",
 )
 # The commands: they import what they need, and nothing imports them.
 COMMANDS = ("main", "prepare", "export", "compare", "evaluate.__main__", "evaluate.suites.retention.convert_items")

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cft_jax.common.writer import read_metrics
-from cft_jax.main import PREEMPTED, _say_where, run
+from cft_jax.jobs.calibrate import PREEMPTED, _say_where, run
 
 TINY = Path(__file__).parent / "configs" / "tiny.py"
 # The same model, trained alone and long enough to be interrupted.

@@ -10,7 +10,7 @@ import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config, DataConfig, ModelSettings, ScratchConfig, TrainConfig
-from cft_jax.prepare import prepare_data
+from cft_jax.jobs.prepare import prepare_data
 
 
 def small_config(tmp_path, **data):

@@ -4,6 +4,7 @@ import errno
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from cft_jax.common import cli
 from cft_jax.common.errors import UserError
 from cft_jax.config import from_config_dict, validate
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 from cft_jax.config import default_config_dict
 
@@ -187,3 +189,29 @@ def test_quiet_and_verbose_choose_what_is_logged(tmp_path):
     assert stderr() == "detail\nwarning: care\n"
     assert stderr("--quiet") == "warning: care\n"
     assert "detail" in stderr("--verbose")
+
+
+# Seconds of imports each; none is needed to say what a flag is or that a value is impossible.
+SLOW_TO_IMPORT = ("flax", "jax", "matplotlib", "numpy", "orbax", "scipy.stats", "transformers")
+AT_ONCE = """
+import runpy, sys
+
+mistake = ["--config=configs/demo.py", "--config.train.tau=-1"]
+arguments = {"main": mistake, "evaluate": mistake, "prepare": [*mistake, "--output=x"], "export": [], "compare": []}
+for name, mistaken in arguments.items():
+    for sys.argv in ([name, "--help"], [name, *mistaken]):
+        try:
+            runpy.run_module(f"cft_jax.{name}", run_name="__main__")
+        except SystemExit as ended:
+            sys.stderr.write(f"{ended.code}\\n")
+sys.stderr.write(f"{sorted(set(SLOW) & set(sys.modules))}\\n")
+"""
+
+
+def test_help_and_mistakes_answer_before_anything_slow_is_imported():
+    program = f"SLOW = {SLOW_TO_IMPORT!r}{AT_ONCE}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    *lines, slow = done.stderr.splitlines()
+    assert [line for line in lines if not line.startswith("error: ")] == ["0", "2"] * 5
+    assert sum("config.train.tau=-1.0" in line for line in lines) == 3
+    assert slow == "[]"

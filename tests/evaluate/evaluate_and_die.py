@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from cft_jax.evaluate import __main__ as evaluate
+from cft_jax.evaluate import results
 from cft_jax.evaluate.store import ResultStore
 
 
@@ -29,5 +30,5 @@ class DyingStore(ResultStore):
 STORE, RECORDS = sys.argv[1], int(sys.argv[2])
 sys.argv = [str(Path(evaluate.__file__)), *sys.argv[3:]]
 # Its place, where every suite opens its store.
-sys.modules["cft_jax.evaluate.results"].ResultStore = DyingStore  # type: ignore[attr-defined]
+results.ResultStore = DyingStore  # type: ignore[misc]
 evaluate.main()

@@ -1,0 +1,1 @@
+"""What the commands do once their flags and their configuration are found right: all that takes JAX to import."""

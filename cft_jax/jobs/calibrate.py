@@ -1,0 +1,221 @@
+"""Calibration fine-tuning, end to end: data, training, evaluation before and after, export, report."""
+
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from cft_jax.checkpoints import save_pretrained
+from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.errors import UserError
+from cft_jax.common.files import write_json
+from cft_jax.common.mirror import local_workdir, shown
+from cft_jax.config import Config, validate
+from cft_jax.data.example import render_example
+from cft_jax.data.training import training_dataset
+from cft_jax.distributions import Task, configured_tasks
+from cft_jax.distributions.splits import TRAIN
+from cft_jax.evaluate.report.model_card import card_of_run
+from cft_jax.evaluate.report.page import write_report
+from cft_jax.evaluate.suites.registry import check_suites, evaluate_stage
+from cft_jax.evaluate.suites.structured.settings import evaluation_tasks
+from cft_jax.evaluate.suites.structured.suite import SUITE
+from cft_jax.models.transformer import Transformer
+from cft_jax.runs.base import base_checkpoint, base_tokenizer, check_memory, check_vocabulary, load_model
+from cft_jax.runs.workdir import check_workdir, setting_up
+from cft_jax.sharding import distributed
+from cft_jax.sharding.mesh import make_mesh
+from cft_jax.train.loop import train
+
+# 128 + SIGTERM, as a shell reports a process that the signal ended.
+PREEMPTED = 143
+
+
+def start(config: Config, place: str) -> None:
+    """The command: joins the other processes of the run, if any, and does the job in `place`, a directory or address.
+
+    Raises:
+      UserError: see `run` and `distributed.start`.
+    """
+    distributed.start()
+    use_compilation_cache()
+    with local_workdir(place, write=jax.process_index() == 0) as workdir:
+        run(config, workdir)
+
+
+def run(config: Config, workdir: Path) -> Mapping[str, Any]:
+    """The whole job; returns what `summary.json` holds, or what it held if the run was finished.
+
+    Raises:
+      UserError: a mistake of the user's, before anything is overwritten.
+      SystemExit: after SIGTERM, with the state saved.
+    """
+    start = time.monotonic()
+    validate(config)
+    if config.eval.enabled:
+        check_suites(config)
+    check_workdir(workdir, config)
+    finished = _finished(workdir, config)
+    if finished is not None:
+        if jax.process_index() == 0:
+            sys.stdout.write(
+                f"{shown(workdir)} is finished (step {finished['step']}): {shown(workdir / 'report.html')}\n"
+                "raise config.train.max_steps where it was set, or name a new --workdir for another run\n"
+            )
+        return finished
+    writes = jax.process_index() == 0
+    with setting_up(workdir, config, devices=_devices(), write=writes):
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        tasks = configured_tasks(config.data)
+        base = base_checkpoint(config, tasks, workdir)
+        tokenizer = base_tokenizer(config.model, base)
+        _announce(config, workdir, mesh, base, tasks)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+        dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_prefix=True)
+        batch = dataset.batch(0)
+        highest = max(int(ids.max(initial=0)) for ids in (dataset.shared_prefix, batch.tokens, batch.target_ids))
+        check_vocabulary(config.model, base, highest_id=highest)
+        logging.info("%s", render_example(tokenizer, batch, dataset.shared_prefix))
+        rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
+        logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
+        model = load_model(config, base, mesh)
+    summaries: dict[str, Any] = {}
+    if config.eval.enabled:
+        summaries["before"] = evaluate_stage(config, model, tokenizer, workdir, stage="before", checkpoint=base)
+    result = train(
+        model,
+        dataset,
+        target=config.data.target,
+        seed=config.seed,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        log=config.log,
+        workdir=workdir,
+        identity={"seed": config.seed, "lora": str(model.lora_spec)},
+    )
+    if result.preempted:
+        logging.warning("stopped after step %d of %d; the same command goes on from there", result.step, result.stop)
+        raise SystemExit(PREEMPTED)
+    if config.eval.enabled:
+        name = f"{workdir}, step {result.step}"
+        summaries["after"] = evaluate_stage(config, model, tokenizer, workdir, stage="after", checkpoint=name)
+    exported = _export(config, model, workdir, summaries, base) if config.export.enabled else None
+    summary = {
+        "checkpoint": base,
+        "step": result.step,
+        "total_steps": dataset.steps_per_epoch * config.train.epochs,
+        "skipped_steps": result.skipped,
+        "seconds": round(time.monotonic() - start, 1),
+        "evaluations": _by_suite(summaries),
+    }
+    if writes:
+        report = write_report(workdir)
+        write_json(workdir / "summary.json", summary)
+        _say_where(workdir, report, exported, summary["evaluations"])
+    return summary
+
+
+def _announce(config: Config, workdir: Path, mesh: Mesh, base: str, tasks: Mapping[str, Sequence[Task]]) -> None:
+    """The first words of a run: where it happens, with what."""
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    logging.info("run in %s on %s, mesh %s", workdir, _devices(), sizes)
+    logging.info("base model %s", base)
+    tested = Counter(task.split for task in evaluation_tasks(config, tasks)) if config.eval.enabled else {}
+    evaluated = ", ".join(f"{count:,} of {split}" for split, count in tested.items()) or "none"
+    logging.info("%s prompts to train on; to evaluate on: %s", f"{len(tasks[TRAIN]):,}", evaluated)
+
+
+def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has done all the steps it is asked for."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        step, total = summary["step"], summary["total_steps"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it and repeat the command") from None
+    wanted = min(total, config.train.max_steps) if config.train.max_steps else total
+    return summary if step >= wanted else None
+
+
+def _export(config: Config, model: Transformer, workdir: Path, summaries: Mapping[str, Any], base: str) -> Path:
+    """Writes the trained weights in HF format, in place of what an earlier part of this run exported."""
+    directory = workdir / "export"
+    if jax.process_index() == 0:
+        for left in (directory, *workdir.glob(".export.*.tmp")):  # the latter by a run killed while it exported
+            shutil.rmtree(left, ignore_errors=True)
+    multihost_utils.sync_global_devices("export")
+    structured = {stage: summary[SUITE] for stage, summary in summaries.items() if "splits" in summary.get(SUITE, {})}
+    form = config.export.format
+    card = card_of_run(config, form=form, base=base, summaries=structured)
+    save_pretrained(model, directory, format=form, tokenizer=config.model.tokenizer or None, card=card)
+    return directory
+
+
+def _by_suite(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stage → suite → summary, as suite → stage → figures (of structured those by split)."""
+    suites = dict.fromkeys(suite for stage in summaries.values() for suite in stage)
+    return {
+        suite: {stage: _figures(by_suite[suite]) for stage, by_suite in summaries.items() if suite in by_suite}
+        for suite in suites
+    }
+
+
+def _figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    if summary["suite"] == SUITE and "splits" in summary:
+        return summary["splits"]
+    return {name: value for name, value in summary.items() if name not in ("suite", "checkpoint", "settings")}
+
+
+def _say_where(workdir: Path, report: Path, exported: Path | None, evaluations: Mapping[str, Any]) -> None:
+    """The last words of a run: its headline figures, where everything is, what to do next."""
+    lines = [
+        *_headline(evaluations.get(SUITE, {})),
+        f"report      {shown(report)}",
+        f"figures     {shown(workdir / 'summary.json')}",
+    ]
+    if exported is not None:
+        lines.append(f"weights     {shown(exported)} (Hugging Face format; README.md there says how to load them)")
+    lines.append(
+        f"next        python -m cft_jax.export --workdir={shown(workdir)} --output=DIR --format=merged|adapter"
+    )
+    if evaluations:
+        lines.append(f"            python -m cft_jax.compare --output=FILE.html {shown(workdir)} [OTHER RUNS]")
+    sys.stdout.write("\n".join(["", *lines, ""]))
+
+
+def _headline(stages: Mapping[str, Any]) -> list[str]:
+    figures = (
+        ("exact", "kl", "KL, nats"),
+        ("exact", "total_variation", "total var."),
+        ("sampled", "valid_rate", "valid"),
+    )
+    # A suite that could not run is named in the log.
+    stages = {stage: splits for stage, splits in stages.items() if "missing" not in splits}
+    lines = []
+    for split in dict.fromkeys(name for splits in stages.values() for name in splits):
+        for section, name, title in figures:
+            values = [splits.get(split, {}).get(section, {}).get(name) for splits in stages.values()]
+            if None not in values:
+                lines.append(f"{split:20} {title:11} " + " -> ".join(f"{value:.3f}" for value in values))
+    return [f"{'':33}" + " -> ".join(stages), *lines, ""] if lines else []
+
+
+def _devices() -> str:
+    devices, processes = jax.devices(), jax.process_count()
+    kind, platform = devices[0].device_kind, devices[0].platform
+    return (
+        f"{len(devices)} x {kind}"
+        + (f" ({platform})" if platform != kind else "")
+        + (f" in {processes} processes" if processes > 1 else "")
+    )
