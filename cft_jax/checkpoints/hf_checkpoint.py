@@ -22,6 +22,8 @@ _WRAPPED = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 4096
 _REST = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -35,7 +37,8 @@ class HfCheckpoint:
       raw: the record in it.
       config: of the language model.
       tensors: the language model's tensors, by the names of `hf_names`.
-      file_names: of those tensors in the files; two names for an MXFP4 tensor.
+      owners: name in `tensors` by name in the files; blocks and scales of an MXFP4 tensor have one owner, and so have
+        the embedding and a head that repeats it. What is no part of the language model is left out.
       stored: every tensor of the files, by its name there.
     """
 
@@ -44,7 +47,7 @@ class HfCheckpoint:
     raw: dict[str, Any]
     config: ModelConfig
     tensors: dict[str, Rows]
-    file_names: dict[str, tuple[str, ...]]
+    owners: dict[str, str]
     stored: dict[str, StoredTensor]
 
 
@@ -57,12 +60,28 @@ def read_checkpoint(directory: Path) -> HfCheckpoint:
     text, raw = read_config(directory)
     config = config_from_hf(raw)
     stored = read_tensors(directory)
-    named = _language_model(raw, stored)
-    tensors, file_names = _dequantized(raw, named, stored)
-    if config.tie_head:
-        # Some files repeat the tied matrix; it stays in them as it is.
-        tensors.pop("lm_head.weight", None)
-    return HfCheckpoint(directory, text, raw, config, tensors, file_names, stored)
+    owners = _language_model(raw, stored)
+    tensors: dict[str, Rows] = {own: stored[name] for name, own in owners.items()}
+    if _quantization(raw) == "mxfp4":
+        _dequantize(tensors, owners)
+    if config.tie_head and {_HEAD, _EMBEDDING} <= tensors.keys():
+        _check_repeated(directory, tensors.pop(_HEAD), tensors[_EMBEDDING])
+        owners |= {name: _EMBEDDING for name, own in owners.items() if own == _HEAD}
+    return HfCheckpoint(directory, text, raw, config, tensors, owners, stored)
+
+
+def _check_repeated(directory: Path, head: Rows, embedding: Rows) -> None:
+    """Refuses a tied head that is stored with other numbers: transformers 4 reads the embedding there, 5 the head."""
+    same = head.shape == embedding.shape
+    for start in range(0, head.shape[0] if same else 0, _COMPARED_ROWS):
+        stop = min(start + _COMPARED_ROWS, head.shape[0])
+        same &= np.array_equal(*(part.read(start, stop).astype(np.float32) for part in (head, embedding)))
+    if not same:
+        raise UserError(
+            f"{directory}: config.json ties the head to the embedding, and {_HEAD} holds other numbers, which "
+            "transformers 4 ignores and 5 computes with; set tie_word_embeddings to false there to keep them, or "
+            "remove the tensor"
+        )
 
 
 def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
@@ -85,24 +104,22 @@ def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _language_model(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Name in the file by name in the language model; in a multimodal checkpoint the rest is left out."""
+    """Name in the language model by name in the file; in a multimodal checkpoint the rest is left out."""
     if not is_multimodal(raw):
         return {name: name for name in stored}
-    named: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for name in stored:
         for prefix, own in _WRAPPED:
             if name.startswith(prefix):
-                named[own + name.removeprefix(prefix)] = name
+                owners[name] = own + name.removeprefix(prefix)
                 break
         else:
             if not name.startswith(_REST):
-                named[name] = name
-    return named
+                owners[name] = name
+    return owners
 
 
-def _dequantized(
-    raw: Mapping[str, Any], named: Mapping[str, str], stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, Rows], dict[str, tuple[str, ...]]]:
+def _quantization(raw: Mapping[str, Any]) -> str | None:
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if method not in (None, "mxfp4"):
@@ -110,21 +127,20 @@ def _dequantized(
             f"config.json: quantization_config has quant_method={method!r}, which is not implemented; supported: "
             "mxfp4; use the checkpoint that was not quantised"
         )
-    tensors: dict[str, Rows] = {own: stored[name] for own, name in named.items()}
-    file_names: dict[str, tuple[str, ...]] = {own: (name,) for own, name in named.items()}
-    if method is None:
-        return tensors, file_names
-    for own in [own for own in tensors if own.endswith("_blocks")]:
-        base = own.removesuffix("_blocks")
-        scales = f"{base}_scales"
-        if scales not in named:
-            raise UserError(f"tensor {named[own]} has no {scales} beside it; get the checkpoint again")
-        packed = Mxfp4Tensor(stored[named[own]], stored[named[scales]])
+    return method
+
+
+def _dequantize(tensors: dict[str, Rows], owners: dict[str, str]) -> None:
+    """Replaces each pair of blocks and scales by the tensor they stand for."""
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        base = name.removesuffix("_blocks")
+        blocks, scales = tensors.pop(name), tensors.pop(f"{base}_scales", None)
+        assert isinstance(blocks, StoredTensor) and isinstance(scales, StoredTensor | None)
+        if scales is None:
+            raise UserError(f"tensor {blocks.name} has no {base}_scales beside it; get the checkpoint again")
+        tensors[base] = packed = Mxfp4Tensor(blocks, scales)
         _check_packed(packed)
-        del tensors[own], tensors[scales]
-        tensors[base] = packed
-        file_names[base] = file_names.pop(own) + file_names.pop(scales)
-    return tensors, file_names
+        owners |= {blocks.name: base, scales.name: base}
 
 
 def _check_packed(packed: Mxfp4Tensor) -> None:

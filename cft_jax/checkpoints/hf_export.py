@@ -15,6 +15,7 @@ from cft_jax.checkpoints import hf_names, hub, peft_export
 from cft_jax.checkpoints.directories import check_free, new_directory
 from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
+from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
 from cft_jax.checkpoints.tensor_files import INDEX, Entry, StoredTensor, raw_bytes, weight_files, write_tensors
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
@@ -96,11 +97,6 @@ class _Merged:
         self.names = {name.hf: name for name in hf_names.tensor_names(model.config)}
         targets = [] if model.lora_spec is None else adapter_tensors(model.config, model.lora_spec)
         self.adapters = {target.name.hf: target for target in targets}
-        # Which tensor of ours stands in the place of a tensor of the files; None where another one has taken it.
-        self.places: dict[str, str | None] = {}
-        for own, (first, *more) in checkpoint.file_names.items():
-            if own in self.names:
-                self.places |= {first: own, **dict.fromkeys(more)}
         if self.names.keys() - checkpoint.tensors.keys():
             raise UserError(f"{checkpoint.directory} is no longer the checkpoint that the model was loaded from")
 
@@ -108,8 +104,7 @@ class _Merged:
         """Writes weights and config; without a place, only takes part in gathering the weights."""
         files: dict[str, list[Entry]] = {file.name: [] for file in weight_files(self.checkpoint.directory)}
         for tensor in self.checkpoint.stored.values():
-            if self.places.get(tensor.name, "") is not None:
-                files[tensor.file.name].append(self._entry(tensor))
+            files[tensor.file.name] += self._entries(tensor)
         sizes = {entry.name: (name, entry.nbytes) for name, entries in files.items() for entry in entries}
         total = sum(size for _, size in sizes.values())
         with Progress("export", total=max(1, total >> 20), unit="MiB") as progress:
@@ -131,13 +126,17 @@ class _Merged:
             self._write_index(place, sizes)
             _write_json(place / "config.json", self._config())
 
-    def _entry(self, tensor: StoredTensor) -> Entry:
-        own = self.places.get(tensor.name)
+    def _entries(self, tensor: StoredTensor) -> list[Entry]:
+        """What stands in the place of a tensor of the files: itself, the model's, or nothing for scales."""
+        own = self.checkpoint.owners.get(tensor.name)
         if own is None:
-            return Entry(tensor.name, tensor.dtype, tensor.shape, tensor.pieces(_COPY_BYTES))
-        rows = self.checkpoint.tensors[own]
-        name = tensor.name.removesuffix("_blocks") if rows is not tensor else tensor.name
-        return Entry(name, rows.dtype, rows.shape, self._merged(own))
+            return [Entry(tensor.name, tensor.dtype, tensor.shape, tensor.pieces(_COPY_BYTES))]
+        rows, name = self.checkpoint.tensors[own], tensor.name
+        if isinstance(rows, Mxfp4Tensor):
+            if tensor is rows.scales:
+                return []
+            name = name.removesuffix("_blocks")
+        return [Entry(name, rows.dtype, rows.shape, self._merged(own))]
 
     def _merged(self, own: str) -> Iterator[memoryview]:
         """The raw bytes of one tensor; a generator, so that one tensor at a time is in memory."""

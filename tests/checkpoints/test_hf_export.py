@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.common.errors import UserError
@@ -122,6 +123,28 @@ def test_trained_weights_are_exported(tmp_path, write_hf, hf_config):
     for name, tensor in before.items():
         expected = (tensor.float() * 1.1).bfloat16() if ".up_proj." in name else tensor
         assert torch.equal(after[name], expected), name
+
+
+def test_a_tied_head_that_the_files_repeat_stays_tied(tmp_path, write_hf, hf_config):
+    """As in some published Qwen3 files; transformers 5 unties a stored head that differs from the embedding."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_hf(base, hf_config("qwen3"), dtype="bfloat16")
+    file = base / "model.safetensors"
+    stored = load_file(file)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, file, metadata={"format": "pt"})
+    model = load(base)
+    save_pretrained(model, tmp_path / "same", format="merged")
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == file.read_bytes()
+    model.embed.set_value(jnp.asarray(-model.embed[...]))
+    save_pretrained(model, out, format="merged")
+    after = tensors(out)
+    assert torch.equal(after["lm_head.weight"], -stored["model.embed_tokens.weight"])
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    np.testing.assert_allclose(torch_logits(theirs, IDS), model(IDS), atol=1e-4, rtol=0)
+    save_file(after | {"lm_head.weight": after["lm_head.weight"] * 1.5}, out / "model.safetensors")
+    with pytest.raises(UserError, match="holds other numbers"):
+        load(out)
 
 
 def test_exports_take_the_tokenizer_along(tmp_path, write_hf, hf_config, small_tokenizer):
