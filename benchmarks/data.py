@@ -57,7 +57,7 @@ def measure(kind: str, tokenizer_name: str, cache: str) -> dict[str, Any]:
     start = time.perf_counter()
     tasks = configured_tasks(config.data)["train"]
     if kind.startswith("soft"):
-        figures.update(prepare(tokenizer, tasks, config.data).figures())
+        figures.update(prepare(tokenizer, tasks, config.data).statistics())
         figures["seconds"] = time.perf_counter() - start
     dataset = training_dataset(config, tokenizer, tasks, row_multiple=1, share_prefix=False)
     dataset.batch(0)
@@ -68,7 +68,7 @@ def measure(kind: str, tokenizer_name: str, cache: str) -> dict[str, Any]:
     for step in range(1, steps):
         batch = dataset.batch(step)
         padding += padding_fraction(batch) / (steps - 1)
-        shapes.add((*batch.tokens.shape, batch.step_index.shape[1], batch.target_ids.shape[1]))
+        shapes.add((*batch.tokens.shape, batch.target_index.shape[1], batch.target_ids.shape[1]))
     figures["milliseconds"] = (time.perf_counter() - start) / (steps - 1) * 1e3
     figures["examples_per_second"] = config.train.batch_size / figures["milliseconds"] * 1e3
     figures["padding"], figures["shapes"] = padding, len(shapes)

@@ -35,7 +35,7 @@ from flax import nnx
 
 from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.distributions import PromptSpec, build_splits, output_space
-from cft_jax.generate import Sampler, Scorer
+from cft_jax.generate import Sampler, TrieScorer
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.fused_loss import HeadOptions, step_losses
 from cft_jax.text import build_trie, encode_chat, load_tokenizer
@@ -173,7 +173,7 @@ def hf_samples_per_second(directory: Path, tokenizer, prompt, max_new_tokens: in
 
 def exact_seconds(model: Transformer, prompts, tries, at_a_time: int) -> float:
     """Of one prompt, on average over all, so many in one call."""
-    scorer = Scorer(model)
+    scorer = TrieScorer(model)
 
     def run() -> None:
         for start in range(0, len(prompts), at_a_time):

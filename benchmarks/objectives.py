@@ -31,7 +31,7 @@ from cft_jax.distributions import Task, configured_tasks, space_settings
 from cft_jax.distributions.splits import UNSEEN
 from cft_jax.evaluate.metrics import exact
 from cft_jax.evaluate.suites.structured.settings import evaluation_tasks, prompt_codec
-from cft_jax.generate import Scorer
+from cft_jax.generate import TrieScorer
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, head_options
 from cft_jax.runs.base import base_checkpoint, base_tokenizer, load_model
@@ -103,9 +103,9 @@ class Run:
         begin = time.perf_counter()
         batch = DeviceBatch(*map(jnp.asarray, self.dataset.batch(number)))
         self.state, _ = jax.block_until_ready(self.run(self.state, self.frozen, batch))
-        if batch.tokens.shape + batch.target_ids.shape + batch.step_index.shape in self.seen:
+        if batch.tokens.shape + batch.target_ids.shape + batch.target_index.shape in self.seen:
             self.times.append(time.perf_counter() - begin)
-        self.seen.add(batch.tokens.shape + batch.target_ids.shape + batch.step_index.shape)
+        self.seen.add(batch.tokens.shape + batch.target_ids.shape + batch.target_index.shape)
 
     def trained(self) -> Transformer:
         """The model with the present weights."""
@@ -114,7 +114,7 @@ class Run:
 
 def mean_kl(model: Transformer, prompts: Sequence[list[int]], tries: Sequence[Trie], tasks: Sequence[Task]) -> float:
     """Exact KL in nats, mean over prompts."""
-    scores = Scorer(model, stop_ids=(tries[0].terminator_id,)).score(prompts, tries, prefixes=None)
+    scores = TrieScorer(model, stop_ids=(tries[0].terminator_id,)).score(prompts, tries, prefixes=None)
     spaces = [task.output_space(SETTINGS) for task in tasks]
     found = [
         exact.exact_figures(space.probabilities, score.string_log_probs, space.values)["kl"]

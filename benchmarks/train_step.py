@@ -154,15 +154,15 @@ class Torch:
         mask = batch["subtree_end"] > 0
         logits = self.model(input_ids=batch["tokens"].long(), attention_mask=mask.long()).logits
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-        step, index, ids = batch["target_step"].long(), batch["step_index"].long(), batch["target_ids"].long()
+        step, index, ids = batch["target_position"].long(), batch["target_index"].long(), batch["target_ids"].long()
         q = batch["target_probs"]
         if self.kind == "gathered":
             chosen = torch.log_softmax(logits[rows, index].float(), dim=-1)[rows, step, ids]
         else:
             chosen = torch.log_softmax(logits.float(), dim=-1)[rows, index[rows, step], ids]
         terms = torch.special.xlogy(q, q) - q * chosen
-        per_step = torch.zeros_like(batch["step_weight"]).scatter_add(1, step, terms)
-        return (per_step * batch["step_weight"]).sum() / batch["row_weight"].sum()
+        per_step = torch.zeros_like(batch["target_weight"]).scatter_add(1, step, terms)
+        return (per_step * batch["target_weight"]).sum() / batch["row_weight"].sum()
 
     def _hard(self, batch: Any) -> Any:
         import torch
@@ -179,16 +179,16 @@ def _strings(batch: Any) -> list[tuple[list[int], int]]:
     for row in np.flatnonzero(batch.row_weight > 0):
         index, positions = np.arange(batch.tokens.shape[1]), batch.positions[row]
         for step, token, prob in zip(
-            batch.target_step[row], batch.target_ids[row], batch.target_probs[row], strict=True
+            batch.target_position[row], batch.target_ids[row], batch.target_probs[row], strict=True
         ):
             if token != end or prob == 0:
                 continue
-            place = int(batch.step_index[row, step])
+            place = int(batch.target_index[row, step])
             above = (index <= place) & (place < batch.subtree_end[row])
             tokens = [*batch.tokens[row][above].tolist(), end]
             assert positions[place] == len(tokens) - 2
-            prompt = int(positions[batch.step_index[row, 0]]) + 1
-            count = round(float(prob) * float(batch.step_weight[row, step]))
+            prompt = int(positions[batch.target_index[row, 0]]) + 1
+            count = round(float(prob) * float(batch.target_weight[row, step]))
             found += [(tokens, prompt)] * count
     return found
 

@@ -14,16 +14,16 @@ class TargetBatch(NamedTuple):
     a prefix predicts the next token from the hidden state at the prefix's last token, the step of the empty prefix
     from the prompt's last.
 
-    loss = Σ step_weight · L(step) / Σ row_weight, with L the divergence from the model's to the target distribution
+    loss = Σ target_weight · L(step) / Σ row_weight, with L the divergence from the model's to the target distribution
     (soft targets) or the cross-entropy between them (hard targets).
 
     Attributes:
       tokens: token ids; 0 where padded.
       positions: of the prompt 0, 1, ...; of a prefix the last of the prompt plus the prefix's number of tokens.
       subtree_end: one past the last query that sees this key; 0 where padded.
-      step_index: position in the row whose hidden state predicts the step; 0 where padded.
-      step_weight: weight of the step; 0 where padded.
-      target_step: the step that a target entry belongs to, ascending; the last where padded.
+      target_index: position in the row whose hidden state predicts the step; 0 where padded.
+      target_weight: weight of the step; 0 where padded.
+      target_position: the step that a target entry belongs to, ascending; the last where padded.
       target_ids: token id of the entry.
       target_probs: its probability, of every real step summing to 1; 0 where padded.
       row_weight: what the row counts in the mean: its strings (path, paths), 1 for a prompt (exact), its scored
@@ -33,9 +33,9 @@ class TargetBatch(NamedTuple):
     tokens: Int32[np.ndarray, "B T"]
     positions: Int32[np.ndarray, "B T"]
     subtree_end: Int32[np.ndarray, "B T"]
-    step_index: Int32[np.ndarray, "B P"]
-    step_weight: Float32[np.ndarray, "B P"]
-    target_step: Int32[np.ndarray, "B K"]
+    target_index: Int32[np.ndarray, "B P"]
+    target_weight: Float32[np.ndarray, "B P"]
+    target_position: Int32[np.ndarray, "B K"]
     target_ids: Int32[np.ndarray, "B K"]
     target_probs: Float32[np.ndarray, "B K"]
     row_weight: Float32[np.ndarray, "B"]

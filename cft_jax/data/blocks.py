@@ -69,7 +69,7 @@ def examples_of_strings(
     weights: Float64[np.ndarray, "S"],
     mean_weight: Float64[np.ndarray, "B"],
     *,
-    per_step: bool,
+    per_position: bool,
 ) -> TrieExamples:
     """Blocks that hold the prefixes of given strings, each prefix once.
 
@@ -81,21 +81,21 @@ def examples_of_strings(
       strings: number of each string in its output space; a string may occur several times.
       weights: of each string, positive.
       mean_weight: what each block counts in the mean.
-      per_step: whether a string's weight is divided among its steps (mean over steps) or given to each.
+      per_position: whether a string's weight is divided among its steps (mean over steps) or given to each.
     """
     arrays = forest.arrays
     trie = tries[string_block]
     first_prefix = forest.prefix_starts[trie]
     prefix = arrays["leaf_prefix"][forest.leaf_starts[trie] + strings].astype(np.int64)
     num_steps = arrays["depth"][first_prefix + prefix].astype(np.int64) + 1
-    step_weight = weights / num_steps if per_step else weights
+    position_weight = weights / num_steps if per_position else weights
     # The prefixes of all strings, from the whole string up, as keys that sort by block and depth-first within it.
     stride = np.int64(int(np.diff(forest.prefix_starts).max()) + 1)
     keys, key_weights = [], []
     active = np.arange(strings.size)
     while active.size:
         keys.append(string_block[active] * stride + prefix[active])
-        key_weights.append(step_weight[active])
+        key_weights.append(position_weight[active])
         active = active[prefix[active] > 0]
         prefix[active] = arrays["parent"][first_prefix[active] + prefix[active]]
     kept, which = np.unique(np.concatenate(keys), return_inverse=True)

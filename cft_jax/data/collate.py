@@ -99,21 +99,21 @@ def _steps(
 ) -> _StepArrays:
     """The step and target arrays of a batch, from the counted prefixes, their rows (ascending) and places therein."""
     _, num_steps, num_targets = shape
-    step_index = np.zeros((num_rows, num_steps), dtype=np.int32)
-    step_weight = np.zeros((num_rows, num_steps), dtype=np.float32)
-    target_step = np.full((num_rows, num_targets), num_steps - 1, dtype=np.int32)
+    target_index = np.zeros((num_rows, num_steps), dtype=np.int32)
+    target_weight = np.zeros((num_rows, num_steps), dtype=np.float32)
+    target_position = np.full((num_rows, num_targets), num_steps - 1, dtype=np.int32)
     target_ids = np.zeros((num_rows, num_targets), dtype=np.int32)
     target_probs = np.zeros((num_rows, num_targets), dtype=np.float32)
     if nodes.size:
         step = _rank(rows, num_rows)
-        step_index[rows, step] = places
-        step_weight[rows, step] = blocks.weight[nodes]
+        target_index[rows, step] = places
+        target_weight[rows, step] = blocks.weight[nodes]
         starts = blocks.target_starts[nodes]
         counts = blocks.target_starts[nodes + 1] - starts
         entries = ranges(starts, counts)
         entry_rows = np.repeat(rows, counts)
         where = entry_rows, _rank(entry_rows, num_rows)
-        target_step[where] = np.repeat(step, counts)
+        target_position[where] = np.repeat(step, counts)
         target_ids[where] = blocks.target_ids[entries]
         probabilities = blocks.target_probs[entries]
         if epsilon is not None:
@@ -121,7 +121,7 @@ def _steps(
             sums = np.add.reduceat(probabilities, np.cumsum(counts) - counts)
             probabilities /= np.repeat(sums, counts)
         target_probs[where] = probabilities
-    return step_index, step_weight, target_step, target_ids, target_probs
+    return target_index, target_weight, target_position, target_ids, target_probs
 
 
 def _rank(groups: np.ndarray, num_groups: int) -> np.ndarray:

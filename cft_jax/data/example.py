@@ -24,7 +24,7 @@ def render_example(
       row: which row.
     """
     size = int(batch.subtree_end[row, 0])
-    places = batch.step_index[row, batch.step_weight[row] > 0]
+    places = batch.target_index[row, batch.target_weight[row] > 0]
     places = places[places < size]
     if not places.size:
         return "a row of padding"

@@ -64,7 +64,7 @@ class DrawnStrings:
             np.arange(block.size) - forest.leaf_starts[block],
             counts * self.task_weights[tasks][block],
             np.bincount(block, weights=counts * (lengths + 1), minlength=tasks.size),
-            per_step=False,
+            per_position=False,
         )
 
     def _describe(self, task: int, code: int) -> str:

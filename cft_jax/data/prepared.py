@@ -43,8 +43,8 @@ class Prepared:
       prompts: token ids of each task's prompt, the generation prompt included.
       terminator_id: the token that ends an answer.
       forest: the tries of the tasks with listed values, in their order.
-      full: the tries of the tasks at full resolution, in their order; the others are in `forest`.
-      is_full: which tasks those are.
+      analytic: the tries of the tasks with analytic tries, in their order; the others are in `forest`.
+      is_analytic: which tasks those are.
       depths: tokens of each task's longest answer, without the terminator.
       seconds: that making or loading took.
       from_cache: whether the tries were found in the cache.
@@ -54,19 +54,19 @@ class Prepared:
     prompts: tuple[Int32[np.ndarray, "_"], ...]
     terminator_id: int
     forest: Forest
-    full: tuple[AnalyticTrie, ...]
-    is_full: Bool[np.ndarray, "G"]
+    analytic: tuple[AnalyticTrie, ...]
+    is_analytic: Bool[np.ndarray, "G"]
     depths: Int64[np.ndarray, "G"]
     seconds: float
     from_cache: bool
 
     def trie(self, index: int) -> Trie | AnalyticTrie:
         """The trie of one task."""
-        if self.is_full[index]:
-            return self.full[int(self.is_full[:index].sum())]
-        return self.forest.trie(index - int(self.is_full[:index].sum()))
+        if self.is_analytic[index]:
+            return self.analytic[int(self.is_analytic[:index].sum())]
+        return self.forest.trie(index - int(self.is_analytic[:index].sum()))
 
-    def figures(self) -> dict[str, int | float]:
+    def statistics(self) -> dict[str, int | float]:
         """Counts, size and time: `prompts`, `values`, `prefixes`, `max_children`, `bytes`, `seconds`.
 
         Values and prefixes are those of the listed tries.
@@ -96,14 +96,14 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
     """
     start = time.monotonic()
     end = terminator_id(tokenizer, data.terminator)
-    is_full = np.array([data.space == "full" and task.space is None for task in tasks], dtype=bool)
-    full = _full_tries(tokenizer, [task for task, at in zip(tasks, is_full, strict=True) if at], data, end)
+    is_analytic = np.array([data.space == "full" and task.space is None for task in tasks], dtype=bool)
+    analytic = _analytic_tries(tokenizer, [task for task, at in zip(tasks, is_analytic, strict=True) if at], data, end)
     root = Path(data.cache_dir).expanduser() if data.cache_dir else user_cache("data")
     key = cache.key_of(_content(tokenizer, tasks, data, end))
     arrays = cache.load(root, key)
     from_cache = arrays is not None
     if arrays is None:
-        listed = [task for task, at in zip(tasks, is_full, strict=True) if not at]
+        listed = [task for task, at in zip(tasks, is_analytic, strict=True) if not at]
         arrays = cache.store(root, key, _pieces(tokenizer, tasks, listed, data, end))
     prompts = tuple(np.split(arrays["prompt_ids"], arrays["prompt_counts"].cumsum()[:-1])) if len(tasks) else ()
     forest = Forest(
@@ -114,12 +114,12 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
         terminator_id=end,
     )
     depths = np.empty(len(tasks), dtype=np.int64)
-    depths[~is_full] = [forest.trie(index).max_depth for index in range(len(forest))]
+    depths[~is_analytic] = [forest.trie(index).max_depth for index in range(len(forest))]
     # The longest number is one of the ends.
-    depths[is_full] = [trie.encode(np.array([trie.space.first, trie.space.last]))[1].max() for trie in full]
+    depths[is_analytic] = [trie.encode(np.array([trie.space.first, trie.space.last]))[1].max() for trie in analytic]
     check_lengths(tasks, prompts, depths.tolist(), data.max_length)
     seconds = time.monotonic() - start
-    return Prepared(tuple(tasks), prompts, end, forest, full, is_full, depths, seconds, from_cache)
+    return Prepared(tuple(tasks), prompts, end, forest, analytic, is_analytic, depths, seconds, from_cache)
 
 
 def check_lengths(
@@ -152,7 +152,7 @@ def encode_prompts(
     return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
-def _full_tries(
+def _analytic_tries(
     tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: DataConfig, end: int
 ) -> tuple[AnalyticTrie, ...]:
     if not tasks:

@@ -24,13 +24,13 @@ class DrawnPaths:
       forest: the trie of every task.
       prompts: of every task.
       task_weights: what a string of each task weighs; 1 on average.
-      per_step: whether a string's weight is the mean over its steps or the sum.
+      per_position: whether a string's weight is the mean over its steps or the sum.
     """
 
     forest: Forest
     prompts: Prompts
     task_weights: Float64[np.ndarray, "G"]
-    per_step: bool
+    per_position: bool
 
     def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """A block per task with as many drawn strings as there are uniform numbers."""
@@ -44,7 +44,7 @@ class DrawnPaths:
             np.concatenate(drawn),
             np.repeat(self.task_weights[tasks], per_block),
             np.full(num_blocks, float(per_block)),
-            per_step=self.per_step,
+            per_position=self.per_position,
         )
 
     @cached_property
@@ -58,14 +58,14 @@ class WholeTries:
     """All strings of listed spaces with their probabilities (`exact`).
 
     Attributes:
-      forest, prompts, task_weights, per_step: as in `DrawnPaths`.
+      forest, prompts, task_weights, per_position: as in `DrawnPaths`.
       max_nodes: prefixes in one block; longer tries become several blocks.
     """
 
     forest: Forest
     prompts: Prompts
     task_weights: Float64[np.ndarray, "G"]
-    per_step: bool
+    per_position: bool
     max_nodes: int
 
     def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
@@ -83,24 +83,24 @@ class WholeTries:
             np.concatenate(strings),
             probabilities * self.task_weights[tasks][string_block],
             np.ones(tasks.size),
-            per_step=self.per_step,
+            per_position=self.per_position,
         )
         return split_examples(blocks, self.max_nodes)
 
 
 @dataclass(frozen=True, eq=False)
-class FullPaths:
+class AnalyticPaths:
     """Strings drawn at full resolution (`path`, `paths`); every prefix on their way has all its children.
 
     Attributes:
       tries: of every task.
-      prompts, task_weights, per_step: as in `DrawnPaths`.
+      prompts, task_weights, per_position: as in `DrawnPaths`.
     """
 
     tries: Sequence[AnalyticTrie]
     prompts: Prompts
     task_weights: Float64[np.ndarray, "G"]
-    per_step: bool
+    per_position: bool
 
     def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
         """A block per task with as many drawn strings as there are uniform numbers."""
@@ -115,23 +115,23 @@ class FullPaths:
             np.tile(np.arange(per_block), num_blocks),
             np.repeat(self.task_weights[tasks], per_block),
             np.full(num_blocks, float(per_block)),
-            per_step=self.per_step,
+            per_position=self.per_position,
         )
 
 
 @dataclass(frozen=True, eq=False)
-class FullTries:
+class AnalyticTries:
     """The most probable prefixes at full resolution, and below them drawn strings without bias (`exact`).
 
     Attributes:
-      tries, prompts, task_weights, per_step: as in `FullPaths`.
+      tries, prompts, task_weights, per_position: as in `AnalyticPaths`.
       max_nodes: prefixes in one block, and how many of the most probable prefixes are taken.
     """
 
     tries: Sequence[AnalyticTrie]
     prompts: Prompts
     task_weights: Float64[np.ndarray, "G"]
-    per_step: bool
+    per_position: bool
     max_nodes: int
 
     def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
@@ -141,7 +141,7 @@ class FullTries:
             full = self.tries[task]
             part = full.expand(self.max_nodes, _ANY_DEPTH, full.space.draw(row))
             tries.append(part.trie)
-            step_weights = part.mean_weights if self.per_step else part.sequence_weights
+            step_weights = part.mean_weights if self.per_position else part.sequence_weights
             weights.append(step_weights * self.task_weights[task])
         prompts = [self.prompts[task] for task in tasks.tolist()]
         return split_examples(examples_of_tries(tries, prompts, weights, np.ones(tasks.size)), self.max_nodes)

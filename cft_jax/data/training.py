@@ -11,7 +11,7 @@ from cft_jax.config import Config, TrainConfig
 from cft_jax.data.dataset import Dataset, Layout, Mixture, Source, common_prefix
 from cft_jax.data.hard import DrawnStrings
 from cft_jax.data.prepared import Prepared, check_lengths, encode_prompts, prepare
-from cft_jax.data.soft import DrawnPaths, FullPaths, FullTries, Prompts, WholeTries
+from cft_jax.data.soft import AnalyticPaths, AnalyticTries, DrawnPaths, Prompts, WholeTries
 from cft_jax.data.spaces import SpaceTable, task_space
 from cft_jax.distributions.tasks import Task
 from cft_jax.text.chat import terminator_id
@@ -109,28 +109,28 @@ def _longest_values(
 
 
 def _soft_source(config: Config, prepared: Prepared, weights: np.ndarray) -> Source:
-    per_step = config.train.weighting == "mean_over_steps"
-    is_full = prepared.is_full
+    per_position = config.train.weighting == "mean_over_steps"
+    is_analytic = prepared.is_analytic
     sources: list[Source] = []
-    for full in (False, True):
-        mine = np.flatnonzero(is_full == full)
+    for analytic in (False, True):
+        mine = np.flatnonzero(is_analytic == analytic)
         if not mine.size:
             continue
         prompts = [prepared.prompts[task] for task in mine.tolist()]
         if config.train.objective == "exact":
             nodes = _node_budget(config, prepared)
             sources.append(
-                FullTries(prepared.full, prompts, weights[mine], per_step, nodes)
-                if full
-                else WholeTries(prepared.forest, prompts, weights[mine], per_step, nodes)
+                AnalyticTries(prepared.analytic, prompts, weights[mine], per_position, nodes)
+                if analytic
+                else WholeTries(prepared.forest, prompts, weights[mine], per_position, nodes)
             )
         else:
             sources.append(
-                FullPaths(prepared.full, prompts, weights[mine], per_step)
-                if full
-                else DrawnPaths(prepared.forest, prompts, weights[mine], per_step)
+                AnalyticPaths(prepared.analytic, prompts, weights[mine], per_position)
+                if analytic
+                else DrawnPaths(prepared.forest, prompts, weights[mine], per_position)
             )
-    return sources[0] if len(sources) == 1 else Mixture(sources, is_full.astype(np.int64))
+    return sources[0] if len(sources) == 1 else Mixture(sources, is_analytic.astype(np.int64))
 
 
 def _node_budget(config: Config, prepared: Prepared) -> int:

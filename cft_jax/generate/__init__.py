@@ -3,16 +3,16 @@
 from cft_jax.generate.engine import Sampler
 from cft_jax.generate.prefixes import Completion
 from cft_jax.generate.sampling import SamplingSettings
-from cft_jax.generate.text_scorer import Likelihood, LikelihoodScorer
-from cft_jax.generate.trie_scorer import Scorer, TrieScore, score_trie
+from cft_jax.generate.text_scorer import Likelihood, TextScorer
+from cft_jax.generate.trie_scorer import TrieScore, TrieScorer, score_trie
 
 __all__ = [
     "Completion",
     "Likelihood",
-    "LikelihoodScorer",
     "Sampler",
     "SamplingSettings",
-    "Scorer",
+    "TextScorer",
     "TrieScore",
+    "TrieScorer",
     "score_trie",
 ]

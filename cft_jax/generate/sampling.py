@@ -1,8 +1,8 @@
 """Drawing tokens: one number per draw, float32, the same whatever else is in the batch.
 
 A draw inverts the distribution's CDF in two levels: the upper half of a 64-bit random number picks a tile of the
-vocabulary by the tiles' masses, the lower half a token of the tile. Only the masses of all tiles and the scores of the
-chosen tile are needed, and no probability is rounded to the spacing of float32 numbers near 1.
+vocabulary by the tiles' sums of exp, the lower half a token of the tile. Only the sums of all tiles and the scores of
+the chosen tile are needed, and no probability is rounded to the spacing of float32 numbers near 1.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from cft_jax.common.errors import UserError
-from cft_jax.generate.vocabulary import TILE, Tiling, map_rows, tile_log_masses, token_scores
+from cft_jax.generate.vocabulary import TILE, Tiling, map_rows, tile_log_sum_exps, token_scores
 from cft_jax.models.transformer import Transformer
 
 # Rows whose scores over the whole vocabulary exist at a time, where a draw needs them.
@@ -125,9 +125,9 @@ def draw_tokens(
         return _most_probable(model, hidden, num_rows)[draws.row]
     floor = _nucleus_floors(model, hidden, num_rows, temperature, top_p) if method == "top_p" else None
     inverse = 1 / temperature
-    log_masses = tile_log_masses(model, hidden, num_rows, inverse, floor)
-    masses = jnp.exp(log_masses - jnp.max(log_masses, axis=-1, keepdims=True))
-    cumulative = jnp.cumsum(masses, axis=-1)
+    log_sum_exps = tile_log_sum_exps(model, hidden, num_rows, inverse, floor)
+    sum_exps = jnp.exp(log_sum_exps - jnp.max(log_sum_exps, axis=-1, keepdims=True))
+    cumulative = jnp.cumsum(sum_exps, axis=-1)
     tiling = Tiling.of(model)
 
     def draw(row: Int[Array, "n"], uniform: Float[Array, "n 2"]) -> Int[Array, "n"]:
@@ -137,8 +137,8 @@ def draw_tokens(
             exists = exists & (scores >= floor[row][:, None])
         scores = jnp.where(exists, scores, -jnp.inf) * inverse
         # Scores made again may differ in the last digits: a tile whose only token was at the floor may seem empty.
-        peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-        within = _invert(jnp.cumsum(jnp.exp(scores - peak), axis=-1), uniform[:, 1])
+        max_logit = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+        within = _invert(jnp.cumsum(jnp.exp(scores - max_logit), axis=-1), uniform[:, 1])
         return jnp.take_along_axis(ids, within[:, None], axis=1)[:, 0]
 
     at_a_time = min(max(_GATHERED // (TILE * hidden.shape[1]), 1), draws.row.shape[0])
@@ -146,7 +146,7 @@ def draw_tokens(
 
 
 def _invert(cumulative: Float[Array, "n S"], uniform: Float[Array, "n"]) -> Int[Array, "n"]:
-    """The first place whose cumulative mass exceeds `uniform` times the total; never one without mass."""
+    """The first index whose cumulative sum exceeds `uniform` times the total; never one that adds nothing."""
     total = cumulative[:, -1:]
     place = jnp.sum(cumulative <= uniform[:, None] * total, axis=-1)
     # Rounding may lift uniform * total to the total.
@@ -175,8 +175,8 @@ def _nucleus_floors(
 
     def floor(some: Array) -> Array:
         scores = model.logits(some)
-        peak = jnp.max(scores, axis=-1)
-        probs = jnp.exp((scores - peak[:, None]) / temperature)
+        max_logit = jnp.max(scores, axis=-1)
+        probs = jnp.exp((scores - max_logit[:, None]) / temperature)
         enough = top_p * jnp.sum(probs, axis=-1)
         # All tokens below this have less than (1 - top_p) / e of the mass together.
         range_ = temperature * (1 + jnp.log(scores.shape[-1] / jnp.maximum(1 - top_p, 1e-7)))
@@ -187,7 +187,7 @@ def _nucleus_floors(
             keeps = jnp.sum(jnp.where(scores >= middle[:, None], probs, 0), axis=-1) >= enough
             return jnp.where(keeps, middle, low), jnp.where(keeps, high, middle)
 
-        low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (peak - range_, peak + temperature))
+        low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (max_logit - range_, max_logit + temperature))
         kept = scores >= low[:, None]
         lowest = jnp.min(jnp.where(kept, scores, jnp.inf), axis=-1)
         dropped = jnp.max(jnp.where(kept, -jnp.inf, scores), axis=-1)

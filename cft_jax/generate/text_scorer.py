@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from cft_jax.generate.prefill import bucket, check_prompts
 from cft_jax.generate.split_model import SplitModel
-from cft_jax.generate.vocabulary import ROWS, Tiling, log_mass, map_rows, of_tiles, token_scores
+from cft_jax.generate.vocabulary import ROWS, Tiling, log_sum_exp, map_rows, of_tiles, token_scores
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding.rules import constrain
 
@@ -101,7 +101,7 @@ class TextTree:
         )
 
 
-class LikelihoodScorer:
+class TextScorer:
     """Scores texts with one model, whose weights are taken apart once.
 
     Args:
@@ -267,14 +267,14 @@ def _log_probs(
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[places], ("batch", "act_embed"), model.mesh)
 
     def of_tile(scores: Float[Array, "r S U W"]) -> tuple[Array, Array, Array]:
-        return log_mass(scores), jnp.max(scores, axis=-1), jnp.argmax(scores, axis=-1)
+        return log_sum_exp(scores), jnp.max(scores, axis=-1), jnp.argmax(scores, axis=-1)
 
-    masses, peaks, first = of_tiles(model, asked, count, of_tile)
-    tile = jnp.argmax(peaks, axis=-1)
+    log_sum_exps, max_logits, first = of_tiles(model, asked, count, of_tile)
+    tile = jnp.argmax(max_logits, axis=-1)
     ids, _ = Tiling.of(model).tokens(tile)
     best = jnp.take_along_axis(ids, jnp.take_along_axis(first, tile[:, None], axis=1), axis=1)[:, 0]
     scores = map_rows(
         lambda h, t: token_scores(model, h, t[:, None])[:, 0], min(ROWS, targets.size), count, asked, targets
     )
-    found = scores - jax.nn.logsumexp(masses, axis=-1)
+    found = scores - jax.nn.logsumexp(log_sum_exps, axis=-1)
     return constrain(found, (None,), model.mesh), constrain(best == targets, (None,), model.mesh)

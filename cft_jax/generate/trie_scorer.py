@@ -18,7 +18,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.generate.prefill import bucket, check_prompts, prefill
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.trie_rows import ScoreRequest, pack, spread
-from cft_jax.generate.vocabulary import log_normalisers, token_scores
+from cft_jax.generate.vocabulary import log_z, token_scores
 from cft_jax.models.transformer import KVCache, Transformer
 from cft_jax.sharding.rules import constrain
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
@@ -43,7 +43,7 @@ def score_trie(model: Transformer, prompt_ids: Sequence[int], trie: Trie) -> Flo
     Raises:
       UserError: the prompt is empty, or a token is not in the model's vocabulary.
     """
-    return Scorer(model).score([prompt_ids], [trie])[0].string_log_probs
+    return TrieScorer(model).score([prompt_ids], [trie])[0].string_log_probs
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class _Batch:
     rows: int
 
 
-class Scorer:
+class TrieScorer:
     """Scores tries with one model, whose weights are taken apart once.
 
     Args:
@@ -202,5 +202,5 @@ def _entry_log_probs(
     nothing = jnp.full(entry_ids.shape, -jnp.inf)
     scores = jax.lax.fori_loop(0, (num_entries + size - 1) // size, add_scores, nothing)
     largest = jax.ops.segment_max(scores, entry_query, num_segments=queries.size)
-    normalisers = log_normalisers(model, asked, num_queries, largest)
-    return constrain(scores - normalisers[entry_query], (None,), model.mesh)
+    log_zs = log_z(model, asked, num_queries, largest)
+    return constrain(scores - log_zs[entry_query], (None,), model.mesh)

@@ -1,7 +1,7 @@
 """The softmax over the whole vocabulary in tiles of tokens, so that no array of rows times vocabulary is needed.
 
 A block of scores that stays in the processor's cache is made, reduced to one log-sum-exp per tile of 128 tokens, and
-forgotten. The tiles' masses give the normaliser; they are also the first level of a two-level inverse CDF, for which
+forgotten. The tiles' sums give log Z; they are also the first level of a two-level inverse CDF, for which
 only the scores of the chosen tile are made again (`cft_jax.generate.sampling`).
 """
 
@@ -59,7 +59,7 @@ class Tiling:
         return shard[..., None] * self.shard + jnp.where(exists, within, 0), exists
 
 
-def tile_log_masses(
+def tile_log_sum_exps(
     model: Transformer,
     hidden: Float[Array, "R D"],
     count: Int[Array, ""],
@@ -79,15 +79,15 @@ def tile_log_masses(
       One column per tile, in the order of `Tiling.tokens`; very small where no token of a tile counts.
     """
 
-    def log_masses(scores: Float[Array, "r S U W"], *lowest: Float[Array, "r"]) -> Float[Array, "r S U"]:
+    def log_sum_exps(scores: Float[Array, "r S U W"], *lowest: Float[Array, "r"]) -> Float[Array, "r S U"]:
         for low in lowest:
             scores = jnp.where(scores >= low[:, None, None, None], scores, -jnp.inf)
-        return log_mass(scores if inverse_temperature is None else scores * inverse_temperature)
+        return log_sum_exp(scores if inverse_temperature is None else scores * inverse_temperature)
 
-    return of_tiles(model, hidden, count, log_masses, *(() if floor is None else (floor,)))
+    return of_tiles(model, hidden, count, log_sum_exps, *(() if floor is None else (floor,)))
 
 
-def log_normalisers(
+def log_z(
     model: Transformer, hidden: Float[Array, "R D"], count: Int[Array, ""], near: Float[Array, "R"]
 ) -> Float[Array, "R"]:
     """The logarithm of Σ exp(score) over the vocabulary, float32, for the first `count` rows.
@@ -110,14 +110,14 @@ def log_normalisers(
     return jax.lax.cond(
         jnp.all(finite),
         lambda: near + jnp.log(sums),
-        lambda: jax.nn.logsumexp(tile_log_masses(model, hidden, count), axis=-1),
+        lambda: jax.nn.logsumexp(tile_log_sum_exps(model, hidden, count), axis=-1),
     )
 
 
-def log_mass(scores: Float[Array, "*B W"]) -> Float[Array, "*B"]:
+def log_sum_exp(scores: Float[Array, "*B W"]) -> Float[Array, "*B"]:
     """The logarithm of Σ exp(score) over the last axis; very small where all scores are -inf."""
-    peak = jnp.maximum(jnp.max(scores, axis=-1), jnp.finfo(jnp.float32).min)
-    return peak + jnp.log(jnp.sum(jnp.exp(scores - peak[..., None]), axis=-1))
+    max_logit = jnp.maximum(jnp.max(scores, axis=-1), jnp.finfo(jnp.float32).min)
+    return max_logit + jnp.log(jnp.sum(jnp.exp(scores - max_logit[..., None]), axis=-1))
 
 
 def of_tiles(

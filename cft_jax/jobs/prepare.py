@@ -80,7 +80,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     tokenizer_seconds = time.monotonic() - start
     figures: dict[str, Any] = {"prompts": len(tasks[TRAIN])}
     if config.data.target == "soft":
-        figures = prepare(tokenizer, tasks[TRAIN], config.data).figures()
+        figures = prepare(tokenizer, tasks[TRAIN], config.data).statistics()
         figures["seconds"] = round(time.monotonic() - start, 3)
     dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=1, share_prefix=False)
     batch = dataset.batch(0)

@@ -18,9 +18,9 @@ class DeviceBatch(NamedTuple):
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     subtree_end: Int[Array, "B T"]
-    step_index: Int[Array, "B P"]
-    step_weight: Float[Array, "B P"]
-    target_step: Int[Array, "B K"]
+    target_index: Int[Array, "B P"]
+    target_weight: Float[Array, "B P"]
+    target_position: Int[Array, "B K"]
     target_ids: Int[Array, "B K"]
     target_probs: Float[Array, "B K"]
     row_weight: Float[Array, "B"]
@@ -29,7 +29,7 @@ class DeviceBatch(NamedTuple):
 def batch_loss(
     hidden: Float[Array, "B T D"], kernel: Float[Array, "V D"], batch: DeviceBatch, options: HeadOptions
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Σ step_weight · loss(step) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
+    """Σ target_weight · loss(step) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
 
     Hidden states are gathered before the head, so logits exist at the steps alone. Steps of weight 0 reach neither
     value nor gradient, whatever stands there.
@@ -40,11 +40,11 @@ def batch_loss(
       batch: rows, their steps and targets.
       options: see `HeadOptions`.
     """
-    real = batch.step_weight > 0
-    at_steps = jnp.take_along_axis(hidden, batch.step_index[..., None], axis=1)
+    real = batch.target_weight > 0
+    at_steps = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
     at_steps = jnp.where(real[..., None], at_steps, jnp.zeros((), hidden.dtype))
-    losses = step_losses(at_steps, kernel, batch.target_step, batch.target_ids, batch.target_probs, options)
-    return jnp.sum(jnp.where(real, batch.step_weight * losses, 0.0)), jnp.sum(batch.row_weight)
+    losses = step_losses(at_steps, kernel, batch.target_position, batch.target_ids, batch.target_probs, options)
+    return jnp.sum(jnp.where(real, batch.target_weight * losses, 0.0)), jnp.sum(batch.row_weight)
 
 
 def head_options(kind: str, *, tau: float, softcap: float | None, mesh: jax.sharding.Mesh | None) -> HeadOptions:

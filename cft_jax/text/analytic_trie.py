@@ -85,8 +85,8 @@ class AnalyticTrie:
         leaf_prefix = whole.leaf_prefix[path_lengths.size :]
         trie = replace(whole, leaf_prefix=leaf_prefix, leaf_probs=whole.leaf_probs[path_lengths.size :])
         visits = _along_paths(trie, np.full(drawn.size, 1.0 / max(drawn.size, 1)))
-        per_step = _along_paths(trie, 1.0 / (max(drawn.size, 1) * (string_lengths + 1.0)))
-        return Expansion(trie, exact, np.where(exact, weights, per_step), np.where(exact, trie.reach, visits))
+        per_position = _along_paths(trie, 1.0 / (max(drawn.size, 1) * (string_lengths + 1.0)))
+        return Expansion(trie, exact, np.where(exact, weights, per_position), np.where(exact, trie.reach, visits))
 
     def child_numbers(self, trie: Trie, children: Int[np.ndarray, "C"]) -> Float[np.ndarray, "C"]:
         """The mean of the numbers below some children of a trie of this space, weighed by their probabilities.

@@ -91,7 +91,7 @@ def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainSta
         skipped = state.skipped + jnp.where(finite, 0, 1)
         padding = jnp.mean(batch.subtree_end == 0, dtype=jnp.float32)
         tokens = jnp.sum(batch.subtree_end > 0) + len(options.shared_prefix)
-        steps = jnp.sum(batch.step_weight > 0)
+        steps = jnp.sum(batch.target_weight > 0)
         metrics = StepMetrics(loss, grad_norm, rate, finite, skipped, padding, tokens, steps)
         return TrainState(state.step + 1, skipped, weights, moments), metrics
 

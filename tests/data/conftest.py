@@ -32,7 +32,7 @@ def _forest(*spaces):
     )
 
 
-def _blocks(forest, strings, *, per_step=True, prompts=PROMPTS):
+def _blocks(forest, strings, *, per_position=True, prompts=PROMPTS):
     return examples_of_strings(
         forest,
         prompts,
@@ -41,7 +41,7 @@ def _blocks(forest, strings, *, per_step=True, prompts=PROMPTS):
         np.array([number for chosen in strings for number in chosen]),
         np.array([weight for chosen in strings for weight in chosen.values()], dtype=np.float64),
         np.ones(len(strings)),
-        per_step=per_step,
+        per_position=per_position,
     )
 
 
@@ -67,20 +67,20 @@ def _steps(batch, prompts, shared=0):
     No prompt may begin another, so that what a query sees tells which prompt it belongs to.
     """
     found = []
-    for row, step in np.argwhere(batch.step_weight > 0):
-        query = batch.step_index[row, step]
+    for row, step in np.argwhere(batch.target_weight > 0):
+        query = batch.target_index[row, step]
         keys = np.flatnonzero(query < batch.subtree_end[row, : query + 1])
         tokens = tuple(batch.tokens[row, keys].tolist())
         (prompt,) = {
             number for number, ids in enumerate(prompts) if tokens[: ids.size - shared] == tuple(ids[shared:].tolist())
         }
         assert batch.positions[row, keys].tolist() == list(range(shared, shared + keys.size))
-        entries = (batch.target_step[row] == step) & (batch.target_probs[row] > 0)
+        entries = (batch.target_position[row] == step) & (batch.target_probs[row] > 0)
         targets = dict(
             zip(batch.target_ids[row, entries].tolist(), batch.target_probs[row, entries].tolist(), strict=True)
         )
         prefix = tokens[prompts[prompt].size - shared :]
-        found.append((prompt, prefix, float(batch.step_weight[row, step]), targets))
+        found.append((prompt, prefix, float(batch.target_weight[row, step]), targets))
     return found
 
 

@@ -12,7 +12,7 @@ from cft_jax.data.blocks import examples_of_tries, joined_examples, split_exampl
 END = 90
 
 
-def expected_steps(space, chosen, *, per_step):
+def expected_steps(space, chosen, *, per_position):
     """{prefix: (weight, targets)} of chosen strings, from the definition."""
     sequences = list(space)
     found = {}
@@ -20,7 +20,7 @@ def expected_steps(space, chosen, *, per_step):
         ended = (*sequences[number], END)
         for length in range(len(ended)):
             prefix = ended[:length]
-            share = weight / len(ended) if per_step else weight
+            share = weight / len(ended) if per_position else weight
             targets = {}
             for sequence, probability in space.items():
                 full = (*sequence, END)
@@ -32,7 +32,7 @@ def expected_steps(space, chosen, *, per_step):
     return found
 
 
-@pytest.mark.parametrize("per_step", [True, False])
+@pytest.mark.parametrize("per_position", [True, False])
 @pytest.mark.parametrize(
     "strings",
     [
@@ -43,13 +43,13 @@ def expected_steps(space, chosen, *, per_step):
     ids=["path", "paths", "exact"],
 )
 def test_rows_hold_what_the_definition_says(
-    forest_of, blocks_for, batch_of, steps_of, spaces, prompts, strings, per_step
+    forest_of, blocks_for, batch_of, steps_of, spaces, prompts, strings, per_position
 ):
-    rows = blocks_for(forest_of(*spaces), strings, per_step=per_step)
+    rows = blocks_for(forest_of(*spaces), strings, per_position=per_position)
     steps = steps_of(batch_of(rows), prompts)
     for row, (space, chosen) in enumerate(zip(spaces, strings, strict=True)):
         found = {prefix: (weight, targets) for at, prefix, weight, targets in steps if at == row}
-        expected = expected_steps(space, chosen, per_step=per_step)
+        expected = expected_steps(space, chosen, per_position=per_position)
         assert len(found) == sum(at == row for at, *_ in steps)
         assert sorted(found) == sorted(expected)
         for prefix, (weight, targets) in expected.items():
@@ -69,12 +69,12 @@ def normalised(space):
 
 @given(SPACE.map(normalised), st.booleans())
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_exact_is_the_mean_of_path(forest_of, blocks_for, batch_of, steps_of, loss_of, prompts, space, per_step):
+def test_exact_is_the_mean_of_path(forest_of, blocks_for, batch_of, steps_of, loss_of, prompts, space, per_position):
     forest, prompts = forest_of(space), prompts[:1]
-    exact = batch_of(blocks_for(forest, [dict(enumerate(space.values()))], per_step=per_step, prompts=prompts))
+    exact = batch_of(blocks_for(forest, [dict(enumerate(space.values()))], per_position=per_position, prompts=prompts))
     mean = 0.0
     for number, probability in enumerate(space.values()):
-        path = batch_of(blocks_for(forest, [{number: 1.0}], per_step=per_step, prompts=prompts))
+        path = batch_of(blocks_for(forest, [{number: 1.0}], per_position=per_position, prompts=prompts))
         mean += probability * loss_of(steps_of(path, prompts), path.row_weight)
     assert loss_of(steps_of(exact, prompts), exact.row_weight) == pytest.approx(mean, rel=1e-5)
 

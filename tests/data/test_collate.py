@@ -13,10 +13,10 @@ def test_prefixes_lie_depth_first_after_the_prompt(forest_of, blocks_for, batch_
     assert batch.tokens[0].tolist() == [50, 51, 52, 1, 2, 3, 4, 0, 0, 0]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 0, 0, 0]
     assert batch.subtree_end[0].tolist() == [7, 7, 7, 6, 6, 6, 7, 0, 0, 0]
-    assert batch.step_index[0].tolist() == [2, 3, 4, 5, 6, 0]
+    assert batch.target_index[0].tolist() == [2, 3, 4, 5, 6, 0]
     # The empty string's row is its prompt alone, and its only step is at the prompt's last token.
     assert batch.subtree_end[1].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert batch.step_weight[1].tolist() == [1, 0, 0, 0, 0, 0]
+    assert batch.target_weight[1].tolist() == [1, 0, 0, 0, 0, 0]
     # By hand: (7), (7, 8), (7, 8, 9), (7, 8, 9, 7), (7, 8, 9, 8) after a prompt of five.
     assert batch.positions[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
     assert batch.subtree_end[2].tolist() == [10, 10, 10, 10, 10, 10, 10, 10, 9, 10]
@@ -27,11 +27,11 @@ def test_prefixes_lie_depth_first_after_the_prompt(forest_of, blocks_for, batch_
 def test_padding_has_no_weight_and_steps_ascend(forest_of, blocks_for, batch_of, spaces):
     rows = blocks_for(forest_of(*spaces), [{0: 1.0}, {0: 1.0}, {0: 1.0}])
     batch = batch_of(rows, num_rows=5, shape=(16, 8, 32))
-    assert (np.diff(batch.target_step, axis=1) >= 0).all()
+    assert (np.diff(batch.target_position, axis=1) >= 0).all()
     for row in range(5):
-        num_steps = int((batch.step_weight[row] > 0).sum())
-        assert (batch.step_weight[row, num_steps:] == 0).all()
-        sums = np.bincount(batch.target_step[row], weights=batch.target_probs[row], minlength=8)
+        num_steps = int((batch.target_weight[row] > 0).sum())
+        assert (batch.target_weight[row, num_steps:] == 0).all()
+        sums = np.bincount(batch.target_position[row], weights=batch.target_probs[row], minlength=8)
         np.testing.assert_allclose(sums, np.arange(8) < num_steps, atol=1e-6)
     assert batch.row_weight.tolist() == [1, 1, 1, 0, 0]
     assert [array.dtype.name for array in batch] == [*["int32"] * 4, "float32", "int32", "int32", "float32", "float32"]

@@ -11,7 +11,7 @@ from cft_jax.config import Config, DataConfig, TrainConfig
 from cft_jax.data.dataset import Mixture, common_prefix
 from cft_jax.data.hard import DrawnStrings
 from cft_jax.data.prepared import prepare
-from cft_jax.data.soft import DrawnPaths, FullPaths, FullTries, WholeTries
+from cft_jax.data.soft import AnalyticPaths, AnalyticTries, DrawnPaths, WholeTries
 from cft_jax.data.spaces import SpaceTable, task_space
 from cft_jax.data.training import training_dataset
 from cft_jax.distributions import OutputSpace, PromptSpec, Task, task_from_spec
@@ -105,7 +105,7 @@ def test_an_epoch_counts_every_example_once(dataset, kind):
         assert sum(float(batch.row_weight.sum()) for batch in batches) == made.num_examples
     else:
         assert sum(float(batch.row_weight.sum()) for batch in batches) == pytest.approx(
-            sum(float(batch.step_weight.sum()) for batch in batches)
+            sum(float(batch.target_weight.sum()) for batch in batches)
         )
     names = list(itertools.chain.from_iterable(made.task_names(step) for step in range(made.steps_per_epoch)))
     visits = len(names) // len(make_tasks())
@@ -117,7 +117,7 @@ def test_few_shapes_hold_all_batches(dataset, kind):
     data, train = KINDS[kind]
     made = dataset(data=data, row_multiple=3, **train)
     batches = [made.batch(step) for step in range(6 * made.steps_per_epoch)]
-    shapes = {(*batch.tokens.shape, batch.step_index.shape[1], batch.target_ids.shape[1]) for batch in batches}
+    shapes = {(*batch.tokens.shape, batch.target_index.shape[1], batch.target_ids.shape[1]) for batch in batches}
     assert len(shapes) <= len(made.shapes) + 2
     assert len(made.shapes) <= 3
     assert all(shape[0] % 3 == 0 for shape in shapes)
@@ -144,7 +144,7 @@ def test_drawn_strings_follow_the_space(dataset, tokenizer):
     for step in range(2 * made.steps_per_epoch):
         batch = made.batch(step)
         for row in range(100):
-            answer = batch.tokens[row, batch.step_index[row, 0] + 1 : int((batch.subtree_end[row] > 0).sum())]
+            answer = batch.tokens[row, batch.target_index[row, 0] + 1 : int((batch.subtree_end[row] > 0).sum())]
             answers.append(tokenizer.decode(answer))
     counts = [answers.count(value) for value in COIN.values]
     # 2,000 draws; p > 1e-4 fails once in 10,000 seeds.
@@ -171,10 +171,10 @@ def ones():
     return np.ones(len(make_tasks()))
 
 
-@pytest.mark.parametrize("per_step", [True, False])
-def test_packed_soft_strings_are_the_strings_alone(prepared, batch_of, steps_of, loss_of, per_step):
+@pytest.mark.parametrize("per_position", [True, False])
+def test_packed_soft_strings_are_the_strings_alone(prepared, batch_of, steps_of, loss_of, per_position):
     found = prepared()
-    source = DrawnPaths(found.forest, found.prompts, ones(), per_step)
+    source = DrawnPaths(found.forest, found.prompts, ones(), per_position)
     packed = batch_of(source.blocks(TASKS, uniforms(6)))
     alone = batch_of(source.blocks(np.repeat(TASKS, 6), uniforms(6).reshape(-1, 1)))
     assert packed.row_weight.sum() == alone.row_weight.sum() == 30
@@ -219,9 +219,9 @@ def test_full_resolution_of_integers_is_their_grid(prepared, batch_of, steps_of)
     listed = DrawnPaths(grid.forest, grid.prompts, ones(), True).blocks(tasks, draws)
     sources = [
         DrawnPaths(full.forest, full.prompts[-1:], ones(), True),
-        FullPaths(full.full, full.prompts, ones(), True),
+        AnalyticPaths(full.analytic, full.prompts, ones(), True),
     ]
-    analytic = Mixture(sources, full.is_full.astype(np.int64)).blocks(tasks, draws)
+    analytic = Mixture(sources, full.is_analytic.astype(np.int64)).blocks(tasks, draws)
     left, right = (steps_of(batch_of(blocks), grid.prompts) for blocks in (listed, analytic))
     assert [step[:3] for step in left] == [step[:3] for step in right]
     for (*_, expected), (*_, targets) in zip(left, right, strict=True):
@@ -233,7 +233,7 @@ def test_exact_at_full_resolution_is_exact_where_everything_fits(prepared, batch
     grid, full = prepared(), prepared(space="full")
     none = np.zeros((3, 0))
     listed = WholeTries(grid.forest, grid.prompts, ones(), True, 1000).blocks(tasks, none)
-    analytic = FullTries(full.full, full.prompts[:-1], ones(), True, 1000).blocks(tasks, none)
+    analytic = AnalyticTries(full.analytic, full.prompts[:-1], ones(), True, 1000).blocks(tasks, none)
     left, right = (sorted(steps_of(batch_of(blocks), grid.prompts), key=repr) for blocks in (listed, analytic))
     assert [step[:2] for step in left] == [step[:2] for step in right]
     for (*_, weight, expected), (*_, found_weight, targets) in zip(left, right, strict=True):
@@ -243,13 +243,13 @@ def test_exact_at_full_resolution_is_exact_where_everything_fits(prepared, batch
 
 def test_task_weights_weigh_strings_but_not_the_mean(dataset):
     plain, weighted = dataset(), dataset(make_tasks(weight=11.0))
-    totals = [sum(float(d.batch(s).step_weight.sum()) for s in range(d.steps_per_epoch)) for d in (plain, weighted)]
+    totals = [sum(float(d.batch(s).target_weight.sum()) for s in range(d.steps_per_epoch)) for d in (plain, weighted)]
     assert totals == pytest.approx([10, 10], rel=1e-6)
     assert weighted.batch(0).row_weight.tolist() == plain.batch(0).row_weight.tolist()
     step = next(s for s in range(3) if "coin" in weighted.task_names(s))
     row = weighted.task_names(step).index("coin")
     # By hand: weights 1 (nine times) and 11 have the mean 2.
-    assert weighted.batch(step).step_weight[row].sum() == pytest.approx(5.5)
+    assert weighted.batch(step).target_weight[row].sum() == pytest.approx(5.5)
 
 
 def test_a_shared_prefix_is_in_every_prompt(dataset, prepared):

@@ -46,28 +46,28 @@ def test_tries_and_prompts_are_those_built_alone(small_tokenizer, data):
             np.testing.assert_allclose(trie.child_probs, alone.child_probs, rtol=1e-14)
             assert found.depths[index] == alone.max_depth
     assert found.from_cache
-    figures = found.figures()
+    counts = found.statistics()
     tries = [found.trie(index) for index in range(3)]
-    assert figures["prompts"] == 3
-    assert figures["prefixes"] == sum(trie.num_prefixes for trie in tries)
-    assert figures["values"] == sum(trie.leaf_prefix.size for trie in tries)
-    assert figures["max_children"] == max(trie.max_children for trie in tries)
-    assert figures["bytes"] > figures["prefixes"] * 24
+    assert counts["prompts"] == 3
+    assert counts["prefixes"] == sum(trie.num_prefixes for trie in tries)
+    assert counts["values"] == sum(trie.leaf_prefix.size for trie in tries)
+    assert counts["max_children"] == max(trie.max_children for trie in tries)
+    assert counts["bytes"] > counts["prefixes"] * 24
 
 
 def test_at_full_resolution_only_listed_tasks_are_listed(data):
     tokenizer = train_tokenizer(["A Gaussian of 1.0.", "Roll."] * 2, vocab_size=300)
     tasks = [listed_task(), family_task(), listed_task(), family_task(2.0)]
     found = prepare(tokenizer, tasks, dataclasses.replace(data, space="full"))
-    assert found.is_full.tolist() == [False, True, False, True]
+    assert found.is_analytic.tolist() == [False, True, False, True]
     assert [isinstance(found.trie(index), AnalyticTrie) for index in range(4)] == [False, True, False, True]
     assert found.trie(3).space.last > found.trie(1).space.last
-    assert found.figures()["values"] == 12
+    assert found.statistics()["values"] == 12
 
 
 def test_no_tasks_prepare_to_nothing(small_tokenizer, data):
     found = prepare(small_tokenizer, [], data)
-    assert found.figures() == {**dict.fromkeys(found.figures(), 0), "seconds": found.figures()["seconds"]}
+    assert found.statistics() == {**dict.fromkeys(found.statistics(), 0), "seconds": found.statistics()["seconds"]}
 
 
 CHANGES = {

@@ -8,7 +8,7 @@ import torch
 
 from cft_jax.checkpoints import from_pretrained
 from cft_jax.common.errors import UserError
-from cft_jax.generate import LikelihoodScorer
+from cft_jax.generate import TextScorer
 from cft_jax.generate import text_scorer as likelihood
 from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
@@ -59,9 +59,7 @@ def by_torch(model):
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
 def test_equal_to_transformers(family, write_hf, hf_config, tmp_path):
     reference = by_torch(write_hf(tmp_path, hf_config(family)))
-    scorer = LikelihoodScorer(
-        from_pretrained(tmp_path, dtype=jnp.float32, param_dtype=jnp.float32), tokens_per_call=128
-    )
+    scorer = TextScorer(from_pretrained(tmp_path, dtype=jnp.float32, param_dtype=jnp.float32), tokens_per_call=128)
     found = scorer.log_likelihoods(asked())
     want = [alone(reference, *request) for request in asked()]
     np.testing.assert_allclose([item.log_prob for item in found], [item[0] for item in want], atol=TOLERANCE)
@@ -83,7 +81,7 @@ def test_greedy_continuations_are_found(make_model):
         greedy.append(int(np.asarray(model(padded))[0, len(greedy) - 1].argmax()))
     best = greedy[len(context) :]
     wrong = [[token + 1 if k == place else token for k, token in enumerate(best)] for place in range(5)]
-    found = LikelihoodScorer(model).log_likelihoods([(context, best), *((context, other) for other in wrong)])
+    found = TextScorer(model).log_likelihoods([(context, best), *((context, other) for other in wrong)])
     assert [item.greedy for item in found] == [True] + [False] * 5
     np.testing.assert_allclose(found[0].log_prob, alone(by_model(model), context, best)[0], atol=1e-5)
 
@@ -104,12 +102,12 @@ def packed_sizes(monkeypatch):
 def test_choices_of_one_context_share_its_tokens(make_model, monkeypatch, packed_sizes):
     context, *choices = texts(40, 3, 1, 5, 2)
     requests = [(context, choice) for choice in choices]
-    whole = LikelihoodScorer(make_model("qwen3")).log_likelihoods(requests)
+    whole = TextScorer(make_model("qwen3")).log_likelihoods(requests)
     assert packed_sizes == [40 + 2 + 0 + 4 + 1]
     packed_sizes.clear()
     # Rows too short for all of them.
     monkeypatch.setattr(likelihood, "ROW_LENGTH", 44)
-    parts = LikelihoodScorer(make_model("qwen3")).log_likelihoods(requests)
+    parts = TextScorer(make_model("qwen3")).log_likelihoods(requests)
     assert len(packed_sizes) > 1 and max(packed_sizes) <= 44
     np.testing.assert_allclose([item.log_prob for item in parts], [item.log_prob for item in whole], atol=1e-5)
 
@@ -123,7 +121,7 @@ def test_questions_behind_the_same_examples_share_them(family, make_model, packe
     # A text that is the beginning of others, the same text with another seam, and a text of its own.
     requests += [(examples, questions[0][:2]), (examples[:5], examples[5:]), (texts(6, seed=9)[0], choices[0])]
     order = np.random.default_rng(1).permutation(len(requests))
-    found = LikelihoodScorer(model).log_likelihoods([requests[i] for i in order])
+    found = TextScorer(model).log_likelihoods([requests[i] for i in order])
     want = [alone(by_model(model), *requests[i]) for i in order]
     np.testing.assert_allclose([item.log_prob for item in found], [item[0] for item in want], atol=1e-5)
     assert [item.greedy for item in found] == [item[1] for item in want]
@@ -134,7 +132,7 @@ def test_long_texts_get_rows_of_their_own(make_model, monkeypatch):
     monkeypatch.setattr(likelihood, "ROW_LENGTH", 64)
     model = make_model("llama")
     rows = texts(30, 150, 20, 64, seed=5)
-    for row, log_probs in zip(rows, LikelihoodScorer(model).token_log_probs(rows), strict=True):
+    for row, log_probs in zip(rows, TextScorer(model).token_log_probs(rows), strict=True):
         expected = by_model(model)(row)[np.arange(len(row) - 1), row[1:]]
         np.testing.assert_allclose(log_probs, expected, atol=1e-5)
 
@@ -142,9 +140,9 @@ def test_long_texts_get_rows_of_their_own(make_model, monkeypatch):
 def test_mesh_and_unmerged_adapters(make_model):
     lora = LoraSpec(rank=2, alpha=4.0, dropout=0.1, targets=("q_proj", "o_proj", "down_proj"))
     mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
-    one = LikelihoodScorer(make_model("llama", lora=lora)).log_likelihoods(asked())
-    many = LikelihoodScorer(make_model("llama", lora=lora, mesh=mesh)).log_likelihoods(asked())
-    bare = LikelihoodScorer(make_model("llama")).log_likelihoods(asked())
+    one = TextScorer(make_model("llama", lora=lora)).log_likelihoods(asked())
+    many = TextScorer(make_model("llama", lora=lora, mesh=mesh)).log_likelihoods(asked())
+    bare = TextScorer(make_model("llama")).log_likelihoods(asked())
     assert [item.greedy for item in one] == [item.greedy for item in many]
     values = [[item.log_prob for item in found] for found in (one, many, bare)]
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
@@ -152,7 +150,7 @@ def test_mesh_and_unmerged_adapters(make_model):
 
 
 def test_mistakes(make_model):
-    scorer = LikelihoodScorer(make_model("llama"))
+    scorer = TextScorer(make_model("llama"))
     with pytest.raises(UserError, match="prompt 1 is empty"):
         scorer.log_likelihoods([([5], [6]), ([], [6])])
     with pytest.raises(UserError, match="token 331"):

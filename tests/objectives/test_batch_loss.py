@@ -37,7 +37,7 @@ def make_case(kind):
 def test_soft_equals_the_public_loss():
     hidden, kernel, batch, ids, probs, mask = make_case("soft")
     total, weight = batch_loss(hidden, kernel, batch, head_options("soft", tau=0.8, softcap=None, mesh=None))
-    logits = jnp.take_along_axis(hidden @ kernel.T, batch.step_index[..., None], axis=1)
+    logits = jnp.take_along_axis(hidden @ kernel.T, batch.target_index[..., None], axis=1)
     public = soft_target_loss(logits, ids, probs, probs > 0, mask, tau=0.8, epsilon=0.0)
     np.testing.assert_allclose(total / weight, public, rtol=1e-5)
 
@@ -47,7 +47,7 @@ def test_hard_equals_the_public_loss_and_ignores_tau():
     total, weight = batch_loss(hidden, kernel, batch, head_options("hard", tau=0.8, softcap=None, mesh=None))
     labels = np.full((B, T + 1), -100)
     for b, p in np.argwhere(mask):
-        labels[b, batch.step_index[b, p] + 1] = ids[b, p, 0]
+        labels[b, batch.target_index[b, p] + 1] = ids[b, p, 0]
     logits = jnp.pad(hidden @ kernel.T, ((0, 0), (0, 1), (0, 0)))
     np.testing.assert_allclose(total / weight, hard_target_loss(logits, labels), rtol=1e-5)
 
@@ -58,8 +58,8 @@ def test_padding_reaches_neither_value_nor_gradient():
     spoiled = hidden.at[3].set(jnp.nan).at[:3, 0].set(jnp.nan)
     options = head_options("soft", tau=1.0, softcap=None, mesh=None)
     used = np.zeros((B, T), bool)
-    for b, p in np.argwhere(np.asarray(batch.step_weight) > 0):
-        used[b, batch.step_index[b, p]] = True
+    for b, p in np.argwhere(np.asarray(batch.target_weight) > 0):
+        used[b, batch.target_index[b, p]] = True
     assert not used[:, 0].any()
 
     def loss(hidden):

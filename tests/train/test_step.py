@@ -129,10 +129,10 @@ def test_a_shared_beginning_changes_nothing(lora, new_trainer, make_batch):
     wide["positions"][:, :3] = np.arange(3)
     wide["subtree_end"] = np.pad(np.where(real, batch.subtree_end + 3, 0), ((0, 0), (3, 0)))
     wide["subtree_end"][:, :3] = batch.subtree_end[:, :1] + 3
-    step_index = np.where(batch.step_weight > 0, batch.step_index + 3, 0)
+    target_index = np.where(batch.target_weight > 0, batch.target_index + 3, 0)
     apart, within = new_trainer(lora=lora, shared_prefix=shared_prefix, micro_batches=2), new_trainer(lora=lora)
     got = apart.run(batch._replace(positions=np.where(real, batch.positions + 3, 0)))
-    want = within.run(batch._replace(**wide, step_index=step_index.astype(np.int32)))
+    want = within.run(batch._replace(**wide, target_index=target_index.astype(np.int32)))
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
     assert_same(*(jax.device_get(trainer.state.optimizer[0].mu) for trainer in (apart, within)))
 

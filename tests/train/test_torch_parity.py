@@ -29,18 +29,18 @@ TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 def torch_loss(model, batch, kind):
     """Plain PyTorch: logits of the whole sequence, log-softmax, targets gathered at the steps."""
-    tokens, index = torch.tensor(batch.tokens).long(), torch.tensor(batch.step_index).long()
+    tokens, index = torch.tensor(batch.tokens).long(), torch.tensor(batch.target_index).long()
     logits = model(tokens, attention_mask=torch.tensor(batch.subtree_end > 0).long()).logits.float()
     log_probs = torch.log_softmax(logits, dim=-1)
     rows = torch.arange(tokens.shape[0])[:, None]
-    step = torch.tensor(batch.target_step).long()
+    step = torch.tensor(batch.target_position).long()
     q = torch.tensor(batch.target_probs)
     chosen = log_probs[rows, index[rows, step], torch.tensor(batch.target_ids).long()]
     terms = -q * chosen
     if kind == "soft":
         terms = terms + torch.special.xlogy(q, q)
-    per_step = torch.zeros(batch.step_weight.shape).scatter_add(1, step, terms)
-    return (per_step * torch.tensor(batch.step_weight)).sum() / float(batch.row_weight.sum())
+    per_step = torch.zeros(batch.target_weight.shape).scatter_add(1, step, terms)
+    return (per_step * torch.tensor(batch.target_weight)).sum() / float(batch.row_weight.sum())
 
 
 @pytest.fixture(scope="module")

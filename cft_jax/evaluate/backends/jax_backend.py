@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints.fingerprint import fingerprint
-from cft_jax.generate import Likelihood, LikelihoodScorer, Sampler, Scorer, TrieScore
+from cft_jax.generate import Likelihood, Sampler, TextScorer, TrieScore, TrieScorer
 from cft_jax.generate.next_token import next_token_log_probs
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.models.transformer import Transformer
@@ -26,8 +26,8 @@ class JaxBackend:
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
         self._fingerprint = fingerprint(nnx.state(model, nnx.Param))
         self._sampler = Sampler(model, tokenizer)
-        self._scorer = Scorer(model, stop_ids=self._sampler.stop_ids)
-        self._likelihoods = LikelihoodScorer(model)
+        self._scorer = TrieScorer(model, stop_ids=self._sampler.stop_ids)
+        self._likelihoods = TextScorer(model)
         self._split, self._vocab_size = SplitModel.of(model), model.config.vocab_size
         self._shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
 
