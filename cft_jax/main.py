@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from cft_jax.common import cli
-from cft_jax.config import Config, from_config_dict, validate
+from cft_jax.config import Config, config_name, config_of
 
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:
@@ -24,11 +24,10 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
 
 
 def _main(values: flags.FlagValues) -> None:
-    config = from_config_dict(cli.config_of(values))
-    validate(config)
+    config = config_of(values)
     from cft_jax.jobs import calibrate
 
-    calibrate.start(config, values["workdir"].value or f"runs/{cli.config_name(values)}")
+    calibrate.start(config, values["workdir"].value or f"runs/{config_name(values)}")
 
 
 def main() -> None:

@@ -10,15 +10,14 @@ from absl import flags
 
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
-from cft_jax.config import from_config_dict, validate
+from cft_jax.config import config_of
 
 
 def _main(values: flags.FlagValues) -> None:
     output = values["output"].value
     if not output:
         raise UserError("--output is missing; name the directory for prepare.json")
-    config = from_config_dict(cli.config_of(values))
-    validate(config)
+    config = config_of(values)
     from cft_jax.jobs import prepare
 
     prepare.start(config, output)

@@ -5,7 +5,7 @@
     python launch/sweep.py --run --only='qwen3-0.6b*'       # here, one after another
     python launch/sweep.py --submit='launch/slurm.sh --nodes 2 --name {name} --'
     python launch/sweep.py --submit='launch/gke.sh start --name {name} --image IMAGE --gpu nvidia-h100-80gb/8 --'
-    python launch/sweep.py --set=train.seed=11,12 --set=data.space=grid,full --print
+    python launch/sweep.py --set=seed=11,12 --set=data.space=grid,full --print
 
 Every run has a directory of its own under --root, named after its model, target and settings; those that are finished
 are left alone, so the same line goes on where it stopped. What follows -- is handed to every run as it stands.
@@ -26,6 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from cft_jax.common.errors import UserError
+from cft_jax.config import Config
+from cft_jax.config.records import read_override
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("qwen3", "llama", "gemma3", "gpt_oss")
@@ -180,6 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Commands run in the checkout, wherever this one was started.
     root = given.root if "://" in given.root or Path.cwd() == ROOT else str(Path(given.root).resolve())
     settings = [(field, values.split(",")) for field, _, values in (text.partition("=") for text in given.set)]
+    try:
+        for field, values in settings:
+            _ = [read_override(Config(), f"{field}={value}") for value in values]
+    except UserError as error:
+        parser.error(str(error))
     runs = [run for run in grid(root, settings, more) if fnmatch.fnmatch(run.name, given.only)]
     if not runs:
         parser.error(f"--only={given.only} fits no run; without it the table names them all")

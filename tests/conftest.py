@@ -224,23 +224,10 @@ def log_restored():
 @pytest.fixture(scope="session")
 def configured(tmp_path_factory):
     """Reads a config file with overrides (`train.epochs=2`) as the commands do; the data cache is a fresh one."""
-    import sys
-
-    from cft_jax.common import cli
-    from cft_jax.config import from_config_dict
+    from cft_jax.config import load_config
 
     cache = tmp_path_factory.mktemp("data")
-
-    def read(file: Path | str, *overrides: str):
-        arguments = ["prog", f"--config={file}", f"--config.data.cache_dir={cache}"]
-        arguments += [f"--config.{override}" for override in overrides]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", arguments)  # where ml_collections looks for overrides
-            values = cli.new_flags(config=True)
-            values(arguments)
-            return from_config_dict(cli.config_of(values))
-
-    return read
+    return lambda file, *overrides: load_config(str(file), [f"data.cache_dir={cache}", *overrides])
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,7 @@ CUSTOM = """{"prompt": "Draw.", "values": ["1", "2"], "probabilities": [0.5, 0.5
         (["eval.enabled=perhaps"], ["config.eval.enabled='perhaps'", "True or False"]),
         (["model=3"], ["config.model='3'", "field by field"]),
         (["eval.seeds=a,b"], ["config.eval.seeds=", "int"]),
+        (["data.tail_policy=clip"], ["data.tail_policy='clip'", "clip_to_edge_bin, drop"]),
         (["data.target=softly"], ["data.target='softly'", "soft, hard"]),
         (["train.batch_size=0", "data.max_bins=1"], ["train.batch_size=0", "data.max_bins=1"]),
         (["log.profile=3-5"], ["log.profile='3-5'", "5:8"]),

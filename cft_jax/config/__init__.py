@@ -1,5 +1,6 @@
 """The configuration of a run: frozen records, their defaults and checks, and ConfigDicts for config files."""
 
+from cft_jax.config.load import config_name, config_of, load_config
 from cft_jax.config.run import (
     RECORD,
     ChatConfig,
@@ -35,9 +36,12 @@ __all__ = [
     "ModelSettings",
     "ScratchConfig",
     "TrainConfig",
+    "config_name",
+    "config_of",
     "default_config_dict",
     "eval_config_dict",
     "from_config_dict",
+    "load_config",
     "paper_config_dict",
     "profile_window",
     "read_config",

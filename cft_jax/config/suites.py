@@ -3,13 +3,11 @@
 `cft_jax.config` puts them into the configuration of a run.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cft_jax.config.records import at_least, fraction, one_of, share, some_of
+
 SUITES = ("structured", "open_random", "mcq", "noveltybench", "perplexity", "retention")
-METHODS = ("direct", "ssot")
-NOVELTYBENCH_STAGES = ("generate", "partition", "score")
-PERPLEXITY_WINDOWS = ("paper", "covering")
 RETENTION_TASKS = ("tiny_mmlu", "tiny_hellaswag", "tiny_truthfulqa", "tiny_winogrande", "tiny_gsm8k")
 
 
@@ -23,15 +21,15 @@ class EvalConfig:
     """
 
     enabled: bool = True
-    suites: tuple[str, ...] = ("structured",)
-    max_prompts_per_split: int = 0
-    num_samples: int = 1000
+    suites: tuple[str, ...] = some_of(*SUITES, default=("structured",))
+    max_prompts_per_split: int = at_least(0, 0)
+    num_samples: int = at_least(0, 1000)
     seeds: tuple[int, ...] = (11,)
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    top_p: float = 1.0
-    numbers_per_completion: int = 1
-    method: str = "direct"
+    max_new_tokens: int = at_least(1, 32)
+    temperature: float = at_least(0, 1.0)
+    top_p: float = share(1.0)
+    numbers_per_completion: int = at_least(1, 1)
+    method: str = one_of("direct", "ssot")
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class SsotConfig:
     `thinking` asks the template for the model's own reasoning channel: `auto` where it has one.
     """
 
-    max_new_tokens: int = 4096
+    max_new_tokens: int = at_least(1, 4096)
     strict: bool = False
-    thinking: str = "auto"
+    thinking: str = one_of("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class OpenRandomConfig:
     """
 
     prompts: str = ""
-    num_samples: int = 100
-    max_new_tokens: int = 64
+    num_samples: int = at_least(0, 100)
+    max_new_tokens: int = at_least(1, 64)
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ class McqConfig:
     """Multiple-choice questions: `prompt` is a text file, empty for the package's own; 0 samples as `eval` says."""
 
     prompt: str = ""
-    num_samples: int = 0
-    max_new_tokens: int = 512
+    num_samples: int = at_least(0, 0)
+    max_new_tokens: int = at_least(1, 512)
 
 
 @dataclass(frozen=True)
@@ -77,17 +75,17 @@ class NoveltyBenchConfig:
 
     data: str = "yimingzhang/novelty-bench"
     splits: tuple[str, ...] = ("curated", "wildchat")
-    num_samples: int = 10
-    max_new_tokens: int = 512
+    num_samples: int = at_least(0, 10)
+    max_new_tokens: int = at_least(1, 512)
     classifier: str = "yimingzhang/deberta-v3-large-generation-similarity"
     classifier_tokenizer: str = "microsoft/deberta-v3-large"
-    classifier_dtype: str = "float32"
-    threshold: float = 0.102
+    classifier_dtype: str = one_of("float32", "bfloat16", "float16")
+    threshold: float = fraction(0.102)
     reward_model: str = "Skywork/Skywork-Reward-Gemma-2-27B-v0.2"
-    reward_dtype: str = "bfloat16"
-    patience: float = 0.8
-    scorer_batch: int = 16
-    stages: tuple[str, ...] = NOVELTYBENCH_STAGES
+    reward_dtype: str = one_of("bfloat16", "float32", "float16")
+    patience: float = share(0.8)
+    scorer_batch: int = at_least(1, 16)
+    stages: tuple[str, ...] = some_of("generate", "partition", "score")
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ class PerplexityConfig:
     data: str = ""
     slices: tuple[str, ...] = ()
     split: str = "test"
-    context_length: int = 2048
-    stride: int = 1024
-    windows: tuple[str, ...] = PERPLEXITY_WINDOWS
-    max_documents: int = 0
+    context_length: int = at_least(2, 2048)
+    stride: int = at_least(1, 1024)
+    windows: tuple[str, ...] = some_of("paper", "covering")
+    max_documents: int = at_least(0, 0)
 
 
 @dataclass(frozen=True)
@@ -113,10 +111,10 @@ class RetentionConfig:
     `duplicate_bos` tokenises rendered chats with special tokens added once more, as the paper did.
     """
 
-    tasks: tuple[str, ...] = RETENTION_TASKS
+    tasks: tuple[str, ...] = some_of(*RETENTION_TASKS)
     data: str = ""
     item_parameters: str = ""
-    max_new_tokens: int = 256
+    max_new_tokens: int = at_least(1, 256)
     duplicate_bos: bool = True
 
 
@@ -127,10 +125,10 @@ class LmEvalConfig:
     `max_length` is lm-eval's argument of that name: tokens of a row, beyond which a context loses its beginning.
     """
 
-    num_fewshot: int = -1
-    limit: int = 0
+    num_fewshot: int = at_least(-1, -1)
+    limit: int = at_least(0, 0)
     apply_chat_template: bool = False
-    max_length: int = 4096
+    max_length: int = at_least(2, 4096)
     include_path: str = ""
 
 
@@ -145,97 +143,3 @@ class SuiteConfig:
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
-
-
-def eval_problems(evaluation: EvalConfig) -> list[str]:
-    """What is wrong with `config.eval`, a sentence each."""
-    found = [
-        f"config.eval.suites has {name!r}; suites are {', '.join(SUITES)}"
-        for name in evaluation.suites
-        if name not in SUITES
-    ]
-    found += _at_least(
-        "eval",
-        [
-            ("max_prompts_per_split", evaluation.max_prompts_per_split, 0),
-            ("num_samples", evaluation.num_samples, 0),
-            ("max_new_tokens", evaluation.max_new_tokens, 1),
-            ("numbers_per_completion", evaluation.numbers_per_completion, 1),
-            ("temperature", evaluation.temperature, 0),
-        ],
-    )
-    if not 0 < evaluation.top_p <= 1:
-        found.append(f"config.eval.top_p={evaluation.top_p} must be in (0, 1]")
-    found += _one_of("eval.method", evaluation.method, METHODS)
-    if evaluation.method == "ssot" and evaluation.numbers_per_completion > 1:
-        found.append("config.eval.method=ssot asks for one answer; set config.eval.numbers_per_completion=1")
-    return found
-
-
-def suite_problems(suite: SuiteConfig) -> list[str]:
-    """What is wrong with `config.suite`, a sentence each."""
-    return [
-        *_at_least("suite.ssot", [("max_new_tokens", suite.ssot.max_new_tokens, 1)]),
-        *_one_of("suite.ssot.thinking", suite.ssot.thinking, ("auto", "on", "off")),
-        *_sampled_problems("suite.open_random", suite.open_random),
-        *_sampled_problems("suite.mcq", suite.mcq),
-        *_noveltybench_problems(suite.noveltybench),
-        *_perplexity_problems(suite.perplexity),
-        *_retention_problems(suite.retention),
-        *_at_least(
-            "suite.lm_eval",
-            [
-                ("num_fewshot", suite.lm_eval.num_fewshot, -1),
-                ("limit", suite.lm_eval.limit, 0),
-                ("max_length", suite.lm_eval.max_length, 2),
-            ],
-        ),
-    ]
-
-
-def _sampled_problems(path: str, record: OpenRandomConfig | McqConfig | NoveltyBenchConfig) -> list[str]:
-    ranges = [("num_samples", record.num_samples, 0), ("max_new_tokens", record.max_new_tokens, 1)]
-    return _at_least(path, ranges)
-
-
-def _noveltybench_problems(record: NoveltyBenchConfig) -> list[str]:
-    path = "suite.noveltybench"
-    found = _sampled_problems(path, record)
-    found += _at_least(path, [("scorer_batch", record.scorer_batch, 1)])
-    for name in ("classifier_dtype", "reward_dtype"):
-        found += _one_of(f"{path}.{name}", getattr(record, name), ("bfloat16", "float32", "float16"))
-    for stage in record.stages:
-        found += _one_of(f"{path}.stages", stage, NOVELTYBENCH_STAGES)
-    if not record.stages:
-        found.append(f"config.{path}.stages is empty; it takes some of {', '.join(NOVELTYBENCH_STAGES)}")
-    if not 0 <= record.threshold < 1:
-        found.append(f"config.{path}.threshold={record.threshold} must be in [0, 1)")
-    if not 0 < record.patience <= 1:
-        found.append(f"config.{path}.patience={record.patience} must be in (0, 1]")
-    return found
-
-
-def _perplexity_problems(record: PerplexityConfig) -> list[str]:
-    path = "suite.perplexity"
-    found = _at_least(path, [("context_length", record.context_length, 2), ("max_documents", record.max_documents, 0)])
-    if not 1 <= record.stride <= record.context_length:
-        found.append(f"config.{path}.stride={record.stride} must be between 1 and context_length")
-    if not record.windows or not set(record.windows) <= set(PERPLEXITY_WINDOWS):
-        found.append(f"config.{path}.windows={record.windows} takes one or both of {', '.join(PERPLEXITY_WINDOWS)}")
-    return found
-
-
-def _retention_problems(record: RetentionConfig) -> list[str]:
-    path = "suite.retention"
-    found = _at_least(path, [("max_new_tokens", record.max_new_tokens, 1)])
-    for task in record.tasks:
-        found += _one_of(f"{path}.tasks", task, RETENTION_TASKS)
-    return found
-
-
-def _at_least(path: str, ranges: Sequence[tuple[str, float | int, int]]) -> list[str]:
-    return [f"config.{path}.{name}={got} must be at least {low}" for name, got, low in ranges if not got >= low]
-
-
-def _one_of(path: str, got: str, allowed: tuple[str, ...]) -> list[str]:
-    return [] if got in allowed else [f"config.{path}={got!r} must be one of {', '.join(allowed)}"]

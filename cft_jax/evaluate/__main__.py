@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from cft_jax.common import cli
-from cft_jax.config import Config, from_config_dict, validate
+from cft_jax.config import Config, config_name, config_of
 
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:
@@ -29,12 +29,10 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
 
 
 def _main(values: flags.FlagValues) -> None:
-    example = "configs/eval/structured.py with --config.model.checkpoint=WHAT"
-    config = from_config_dict(cli.config_of(values, example=example))
-    validate(config)
+    config = config_of(values, example="configs/eval/structured.py with --config.model.checkpoint=WHAT")
     from cft_jax.jobs import evaluate
 
-    evaluate.start(config, values["workdir"].value or f"runs/eval-{cli.config_name(values)}")
+    evaluate.start(config, values["workdir"].value or f"runs/eval-{config_name(values)}")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from absl import flags
 
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
-from cft_jax.config import from_config_dict, validate
+from cft_jax.config import config_name, config_of
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -66,9 +66,7 @@ def test_main_sees_config_and_overrides(config_file):
     seen = {}
 
     def main(values):
-        config = from_config_dict(cli.config_of(values))
-        validate(config)
-        seen.update(config=config, name=cli.config_name(values))
+        seen.update(config=config_of(values), name=config_name(values))
 
     run(
         main,
@@ -80,6 +78,21 @@ def test_main_sees_config_and_overrides(config_file):
     assert seen["config"].train.batch_size == 8
     assert seen["config"].model.lora.targets == ("q_proj", "v_proj")
     assert seen["name"] == "mine-some-dir"
+
+
+def test_overrides_may_be_written_as_absl_writes_flags(config_file):
+    seen = []
+    words = [
+        "-config.mesh.fsdp",
+        "-1",
+        "--config.mesh.data=1",
+        "--noconfig.eval.enabled",
+        "--config.log.wandb",
+        "--config.seed",
+        "3",
+    ]
+    run(lambda values: seen.append(config_of(values)), *words, "--config", f"{config_file}:m")
+    assert (seen[0].mesh.fsdp, seen[0].eval.enabled, seen[0].log.wandb, seen[0].seed) == (-1, False, True, 3)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,7 @@ def test_main_sees_config_and_overrides(config_file):
 )
 def test_a_users_mistake_is_one_line_and_code_2(capsys, config_file, args, words):
     def main(values):
-        validate(from_config_dict(cli.config_of(values)))
+        config_of(values)
 
     names = {"file": "mine", "other": "other", "picky": "picky", "near": "mien", "broken": "broken", "lost": "lost"}
     files = {key: config_file.with_name(f"{name}.py") for key, name in names.items()}

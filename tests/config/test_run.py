@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 
 from cft_jax.common.errors import UserError
-from cft_jax.config import Config, default_config_dict, from_config_dict, paper_config_dict, validate
+from cft_jax.config import (
+    Config,
+    default_config_dict,
+    from_config_dict,
+    load_config,
+    paper_config_dict,
+    validate,
+)
+from cft_jax.config.records import read_override
 
 VALID = {"model": {"checkpoint": "x"}}
 
@@ -76,12 +84,85 @@ def test_unknown_fields_and_types(values, words):
         ("model__lora__enabled", False, "export.format=merged"),
         ("mesh__fsdp", -1, "at most one -1"),
         ("eval__suites", ("structred",), "structred"),
+        ("data__tail_policy", "clip_to_edge_bins", "must be one of clip_to_edge_bin, drop"),
+        ("suite__perplexity__stride", 4096, "stride=4096 must be at most context_length"),
+        ("suite__noveltybench__stages", (), "must be some of generate, partition, score"),
     ],
 )
 def test_impossible_values_are_named(path, value, words):
     with pytest.raises(UserError) as error:
         validate(config(**{path: value}))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"train__weighting": "sequence", "data__target": "hard"}, "config.data.target=soft"),
+        ({"train__tau": 2.0, "data__target": "hard"}, "config.data.target=soft"),
+        ({"train__paths_per_prompt": 4}, "config.train.objective=paths, or exact and config.data.space=full"),
+        ({"train__paths_per_prompt": 4, "train__objective": "exact"}, "config.train.objective=paths, or exact and"),
+        ({"train__exact_max_nodes": 99}, "config.train.objective=exact"),
+        ({"train__samples_per_prompt_per_epoch": 4, "train__objective": "exact"}, "config.train.objective=path or"),
+        ({"data__full_quantile": 1e-4}, "config.data.space=full"),
+        ({"data__parameter_digits": 3}, "config.data.readable_parameters=True"),
+        ({"tasks": ("arc_easy",)}, "retention in config.eval.suites"),
+        ({"suite__lm_eval__limit": 10, "eval__suites": ("retention",)}, "config.tasks"),
+    ],
+)
+def test_what_would_be_ignored_in_silence_is_refused(fields, words):
+    name = next(iter(fields)).replace("__", ".")
+    with pytest.raises(UserError) as error:
+        validate(config(**fields))
+    message = str(error.value)
+    assert message.startswith(f"config.{name}=") and f"counts only with {words}" in message
+    assert "set that, or leave it at " in message and ";" not in message.replace("; set that", "")
+
+
+def test_what_counts_is_accepted():
+    validate(config(train__objective="exact", data__space="full", train__paths_per_prompt=3, data__full_quantile=1e-4))
+    validate(config(train__objective="paths", train__paths_per_prompt=4, train__weighting="sequence"))
+    validate(config(tasks=("arc_easy",), eval__suites=("retention",), suite__lm_eval__limit=10))
+    hard = from_config_dict(paper_config_dict({"1b": "a"}, "1b-hard"))
+    validate(dataclasses.replace(hard, data=dataclasses.replace(hard.data, space="full")))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.batch_size=64", 64),
+        ("mesh.fsdp=-1", -1),
+        ("train.learning_rate=3e-3", 3e-3),
+        ("train.tau=2", 2.0),
+        ("eval.enabled=false", False),
+        ("model.lora.enabled=True", True),
+        ("model.checkpoint=/a b=c:d", "/a b=c:d"),
+        ("data.custom=", ""),
+        ("eval.seeds=11,12", (11, 12)),
+        ("eval.seeds=(11, 12)", (11, 12)),
+        ("data.train_families=gaussian,", ("gaussian",)),
+        ("model.lora.targets=['q_proj', \"v_proj\"]", ("q_proj", "v_proj")),
+        ("tasks=", ()),
+    ],
+)
+def test_overrides_of_every_type(override, value):
+    path, found = read_override(Config(), override)
+    assert ".".join(path) == override.partition("=")[0]
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_change_fields_of_the_file(tmp_path):
+    """Also where the file shares a value by reference; the last of two overrides counts."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from cft_jax.config import default_config_dict\n\n\ndef get_config(arg):\n"
+        "    config = default_config_dict()\n    config.model.checkpoint = arg\n"
+        "    config.eval.max_new_tokens = config.suite.mcq.get_ref('max_new_tokens')\n    return config\n"
+    )
+    found = load_config(f"{file}:a:b", ["suite.mcq.max_new_tokens=7", "train.tau=2", "train.tau=3"])
+    assert (found.model.checkpoint, found.eval.max_new_tokens, found.train.tau) == ("a:b", 7, 3.0)
+    with pytest.raises(UserError, match=r"mine\.py: this config file needs an argument after a colon"):
+        load_config(str(file))
 
 
 def test_all_problems_are_reported_at_once():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cft_jax.config import validate
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "configs" / "tiny.py"
 
@@ -60,11 +62,31 @@ def test_settings_multiply_and_reach_the_command(sweep, capsys, configured):
     assert lines[-1][5:] == ["--config.seed=12", "--config.data.space=full", "--x=a b"]
 
 
-def test_mistakes(sweep):
-    for arguments in (["--only=gpt-5*"], ["--set=seed"], ["--run", "--print"]):
-        with pytest.raises(SystemExit) as ended:
-            sweep.main(arguments)
-        assert ended.value.code == 2
+def test_the_examples_are_commands_that_the_main_job_takes(sweep, capsys, configured):
+    """What the docstring shows, printed instead of run; each line's config is read and checked with its overrides."""
+    examples = [line.split("#")[0] for line in sweep.__doc__.splitlines() if "sweep.py " in line]
+    assert len(examples) == 6 and sum("--set=" in example for example in examples) == 1
+    for example in examples:
+        words = [word for word in shlex.split(example)[2:] if not word.startswith(("--print", "--run", "--submit"))]
+        for line in written(sweep, capsys, *words, "--print").splitlines():
+            file, *flags = [word.removeprefix("--config") for word in shlex.split(line)[3:] if "--config" in word]
+            validate(configured(ROOT / file.removeprefix("="), *(flag.removeprefix(".") for flag in flags)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only=gpt-5*"], "fits no run"),
+        (["--set=seed"], "FIELD=VALUE,VALUE"),
+        (["--set=train.seed=11,12"], "unknown field config.train.seed"),
+        (["--set=train.tau=1.0,hot"], "config.train.tau='hot' must be a number"),
+        (["--run", "--print"], "not allowed with"),
+    ],
+)
+def test_mistakes(sweep, capsys, arguments, words):
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
 def fake(name, *, step, total, kl):
