@@ -14,17 +14,23 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cft_jax import export
+from cft_jax.checkpoints import save_pretrained
+from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
 from cft_jax.common.writer import read_metrics
 from cft_jax.config import from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
+from cft_jax.evaluate.backends.load import load_backend
 from cft_jax.main import run
 from cft_jax.runs.base import scratch_tokenizer
+from cft_jax.runs.trained import load_trained
 from cft_jax.text.chat import encode_chat, terminator_id
+from cft_jax.text.scratch import USER
 
 LLAMA = Path(__file__).parents[1] / "configs" / "llama.py"
+EVAL = LLAMA.parent / "eval" / "structured.py"
 FEW_PROMPTS = (
     "model.dtype=float32",
     "data.train_families=geometric,exponential",
@@ -72,11 +78,19 @@ def write_base(write_hf, hf_config, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def soft(tmp_path_factory, write_base, configured):
-    """A finished run on soft targets; the head is tied."""
+def end(tokenizer):
+    """A token that neither the base checkpoint, the tokenizer nor the chat template names as the end of a text."""
+    return "<|eom_id|>" if "<|eom_id|>" in tokenizer.get_vocab() else USER
+
+
+@pytest.fixture(scope="module")
+def soft(tmp_path_factory, write_base, configured, end):
+    """A finished run on soft targets with a terminator of its own; the head is tied."""
     place = tmp_path_factory.mktemp("soft")
     base = write_base(place / "base", tie_word_embeddings=True)
-    summary = run(configured(LLAMA, f"model.checkpoint={base}", *FEW_PROMPTS, *LORA), place / "run")
+    summary = run(
+        configured(LLAMA, f"model.checkpoint={base}", f"data.terminator={end}", *FEW_PROMPTS, *LORA), place / "run"
+    )
     return place, summary
 
 
@@ -88,7 +102,7 @@ def text_ids(tokenizer):
 
 def jax_logits(workdir, ids):
     """Of the newest orbax checkpoint."""
-    model, _ = export.load_trained(workdir, from_config_dict(read_config(workdir)))
+    model, *_ = load_trained(workdir, from_config_dict(read_config(workdir)))
     return np.asarray(model(ids))
 
 
@@ -139,6 +153,22 @@ def test_the_adapter_says_what_it_is(soft):
     names = {path.name for path in (place / "run" / "export").iterdir()}
     assert names >= {"adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert not [name for name in names if name.startswith("model") or name == "config.json"]
+
+
+def test_the_terminator_of_training_ends_texts_everywhere(soft, tokenizer, end, configured, tmp_path):
+    place, _ = soft
+    token, (eos,) = tokenizer.get_vocab()[end], named_stop_ids(place / "base")
+    for form in ("adapter", "merged"):
+        model, *_ = load_trained(place / "run", from_config_dict(read_config(place / "run")))
+        save_pretrained(model, tmp_path / form, format=form)
+        assert GenerationConfig.from_pretrained(tmp_path / form).eos_token_id == [eos, token]
+
+    def stop_ids(what, *options):
+        loaded, *_ = load_backend(configured(EVAL, f"model.checkpoint={what}", "model.dtype=float32", *options))
+        return set(loaded.stop_ids)
+
+    assert stop_ids(place / "run") == stop_ids(tmp_path / "merged") == {eos, token} | stop_ids(place / "base")
+    assert stop_ids(tmp_path / "adapter", "backend=hf") == stop_ids(place / "base", f"data.terminator={end}")
 
 
 def test_the_export_command_writes_both_forms(soft, tokenizer, tmp_path, capsys):

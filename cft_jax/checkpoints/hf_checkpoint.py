@@ -1,6 +1,5 @@
 """What a directory in HF format holds: its config, the language model's tensors under one naming, and the rest."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
-from cft_jax.checkpoints.tensor_files import Rows, StoredTensor, read_tensors
+from cft_jax.checkpoints.tensor_files import Rows, StoredTensor, read_record, read_tensors
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.families import config_from_hf, is_multimodal
@@ -22,6 +21,7 @@ _WRAPPED = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
+GENERATION = "generation_config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_ROWS = 4096
 _REST = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -33,8 +33,7 @@ class HfCheckpoint:
 
     Attributes:
       directory: where it lies.
-      config_json: text of config.json.
-      raw: the record in it.
+      raw: the record in config.json.
       config: of the language model.
       tensors: the language model's tensors, by the names of `hf_names`.
       owners: name in `tensors` by name in the files; blocks and scales of an MXFP4 tensor have one owner, and so have
@@ -43,7 +42,6 @@ class HfCheckpoint:
     """
 
     directory: Path
-    config_json: str
     raw: dict[str, Any]
     config: ModelConfig
     tensors: dict[str, Rows]
@@ -57,7 +55,7 @@ def read_checkpoint(directory: Path) -> HfCheckpoint:
     Raises:
       UserError: a file is missing, damaged or half-written, or the tensors are not those that config.json means.
     """
-    text, raw = read_config(directory)
+    raw = read_config(directory)
     config = config_from_hf(raw)
     stored = read_tensors(directory)
     owners = _language_model(raw, stored)
@@ -67,7 +65,7 @@ def read_checkpoint(directory: Path) -> HfCheckpoint:
     if config.tie_head and {_HEAD, _EMBEDDING} <= tensors.keys():
         _check_repeated(directory, tensors.pop(_HEAD), tensors[_EMBEDDING])
         owners |= {name: _EMBEDDING for name, own in owners.items() if own == _HEAD}
-    return HfCheckpoint(directory, text, raw, config, tensors, owners, stored)
+    return HfCheckpoint(directory, raw, config, tensors, owners, stored)
 
 
 def _check_repeated(directory: Path, head: Rows, embedding: Rows) -> None:
@@ -84,23 +82,28 @@ def _check_repeated(directory: Path, head: Rows, embedding: Rows) -> None:
         )
 
 
-def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a checkpoint's config.json, and the record in it.
+def read_config(directory: Path) -> dict[str, Any]:
+    """The record in a checkpoint's config.json.
 
     Raises:
       UserError: the file is missing or damaged.
     """
-    file = directory / "config.json"
-    if not file.is_file():
+    if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a checkpoint in HF format")
-    try:
-        text = file.read_text(encoding="utf-8")
-        raw = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged or half-written; copy it again") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} holds no record; copy it again")
-    return text, raw
+    return read_record(directory / "config.json")
+
+
+def named_stop_ids(directory: Path) -> list[int]:
+    """The tokens that end a text, by generation_config.json or, without one, by config.json; empty without either.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    for file in (directory / GENERATION, directory / "config.json"):
+        if file.is_file():
+            named = read_record(file).get("eos_token_id")
+            return named if isinstance(named, list) else [] if named is None else [named]
+    return []
 
 
 def _language_model(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:

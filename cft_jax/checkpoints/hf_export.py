@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,18 @@ from jaxtyping import Shaped
 
 from cft_jax.checkpoints import hf_names, hub, peft_export
 from cft_jax.checkpoints.directories import check_free, new_directory
-from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, read_checkpoint
+from cft_jax.checkpoints.hf_checkpoint import GENERATION, HfCheckpoint, named_stop_ids, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
 from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
-from cft_jax.checkpoints.tensor_files import INDEX, Entry, StoredTensor, raw_bytes, weight_files, write_tensors
+from cft_jax.checkpoints.tensor_files import (
+    INDEX,
+    Entry,
+    StoredTensor,
+    raw_bytes,
+    read_record,
+    weight_files,
+    write_tensors,
+)
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
 from cft_jax.models.rope_spelling import with_both_spellings
@@ -28,7 +36,7 @@ _COPY_BYTES = 2**24
 _OWN_FILES = frozenset({"config.json", INDEX, "adapter_config.json"})
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 # The base's, whatever the tokenizer.
-_SETTINGS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+_SETTINGS = (GENERATION, "preprocessor_config.json", "processor_config.json")
 
 
 def save_pretrained(
@@ -71,6 +79,7 @@ def save_pretrained(
         if tokenizer is not None:
             own, _ = hub.resolve(str(tokenizer), revision="main", local_files_only=False)
             _copy(own, _COMPANIONS, place)
+        _name_stop_ids(place, model.source.stop_ids)
         if card is not None:
             (place / "README.md").write_text(card, encoding="utf-8")
 
@@ -81,6 +90,14 @@ def _copy(origin: Path, patterns: tuple[str, ...], place: Path) -> None:
         for file in sorted(origin.glob(pattern)):
             if file.name not in _OWN_FILES and file.is_file():
                 shutil.copyfile(file, place / file.name)
+
+
+def _name_stop_ids(place: Path, stop_ids: Sequence[int]) -> None:
+    """Adds the terminator of training to what generation_config.json names, which is written where there is none."""
+    named, file = named_stop_ids(place), place / GENERATION
+    if set(stop_ids) - set(named):
+        record = read_record(file) if file.is_file() else {}
+        _write_json(file, record | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))})
 
 
 class _Merged:
@@ -163,7 +180,7 @@ class _Merged:
         index = self.checkpoint.directory / INDEX
         if not index.is_file():
             return
-        record = json.loads(index.read_bytes())
+        record = read_record(index)
         weight_map = {name: sizes[name][0] for name in sorted(sizes)}
         if weight_map == record["weight_map"]:
             shutil.copyfile(index, place / INDEX)

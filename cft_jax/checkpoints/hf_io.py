@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from cft_jax.checkpoints import hf_names, hub, placement
-from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, read_checkpoint, read_config
+from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, named_stop_ids, read_checkpoint, read_config
 from cft_jax.checkpoints.lora_weights import adapter_tensors
 from cft_jax.checkpoints.peft_import import PeftAdapter, check_matches, is_adapter, read_adapter, stack
 from cft_jax.common.errors import UserError
@@ -59,9 +60,11 @@ def from_pretrained(
       UserError: the checkpoint is missing, damaged, of an unknown architecture, or its tensors are not those of its
         config.json.
     """
-    where, peft = _locate(str(path_or_id), adapter, revision=revision, local_files_only=local_files_only)
-    checkpoint = read_checkpoint(Path(where.directory))
-    _compare_with_published(where.name, checkpoint.config)
+    directory, name, commit, peft = _locate(str(path_or_id), adapter, revision, local_files_only)
+    checkpoint = read_checkpoint(directory)
+    stop_ids = {*named_stop_ids(directory), *([] if peft is None else named_stop_ids(peft.directory))}
+    source = Source(str(directory), name, commit, json.dumps(checkpoint.raw), tuple(sorted(stop_ids)))
+    _compare_with_published(name, checkpoint.config)
     lora = _adapters(checkpoint.config, lora, peft)
     build = functools.partial(
         _build,
@@ -81,7 +84,7 @@ def from_pretrained(
     for path, variable in flat.items():
         variable.set_value(values[path])
     model = nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
-    model.source = dataclasses.replace(where, config_json=checkpoint.config_json)
+    model.source = source
     return model
 
 
@@ -93,27 +96,26 @@ def model_config(path_or_id: str, *, revision: str, local_files_only: bool) -> M
     """
     if path_or_id in PUBLISHED:
         return PUBLISHED[path_or_id]
-    where, _ = _locate(path_or_id, None, revision=revision, local_files_only=local_files_only)
-    return config_from_hf(read_config(Path(where.directory))[1])
+    return config_from_hf(read_config(_locate(path_or_id, None, revision, local_files_only)[0]))
 
 
 def _locate(
-    name: str, adapter: str | Path | None, *, revision: str, local_files_only: bool
-) -> tuple[Source, PeftAdapter | None]:
-    """The base checkpoint's directory, and the adapter: given beside it, or itself what `name` stands for."""
+    name: str, adapter: str | Path | None, revision: str, local_files_only: bool
+) -> tuple[Path, str, str, PeftAdapter | None]:
+    """The base checkpoint's directory, name and commit, and the adapter: given beside it, or what `name` stands for."""
     directory, commit = hub.resolve(name, revision=revision, local_files_only=local_files_only)
     if adapter is not None:
         peft = read_adapter(str(adapter), revision="main", local_files_only=local_files_only)
-        return Source(str(directory), name, commit, ""), peft
+        return directory, name, commit, peft
     if not is_adapter(directory):
-        return Source(str(directory), name, commit, ""), None
+        return directory, name, commit, None
     peft = read_adapter(str(directory), revision="", local_files_only=True)
     if not (directory / "config.json").is_file():
         if not peft.base:
             raise UserError(f"{directory} is an adapter that names no base model; give the base and model.adapter")
         name = peft.base
         directory, commit = hub.resolve(name, revision=peft.revision, local_files_only=local_files_only)
-    return Source(str(directory), name, commit, ""), peft
+    return directory, name, commit, peft
 
 
 def _compare_with_published(name: str, config: ModelConfig) -> None:

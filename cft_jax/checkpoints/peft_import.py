@@ -1,6 +1,5 @@
 """Reading PEFT adapters: adapter_config.json into a `LoraSpec`, adapter_model.safetensors onto the devices."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from jaxtyping import Float, Shaped
 from cft_jax.checkpoints import hf_names, hub
 from cft_jax.checkpoints.lora_weights import AdapterTensor
 from cft_jax.checkpoints.peft_export import CONFIG, ROOT, WEIGHTS, WRAPPED
-from cft_jax.checkpoints.tensor_files import StoredTensor, read_header
+from cft_jax.checkpoints.tensor_files import StoredTensor, read_header, read_record
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import LoraSpec
 
@@ -74,10 +73,7 @@ def read_adapter(path_or_id: str, *, revision: str, local_files_only: bool) -> P
     directory, _ = hub.resolve(path_or_id, revision=revision, local_files_only=local_files_only)
     if not is_adapter(directory):
         raise UserError(f"{directory} has no {CONFIG}; give a PEFT adapter")
-    try:
-        raw = json.loads((directory / CONFIG).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{directory / CONFIG} is damaged or half-written; copy it again") from error
+    raw = read_record(directory / CONFIG)
     if not (directory / WEIGHTS).is_file():
         raise UserError(f"{directory} has no {WEIGHTS}; pickled adapters (.bin) are never loaded")
     _refuse_features(raw)

@@ -126,6 +126,21 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     return tensor
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """The record in a JSON file of a checkpoint.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        record = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _damaged(file, "it is no JSON") from error
+    if not isinstance(record, dict):
+        raise _damaged(file, "it holds no record")
+    return record
+
+
 def _damaged(file: Path, why: str) -> UserError:
     return UserError(f"{file} is damaged or half-written: {why}; copy or download it again")
 
@@ -161,11 +176,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
       UserError: the index is damaged.
     """
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, "it is no JSON with a weight_map") from error
+    weight_map = read_record(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _damaged(index, "it has no weight_map")
+    files = weight_map.values()
     # A path would let an index read files outside its directory.
     if not all(isinstance(name, str) and Path(name).name == name for name in files):
         raise _damaged(index, "its weight_map names files outside the directory")

@@ -1,9 +1,8 @@
 """What ends a generation: stop tokens and stop strings."""
 
 import contextlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,25 +12,37 @@ from cft_jax.text.chat import terminator_id
 
 
 def model_stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a generation of this model, ascending.
-
-    These are all that the checkpoint's generation_config.json names (or, without one, its config.json), the one that
-    the tokenizer names as its end of sequence, and the one that the chat template writes after an assistant's turn.
+    """Every token that ends a generation of this model, ascending: see `all_stop_ids`.
 
     Raises:
-      UserError: generation_config.json is damaged, or nothing names a token.
+      UserError: nothing names a token.
     """
-    found: set[int] = set()
-    if model.source is not None:
-        file = Path(model.source.directory) / "generation_config.json"
-        found |= _ids(_read(file) if file.is_file() else model.source.config)
+    named = () if model.source is None else model.source.stop_ids
+    return all_stop_ids(named, tokenizer, vocab_size=model.config.vocab_size)
+
+
+def all_stop_ids(named: Iterable[int], tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> tuple[int, ...]:
+    """Every token that ends a generation, ascending.
+
+    These are all that the checkpoint names, the terminator of a trained model's answers among them, the one that the
+    tokenizer names as its end of sequence, and the one that the chat template writes after an assistant's turn.
+
+    Args:
+      named: by the checkpoint (`cft_jax.models.source.Source.stop_ids`).
+      tokenizer: of the model.
+      vocab_size: of the model; tokens beyond it are left out.
+
+    Raises:
+      UserError: nothing names a token.
+    """
+    found = set(named)
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
     if tokenizer.chat_template is not None:
         # A template may end turns in plain text, which is no token.
         with contextlib.suppress(UserError):
             found.add(terminator_id(tokenizer, "auto"))
-    found = {token for token in found if token < model.config.vocab_size}
+    found = {token for token in found if token < vocab_size}
     if not found:
         raise UserError(
             "neither generation_config.json nor the tokenizer names a token that ends a text; add eos_token"
@@ -39,18 +50,12 @@ def model_stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> tu
     return tuple(sorted(found))
 
 
-def _read(file: Path) -> dict:
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{str(file)!r} is damaged or half-written ({error}); copy it again") from error
-
-
-def _ids(config: dict) -> set[int]:
-    named = config.get("eos_token_id")
-    if named is None:
-        return set()
-    return set(named) if isinstance(named, list) else {named}
+def end_at(model: Transformer, token: int) -> None:
+    """Makes a token end every text of a model loaded from a checkpoint; exports of the model name it, too."""
+    if model.source is None:
+        raise ValueError("the model was not loaded from a checkpoint")
+    stop_ids = tuple(sorted({*model.source.stop_ids, token}))
+    model.source = dataclasses.replace(model.source, stop_ids=stop_ids)
 
 
 class StopStrings:

@@ -32,7 +32,7 @@ def start(workdir: str, output: str, form: str) -> None:
         # Before minutes of loading.
         check_free(directory)
         config = from_config_dict(read_config(run))
-        model, step = load_trained(run, config)
+        model, _, step = load_trained(run, config)
         found = {stage: read_results(run / "eval" / SUITE / stage) for stage in STAGES}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
         card = card_of_run(config, form=form, base=config.model.checkpoint, summaries=summaries)

@@ -14,12 +14,15 @@ class Source:
       name: what the user asked for, a hub id or a directory.
       revision: commit of a hub id; empty for a directory.
       config_json: the text of config.json.
+      stop_ids: tokens that end a text, ascending: those that generation_config.json names (without one, config.json)
+        and, of a trained model, the terminator of its answers.
     """
 
     directory: str
     name: str
     revision: str
     config_json: str
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:

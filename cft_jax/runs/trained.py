@@ -4,20 +4,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
 from cft_jax.common.mirror import checkpoint_directory
 from cft_jax.config import Config
+from cft_jax.generate.stops import end_at
 from cft_jax.models.transformer import Transformer
-from cft_jax.runs.base import base_of_run, load_model
+from cft_jax.runs.base import base_of_run, base_tokenizer, load_model
 from cft_jax.sharding.mesh import make_mesh
+from cft_jax.text import terminator_id
 from cft_jax.train.optimizer import adamw
 from cft_jax.train.state import abstract_state, split_model
 
 
-def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
-    """The model of a run with the weights of its newest whole checkpoint, and that checkpoint's step.
+def load_trained(workdir: Path, config: Config) -> tuple[Transformer, PreTrainedTokenizerBase, int]:
+    """The model of a run with the weights of its newest whole checkpoint, its tokenizer, and that checkpoint's step.
 
     Raises:
       UserError: the run has no checkpoint, or its base model is gone or another one.
@@ -26,7 +30,9 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
     if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
     base = base_of_run(config, workdir)
+    tokenizer = base_tokenizer(config.model, base)
     model = load_model(config, base, make_mesh())
+    end_at(model, terminator_id(tokenizer, config.data.terminator))
     parts, weights, frozen = split_model(model)
 
     def check(metadata: Mapping[str, Any]) -> None:
@@ -39,4 +45,4 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, int]:
     if restored is None:
         raise UserError(f"{workdir} has no complete checkpoint yet; train first with cft_jax.main")
     parts.update(model, restored.state.weights)
-    return model, restored.step
+    return model, tokenizer, restored.step

@@ -4,7 +4,6 @@ It is there to check exports and to compare speed, so it is plain: `generate` in
 each once behind the cached prompt.
 """
 
-import contextlib
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cft_jax.checkpoints import hub
+from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
 from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
-from cft_jax.common.errors import UserError
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.generate.stops import StopStrings
-from cft_jax.text.chat import terminator_id
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
 from cft_jax.text.trie import Trie
 
@@ -41,9 +39,9 @@ class HfBackend:
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]) -> None:
-        self._model, self._tokenizer, self._stop_ids = model, tokenizer, tuple(sorted(stop_ids))
+        self._model, self._tokenizer, self.stop_ids = model, tokenizer, tuple(sorted(stop_ids))
         # Checkpoints bring sampling settings of their own (top_k, top_p, penalties), which would be applied in silence.
-        model.generation_config = GenerationConfig(eos_token_id=list(self._stop_ids), pad_token_id=self._stop_ids[0])
+        model.generation_config = GenerationConfig(eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0])
         self._fingerprint = _fingerprint(model)
 
     @property
@@ -142,14 +140,14 @@ class HfBackend:
         return found
 
     def _text(self, tokens: Sequence[int]) -> str:
-        end = next((place for place, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         text = self._tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
     def _score(self, prompt: Sequence[int], trie: Trie, prefixes: Int[np.ndarray, "_"] | None) -> TrieScore:
         chosen = np.arange(trie.num_prefixes) if prefixes is None else np.asarray(prefixes)
-        others = [token for token in self._stop_ids if token != trie.terminator_id]
+        others = [token for token in self.stop_ids if token != trie.terminator_id]
         is_leaf = np.zeros(trie.num_prefixes, dtype=bool)
         is_leaf[trie.leaf_prefix] = True
         children = np.full(trie.child_ids.size, np.nan)
@@ -189,39 +187,24 @@ class HfBackend:
                     yield prefix, torch.log_softmax(out.logits[row, depth].float(), -1)
 
 
-def hf_stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a generation: those of the checkpoint, the tokenizer and the chat template.
-
-    Raises:
-      UserError: nothing names a token.
-    """
-    named = model.generation_config.eos_token_id
-    found = set(named) if isinstance(named, list) else {named}
-    found.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template is not None:
-        # A template may end turns in plain text, which is no token.
-        with contextlib.suppress(UserError):
-            found.add(terminator_id(tokenizer, "auto"))
-    stops = sorted(int(token) for token in found if token is not None)
-    if not stops:
-        raise UserError("neither generation_config.json nor the tokenizer names a token that ends a text")
-    return tuple(stops)
-
-
-def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_only: bool) -> Any:
+def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_only: bool) -> tuple[Any, set[int]]:
     """A model of `transformers` in eval mode, from a checkpoint or a PEFT adapter in HF format, without its own code.
+
+    Returns:
+      The model, and the tokens that end a text by its files, those of an adapter among them.
 
     Raises:
       UserError: the checkpoint or its base is missing, or the adapter damaged.
     """
     directory, _ = hub.resolve(path_or_id, revision=revision, local_files_only=local_files_only)
-    if not is_adapter(directory):
-        return _load(directory, dtype).eval()
     base = directory
-    if not (directory / "config.json").is_file():
+    if is_adapter(directory) and not (directory / "config.json").is_file():
         adapter = read_adapter(str(directory), revision="", local_files_only=True)
         base, _ = hub.resolve(adapter.base, revision=adapter.revision, local_files_only=local_files_only)
-    return PeftModel.from_pretrained(_load(base, dtype), str(directory)).eval()
+    model = _load(base, dtype)
+    if is_adapter(directory):
+        model = PeftModel.from_pretrained(model, str(directory))
+    return model.eval(), {*named_stop_ids(base), *named_stop_ids(directory)}
 
 
 def _load(directory: Path, dtype: str) -> Any:

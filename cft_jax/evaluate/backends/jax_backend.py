@@ -26,7 +26,8 @@ class JaxBackend:
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
         self._fingerprint = fingerprint(nnx.state(model, nnx.Param))
         self._sampler = Sampler(model, tokenizer)
-        self._scorer = TrieScorer(model, stop_ids=self._sampler.stop_ids)
+        self.stop_ids = self._sampler.stop_ids
+        self._scorer = TrieScorer(model, stop_ids=self.stop_ids)
         self._likelihoods = TextScorer(model)
         self._split, self._vocab_size = SplitModel.of(model), model.config.vocab_size
         self._shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]

@@ -1,7 +1,6 @@
 """The model that an evaluation measures, from whatever names it, ready to be sampled from and scored."""
 
 import contextlib
-from pathlib import Path
 
 from etils import epath
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +13,12 @@ from cft_jax.common.stores import is_remote, reaching
 from cft_jax.config import Config, from_config_dict, read_config
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.runs.base import base_of_run, base_tokenizer
+from cft_jax.generate.stops import all_stop_ids, end_at
+from cft_jax.models.transformer import Transformer
+from cft_jax.runs.base import base_tokenizer
 from cft_jax.runs.trained import load_trained
 from cft_jax.sharding.mesh import make_mesh
+from cft_jax.text import terminator_id
 
 
 def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]:
@@ -29,7 +31,8 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
     if _is_run(what):
         if config.backend == "jax":
             with local_workdir(what, write=False, flag="config.model.checkpoint") as directory:
-                return _newest(directory, what)
+                model, tokenizer, step = load_trained(directory, from_config_dict(read_config(directory)))
+            return _jax_backend(model, tokenizer, config), tokenizer, f"{what}, step {step}"
         what = f"{what.rstrip('/')}/export"
         if not epath.Path(what).is_dir():
             raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
@@ -45,21 +48,13 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
         revision=settings.revision,
         local_files_only=settings.local_files_only,
     )
-    return JaxBackend(model, tokenizer), tokenizer, what
+    return _jax_backend(model, tokenizer, config), tokenizer, what
 
 
 def _is_run(what: str) -> bool:
     """Whether a directory, here or on a store, is that of a run of cft_jax.main."""
     with reaching(what, "config.model.checkpoint") if is_remote(what) else contextlib.nullcontext():
         return (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
-
-
-def _newest(directory: Path, name: str) -> tuple[Backend, PreTrainedTokenizerBase, str]:
-    """The newest checkpoint of a run."""
-    saved = from_config_dict(read_config(directory))
-    tokenizer = base_tokenizer(saved.model, base_of_run(saved, directory))
-    model, step = load_trained(directory, saved)
-    return JaxBackend(model, tokenizer), tokenizer, f"{name}, step {step}"
 
 
 def _tokenizer_place(what: str, config: Config) -> str:
@@ -73,15 +68,30 @@ def _tokenizer_place(what: str, config: Config) -> str:
     return what
 
 
+def _terminators(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends the answers scored, where it is not the chat template's, at which all texts end anyway."""
+    named = config.data.terminator
+    return [] if named == "auto" else [terminator_id(tokenizer, named)]
+
+
+def _jax_backend(model: Transformer, tokenizer: PreTrainedTokenizerBase, config: Config) -> Backend:
+    for token in _terminators(config, tokenizer):
+        end_at(model, token)
+    return JaxBackend(model, tokenizer)
+
+
 def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backend:
     if config.model.adapter:
         raise UserError("with backend=hf give the adapter's own directory as config.model.checkpoint")
     try:
-        from cft_jax.evaluate.backends.hf_backend import HfBackend, hf_stop_ids, load_hf_model
+        from cft_jax.evaluate.backends.hf_backend import HfBackend, load_hf_model
     except ImportError as error:
         raise UserError(f"backend=hf needs torch and peft ({error}): pip install -e '.[eval]'") from error
     settings = config.model
-    model = load_hf_model(
+    model, named = load_hf_model(
         what, dtype=settings.dtype, revision=settings.revision, local_files_only=settings.local_files_only
     )
-    return HfBackend(model, tokenizer, stop_ids=hf_stop_ids(model, tokenizer))
+    stop_ids = all_stop_ids(
+        [*named, *_terminators(config, tokenizer)], tokenizer, vocab_size=model.config.get_text_config().vocab_size
+    )
+    return HfBackend(model, tokenizer, stop_ids=stop_ids)

@@ -55,7 +55,7 @@ def jax_backend(directory, tokenizer, **options):
 
 
 def hf_backend(directory, tokenizer):
-    model = load_hf_model(str(directory), dtype="float32", revision="main", local_files_only=True)
+    model, _ = load_hf_model(str(directory), dtype="float32", revision="main", local_files_only=True)
     return HfBackend(model, tokenizer, stop_ids=[tokenizer.eos_token_id, 6])
 
 
