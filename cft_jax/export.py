@@ -20,7 +20,7 @@ def _main(values: flags.FlagValues) -> None:
         raise UserError("--workdir and --output are needed: the run's directory, and a new one for its weights")
     from cft_jax.jobs import export
 
-    export.start(workdir, output, form)
+    export.start(workdir, output, form, values["dtype"].value)
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
     flags.DEFINE_string("output", None, "Directory to write; absent or empty.", flag_values=values)
     flags.DEFINE_enum("format", "merged", FORMATS, "What to write.", flag_values=values)
+    help_ = "Of merged weights; the base checkpoint's by default."
+    flags.DEFINE_enum("dtype", None, ("bfloat16", "float16", "float32"), help_, flag_values=values)
     cli.run(_main, values, __doc__ or "")
 
 

@@ -1,14 +1,17 @@
 """Writing a model for the Hugging Face world: merged weights, or a PEFT adapter."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from cft_jax.checkpoints import hf_names, hub, peft_export
@@ -32,6 +35,10 @@ from cft_jax.models.transformer import Transformer
 
 FORMATS = ("merged", "adapter")
 _COPY_BYTES = 2**24
+# Numbers of a tensor that are in float64 at a time.
+_SUMMED = 2**22
+# Shares of the update that survive rounding: float32 rounds, too; what users are told of; what is no longer the update.
+_ALL_BUT_ROUNDING, _WARNED, _REFUSED = 0.9995, 0.9, 0.5
 # Not copied from the base: they are written anew, or describe other weights.
 _OWN_FILES = frozenset({"config.json", INDEX, "adapter_config.json"})
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -44,20 +51,26 @@ def save_pretrained(
     directory: str | Path,
     *,
     format: str,
+    dtype: DTypeLike | None = None,
     tokenizer: str | Path | None = None,
     card: str | None = None,
 ) -> None:
     """Writes a directory in HF format, complete or not at all; every process calls it, the first one writes.
 
+    Merging rounds to the dtype of the files. How much of the training's update survives that (see `_Rounding`) is
+    logged and added to the card; where it is less than half, nothing is written.
+
     Args:
       model: loaded by `from_pretrained`, whose files it completes.
       directory: absent or empty.
-      format: "merged" (all weights, in the files' dtypes and shards) or "adapter" (PEFT).
+      format: "merged" (all weights, in the files' shards) or "adapter" (PEFT).
+      dtype: of the merged weights; by default each tensor keeps the file's.
       tokenizer: directory or hub id of the tokenizer; by default the base checkpoint's.
       card: text of README.md.
 
     Raises:
-      UserError: the directory is taken, the base checkpoint is gone, or the adapter changes nothing.
+      UserError: the directory is taken, the base checkpoint is gone, or the adapter changes nothing or is lost in
+        rounding.
     """
     if format not in FORMATS:
         raise UserError(f"export format {format!r} must be one of {', '.join(FORMATS)}")
@@ -69,7 +82,11 @@ def save_pretrained(
         raise UserError("the model has no adapter; export it with format merged")
     if model.lora_spec is not None and changes_nothing(model):
         raise UserError("the adapter changes nothing (all its B are zero); train it before exporting")
-    write = _Merged(model, read_checkpoint(origin)).write if format == "merged" else peft_export.Exporter(model).write
+    rounding = _Rounding()
+    if format == "merged":
+        write = _Merged(model, read_checkpoint(origin), dtype, rounding).write
+    else:
+        write = peft_export.Exporter(model).write
     if jax.process_index() != 0:
         write(None)
         return
@@ -81,7 +98,7 @@ def save_pretrained(
             _copy(own, _COMPANIONS, place)
         _name_stop_ids(place, model.source.stop_ids)
         if card is not None:
-            (place / "README.md").write_text(card, encoding="utf-8")
+            (place / "README.md").write_text(card + rounding.section(), encoding="utf-8")
 
 
 def _copy(origin: Path, patterns: tuple[str, ...], place: Path) -> None:
@@ -100,6 +117,56 @@ def _name_stop_ids(place: Path, stop_ids: Sequence[int]) -> None:
         _write_json(file, record | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))})
 
 
+class _Rounding:
+    """How much of an update survives rounding: <merged - base, update> / <update, update> over all changed tensors.
+
+    1 where nothing is lost, 0 where every weight is rounded back to what it was. bfloat16 has steps of 1/256 to 1/128
+    of a weight, and an update of less than half a step is lost.
+    """
+
+    def __init__(self) -> None:
+        self.kept = self.whole = 0.0
+        self.dtypes: set[str] = set()
+
+    def add(
+        self, before: Shaped[np.ndarray, "..."], exact: Iterable[Shaped[np.ndarray, "..."]], after: np.ndarray
+    ) -> None:
+        """Counts one tensor, in float64 and a few rows at a time; `exact` adds up to what it should have become."""
+        self.dtypes.add(after.dtype.name)
+        step = max(1, _SUMMED // math.prod(before.shape[1:]))
+        for start in range(0, before.shape[0], step):
+            base, merged, *parts = (x[start : start + step].astype(np.float64) for x in (before, after, *exact))
+            update = sum(parts) - base
+            self.kept += float(np.vdot(merged - base, update))
+            self.whole += float(np.vdot(update, update))
+
+    @property
+    def share(self) -> float:
+        """What is left of the update; 1 where there is none."""
+        return self.kept / self.whole if self.whole else 1.0
+
+    def check(self, *, adapters: bool) -> None:
+        """Logs the share.
+
+        Raises:
+          UserError: less than half is left, or the adapters' products are too small for float32.
+        """
+        share = self.share if self.whole or not adapters else 0.0
+        if share >= _ALL_BUT_ROUNDING:
+            return
+        text = f"rounding to {', '.join(sorted(self.dtypes))} keeps {share:.1%} of the training's update"
+        if share < _REFUSED:
+            cures = ("export with format adapter",) if adapters else ()
+            raise UserError(f"{text}; {' or '.join((*cures, 'with dtype float32'))} (cft_jax.export takes both)")
+        logging.log(logging.WARNING if share < _WARNED else logging.INFO, "%s", text)
+
+    def section(self) -> str:
+        """A section of the model card; empty where there is nothing to say."""
+        if not self.whole or self.share >= _ALL_BUT_ROUNDING:
+            return ""
+        return f"\n## Rounding\n\nRounding to {', '.join(sorted(self.dtypes))} kept {self.share:.1%} of the update.\n"
+
+
 class _Merged:
     """The files of a checkpoint with the model's weights in place of the old ones.
 
@@ -107,10 +174,12 @@ class _Merged:
     W + scale*BA in float32, rounded once to the file's dtype; one that was trained is rounded to it.
     """
 
-    def __init__(self, model: Transformer, checkpoint: HfCheckpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, model: Transformer, checkpoint: HfCheckpoint, dtype: DTypeLike | None, rounding: _Rounding
+    ) -> None:
+        self.checkpoint, self.rounding = checkpoint, rounding
+        self.dtype = None if dtype is None else np.dtype(dtype)
         self.weights = HostWeights(model)
-        self.changed = False
         self.names = {name.hf: name for name in hf_names.tensor_names(model.config)}
         targets = [] if model.lora_spec is None else adapter_tensors(model.config, model.lora_spec)
         self.adapters = {target.name.hf: target for target in targets}
@@ -134,11 +203,7 @@ class _Merged:
                 else:
                     with (place / name).open("wb") as out:
                         write_tensors(out, counted)
-        if self.adapters and not self.changed:
-            raise UserError(
-                "merging changes nothing: the adapter's updates are lost in rounding to the checkpoint's dtype; train "
-                "longer, or export with format adapter"
-            )
+        self.rounding.check(adapters=bool(self.adapters))
         if place is not None:
             self._write_index(place, sizes)
             _write_json(place / "config.json", self._config())
@@ -153,28 +218,29 @@ class _Merged:
             if tensor is rows.scales:
                 return []
             name = name.removesuffix("_blocks")
-        return [Entry(name, rows.dtype, rows.shape, self._merged(own))]
+        dtype = self.dtype or rows.dtype
+        return [Entry(name, dtype, rows.shape, self._merged(own, dtype))]
 
-    def _merged(self, own: str) -> Iterator[memoryview]:
+    def _merged(self, own: str, dtype: np.dtype) -> Iterator[memoryview]:
         """The raw bytes of one tensor; a generator, so that one tensor at a time is in memory."""
         rows = self.checkpoint.tensors[own]
         before = rows.read(0, rows.shape[0])
         now = self.weights.base(self.names[own])
-        same = _same_bits(before.astype(now.dtype), now)
-        after = before if same else now
-        if own in self.adapters:
-            update = self.weights.update(self.adapters[own])
-            if np.any(update):
-                after = after.astype(np.float32) + update
-        after = after.astype(rows.dtype, copy=False)
-        self.changed |= not _same_bits(after, before)
+        trained = before if _same_bits(before.astype(now.dtype), now) else now
+        update = self.weights.update(self.adapters[own]) if own in self.adapters else None
+        if update is None:
+            after = trained.astype(dtype, copy=False)
+        else:
+            after = (trained.astype(np.float32) + update).astype(dtype)
+        if update is not None or trained is now:
+            self.rounding.add(before, [trained] if update is None else [trained, update], after)
         yield raw_bytes(after)
 
     def _config(self) -> dict[str, Any]:
         raw = with_both_spellings(self.checkpoint.raw)
         # MXFP4 tensors come out as the bfloat16 they stand for.
         raw.pop("quantization_config", None)
-        return raw
+        return raw if self.dtype is None else _with_dtype(raw, self.dtype.name)
 
     def _write_index(self, place: Path, sizes: dict[str, tuple[str, int]]) -> None:
         index = self.checkpoint.directory / INDEX
@@ -187,6 +253,12 @@ class _Merged:
             return
         metadata = {**record.get("metadata", {}), "total_size": sum(size for _, size in sizes.values())}
         _write_json(place / INDEX, {**record, "metadata": metadata, "weight_map": weight_map})
+
+
+def _with_dtype(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """config.json of weights in another dtype, in the spellings of transformers 5 and 4."""
+    inner = {key: _with_dtype(raw[key], name) for key in ("text_config",) if key in raw}
+    return {**raw, **inner, "dtype": name, "torch_dtype": name}
 
 
 def _counted(pieces: Iterable[bytes | memoryview], progress: Progress) -> Iterator[bytes | memoryview]:

@@ -15,13 +15,14 @@ from cft_jax.runs.trained import load_trained
 from cft_jax.sharding import distributed
 
 
-def start(workdir: str, output: str, form: str) -> None:
+def start(workdir: str, output: str, form: str, dtype: str | None) -> None:
     """The command.
 
     Args:
       workdir: of the run; a directory or an address.
       output: absent or empty; a directory or an address.
       form: "merged" or "adapter".
+      dtype: of merged weights; None for the base checkpoint's.
 
     Raises:
       UserError: `output` is taken, or the run has nothing to export.
@@ -36,6 +37,7 @@ def start(workdir: str, output: str, form: str) -> None:
         found = {stage: read_results(run / "eval" / SUITE / stage) for stage in STAGES}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
         card = card_of_run(config, form=form, base=config.model.checkpoint, summaries=summaries)
-        save_pretrained(model, directory, format=form, tokenizer=config.model.tokenizer or None, card=card)
+        tokenizer = config.model.tokenizer or None
+        save_pretrained(model, directory, format=form, dtype=dtype, tokenizer=tokenizer, card=card)
     if writes:
         sys.stdout.write(f"step {step} of {workdir}, {form}: {output} (README.md there says how to load it)\n")

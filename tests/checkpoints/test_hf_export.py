@@ -160,6 +160,42 @@ def test_exports_take_the_tokenizer_along(tmp_path, write_hf, hf_config, small_t
     assert not (tmp_path / "adapter" / "config.json").exists()
 
 
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=3, alpha=3.0, dropout=0.0, targets=("up_proj",))])
+def test_how_much_of_an_update_survives_rounding(tmp_path, write_hf, hf_config, lora):
+    """Weights of 1: bfloat16 has steps of 1/128 above 1, and half a step or less is lost."""
+    base = tmp_path / "base"
+    write_hf(base, hf_config("llama", num_hidden_layers=1), dtype="bfloat16")
+    stored = load_file(base / "model.safetensors")
+    up = "model.layers.0.mlp.up_proj.weight"
+    stored[up] = torch.ones_like(stored[up])
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+
+    def trained(sizes):
+        model = load(base, lora=lora)
+        layer = model.stacks[0][0].mlp.up_proj
+        update = np.zeros(layer.kernel.shape, np.float32)
+        update[..., : len(sizes)] = sizes
+        if lora is None:
+            layer.kernel.set_value(layer.kernel[...] + update)
+        else:
+            layer.lora.a.set_value(jnp.zeros_like(layer.lora.a[...]).at[..., 0].set(1.0))
+            layer.lora.b.set_value(jnp.zeros_like(layer.lora.b[...]).at[:, 0].set(update[:, 0]))
+        return model
+
+    # By hand: of a column of s = 1/64 and n of 1/300, 1 / (1 + n (64/300)^2) is kept.
+    step, lost = 1 / 64, 1 / 300
+    for n, share in ((1, "95.6%"), (6, "78.6%")):
+        save_pretrained(trained([step] + [lost] * n), tmp_path / share, format="merged", card="# A card\n")
+        card = (tmp_path / share / "README.md").read_text()
+        assert card.startswith("# A card\n") and f"Rounding to bfloat16 kept {share} of the update" in card
+    with pytest.raises(UserError, match=r"bfloat16 keeps 33\.8% of the training's update; .*with dtype float32"):
+        save_pretrained(trained([step] + [lost] * 43), tmp_path / "out", format="merged")
+    save_pretrained(trained([step] + [lost] * 43), tmp_path / "out", format="merged", dtype="float32")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()[up]
+    assert written.dtype == torch.float32
+    np.testing.assert_allclose(written[:, 0] - 1, [step] + [lost] * 43, rtol=1e-5)
+
+
 def test_another_tokenizer_replaces_the_bases(tmp_path, write_hf, hf_config, small_tokenizer):
     base, other = tmp_path / "base", tmp_path / "other"
     write_hf(base, hf_config("llama", num_hidden_layers=1))
@@ -191,7 +227,7 @@ def test_exports_that_would_mislead_are_refused(tmp_path, write_hf, hf_config):
         with pytest.raises(UserError, match="changes nothing"):
             save_pretrained(model, tmp_path / "out", format=kind)
     tiny = randomise_b(load(tmp_path / "base", lora=LORA), scale=1e-12)
-    with pytest.raises(UserError, match="lost in rounding"):
+    with pytest.raises(UserError, match=r"keeps 0.0% of the training's update; export with format adapter or"):
         save_pretrained(tiny, tmp_path / "out", format="merged")
     with pytest.raises(UserError, match="no adapter"):
         save_pretrained(load(tmp_path / "base"), tmp_path / "out", format="adapter")
