@@ -72,10 +72,11 @@ def _family(
     relations: tuple[Relation, ...] = (),
     grid_parameter_names: tuple[str, ...] = (),
     from_grid: Callable[..., tuple[float, ...]] = _as_they_are,
+    exact_quantiles: bool = False,
 ) -> Family:
     """A row of the table; the axes of a grid are the parameters themselves unless said otherwise."""
     axes = grid_parameter_names or tuple(rules)
-    return Family(*row, rules, distribution, arguments_of, support_of, relations, axes, from_grid)
+    return Family(*row, rules, distribution, arguments_of, support_of, relations, axes, from_grid, exact_quantiles)
 
 
 def _triangular_from_grid(a: float, width: float, mode_fraction: float) -> tuple[float, float, float]:
@@ -96,6 +97,7 @@ _ROWS = (
         relations=(Relation("a < b", lambda a, b: a < b),),
         grid_parameter_names=("a", "width"),
         from_grid=lambda a, width: (a, a + width),
+        exact_quantiles=True,
     ),
     _family(
         ("gaussian", "Gaussian", "I", "continuous", "train"),
@@ -170,6 +172,7 @@ _ROWS = (
         relations=(Relation("a <= c <= b and a < b", lambda a, c, b: a <= c <= b and a < b),),
         grid_parameter_names=("a", "width", "mode_fraction"),
         from_grid=_triangular_from_grid,
+        exact_quantiles=True,
     ),
     _family(
         ("rayleigh", "Rayleigh", "II", "continuous", "train"),

@@ -51,6 +51,8 @@ class Family:
       relations: conditions on several parameters.
       grid_parameter_names: the axes of the family's grids.
       from_grid: values of those axes, in their order → values of the parameters, in the order of the prompt.
+      exact_quantiles: whether SciPy takes quantiles by sums, products and square roots alone, whose last digit is the
+        same on every CPU.
     """
 
     family_id: str
@@ -65,6 +67,7 @@ class Family:
     relations: tuple[Relation, ...]
     grid_parameter_names: tuple[str, ...]
     from_grid: Callable[..., tuple[float, ...]]
+    exact_quantiles: bool = False
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from cft_jax.distributions.splits import PromptSpec
 SUM_TOLERANCE = 1e-6
 # Above 2**50 the double k * 10**-d no longer prints as the integer k with its decimal point moved d places.
 _LARGEST_INTEGER = 2.0**50
+# More than the CPU, the system's library or SciPy's version change in a quantile or a cdf, relative to it.
+_ROUNDING = 2.0**-40
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,8 @@ class OutputSpace:
         values = tuple(self.values)
         probabilities = np.array(self.probabilities, dtype=np.float64)
         _check_listed(values, probabilities)
-        probabilities /= probabilities.sum()
+        # A correctly rounded sum: what is listed stays a function of what was given alone.
+        probabilities /= math.fsum(probabilities.tolist())
         probabilities.flags.writeable = False
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "probabilities", probabilities)
@@ -153,7 +156,7 @@ def number_space(
         if family.integer_only:
             return _integer_space(spec, distribution, support, cuts, max_bins, clip)
         bounds = max(cuts[0], support[0]), min(cuts[1], support[1])
-        return _continuous_space(spec, distribution, bounds, num_decimals, max_bins, clip)
+        return _continuous_space(spec, family, distribution, bounds, num_decimals, max_bins, clip)
 
 
 def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[str]:
@@ -202,7 +205,9 @@ def _check_listed(values: tuple[str, ...], probabilities: np.ndarray) -> None:
 
 
 def _cuts(family: Family, spec: PromptSpec, distribution: Any, low: float, high: float) -> tuple[float, float]:
-    lower, upper = (float(value) for value in distribution.ppf([low, high]))
+    # The smallest integer whose cdf reaches a quantile, also where the two are equal but for rounding.
+    nearly = 1 - _ROUNDING * family.integer_only
+    lower, upper = (float(value) for value in distribution.ppf([low * nearly, high * nearly]))
     if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
         raise UserError(
             f"{family.family_id} with {dict(spec.parameters)}: the quantiles at {low} and {high} are {lower} and "
@@ -212,11 +217,17 @@ def _cuts(family: Family, spec: PromptSpec, distribution: Any, low: float, high:
 
 
 def _continuous_space(
-    spec: PromptSpec, distribution: Any, bounds: tuple[float, float], num_decimals: int, max_bins: int, clip: bool
+    spec: PromptSpec,
+    family: Family,
+    distribution: Any,
+    bounds: tuple[float, float],
+    num_decimals: int,
+    max_bins: int,
+    clip: bool,
 ) -> NumberSpace:
     lower, upper = bounds
-    step = 10.0**-num_decimals
-    first, last = float(np.ceil(lower / step)), float(np.floor(upper / step))
+    step = float(f"1e-{num_decimals}")
+    first, last = inner_integers(lower / step, upper / step, rounding=0.0 if family.exact_quantiles else _ROUNDING)
     if max(abs(first), abs(last)) >= _LARGEST_INTEGER:
         raise UserError(
             f"{spec.family_id} with {dict(spec.parameters)} reaches from {lower:.6g} to {upper:.6g}, too far for "
@@ -224,7 +235,7 @@ def _continuous_space(
         )
     if last < first:
         # No number of these decimals lies between the bounds: the one nearest their middle stands for everything.
-        only = round((lower + upper) / 2, num_decimals)
+        only = round(float(f"{(lower + upper) / 2:.12g}"), num_decimals)
         return _frozen_space(float(np.round(only / step)), 1.0, num_decimals, np.ones(1), bounds)
     size = last - first + 1
     count = int(min(size, max_bins))
@@ -235,6 +246,16 @@ def _continuous_space(
         masses[0] += cdf[0]
         masses[-1] += 1 - cdf[-1]
     return _frozen_space(first, size, num_decimals, np.clip(masses, 0, None), bounds)
+
+
+def inner_integers(lower: float, upper: float, *, rounding: float) -> tuple[float, float]:
+    """The first and the last integer between two cuts, the same on every machine.
+
+    Which strings exist must not depend on the last digits of a quantile, so that an integer within `rounding`,
+    relative, of a cut lies outside. The Pareto distribution's quantile at 0.999 with alpha = 3 is such a cut: 10 xm.
+    """
+    lower, upper = lower + rounding * max(1.0, abs(lower)), upper - rounding * max(1.0, abs(upper))
+    return float(np.ceil(lower)), float(np.floor(upper))
 
 
 def _integer_space(

@@ -275,10 +275,10 @@ def _most_probable(
     threshold = 0.0
     for _ in range(max_depth):
         parent, slot, reach = _followed(grammar, states, reaches[-1], threshold)
-        everything = np.concatenate([*reaches, reach])
+        everything = _coarse(np.concatenate([*reaches, reach]))
         if everything.size > max_prefixes:
             threshold = np.partition(everything, -max_prefixes)[-max_prefixes]
-        kept = np.flatnonzero(reach >= threshold)
+        kept = np.flatnonzero(_coarse(reach) >= threshold)
         if kept.size == 0:
             break
         states = states.take(parent[kept]).extended(slot[kept], grammar.tokens)
@@ -286,7 +286,7 @@ def _most_probable(
         reaches.append(reach[kept])
     depths = np.repeat(np.arange(len(reaches)), [reach.size for reach in reaches])
     # Reach never grows downwards; where it stays the same, the shallower prefix comes first.
-    chosen = np.lexsort((depths, -np.concatenate(reaches)))[:max_prefixes]
+    chosen = np.lexsort((depths, -_coarse(np.concatenate(reaches))))[:max_prefixes]
     rows = np.concatenate([_widened(path, paths[-1].shape[1]) for path in paths])
     return rows[chosen], depths[chosen]
 
@@ -302,7 +302,17 @@ def _followed(
         total = np.bincount(children.prefix, weights=children.mass, minlength=chunk.size)[children.prefix]
         share = np.divide(children.mass, total, out=np.zeros_like(total), where=total > 0)
         reaches = reach[chunk][children.prefix] * share
-        kept = (children.slot != grammar.tokens.terminator) & (reaches >= threshold)
+        kept = (children.slot != grammar.tokens.terminator) & (_coarse(reaches) >= threshold)
         found.append((chunk[children.prefix[kept]], children.slot[kept], reaches[kept]))
     parents, slots, reaches = (np.concatenate(column) for column in zip(*found, strict=True))
     return parents, slots, reaches
+
+
+def _coarse(reach: np.ndarray) -> np.ndarray:
+    """Reach to three digits, by which prefixes are compared.
+
+    Symmetric distributions have pairs of equal reach, and the last digits, which depend on the CPU, must not decide
+    which of the two is taken. Steps are multiples of 1/pi, so that no fraction lies half-way between two.
+    """
+    mantissa, exponent = np.frexp(reach)
+    return np.ldexp(np.rint(mantissa * (1000 * np.pi)), exponent)

@@ -20,6 +20,8 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _ANY_DATE_CALL = re.compile(r"strftime_now\s*\(")
 # Llama 3.1's template asks for no date in a format of its choice; it prints `date_string` as it comes.
 _DATE_STRING_FORMAT = "%d %b %Y"
+_MONTHS = "January February March April May June July August September October November December".split()
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 # Stands for the answer where a template is asked how it frames one; no template trims or rewrites it.
 _ANSWER = "ANSWER7f3a"
 _QUESTION = {"role": "user", "content": "0"}
@@ -143,6 +145,13 @@ def _generation_prefix(template: "_Template", options: ChatOptions) -> str:
     return before.removeprefix(prompt) if before.startswith(prompt) else ""
 
 
+def _written(date: datetime.date, form: str) -> str:
+    """`strftime` with English names: those of the process's locale would be another prompt."""
+    month, day = _MONTHS[date.month - 1], _DAYS[date.weekday()]
+    names = {"%B": month, "%b": month[:3], "%h": month[:3], "%A": day, "%a": day[:3]}
+    return date.strftime(re.sub("%.", lambda match: names.get(match[0], match[0]), form))
+
+
 @dataclass(frozen=True)
 class _Template:
     """A chat template whose date is pinned, with the arguments it is rendered with."""
@@ -171,8 +180,8 @@ class _Template:
             "reasoning_effort": options.reasoning_effort,
         }
         if not _ANY_DATE_CALL.search(text):
-            arguments["date_string"] = date.strftime(_DATE_STRING_FORMAT)
-        text = _DATE_CALL.sub(lambda match: json.dumps(date.strftime(match.group(2))), text)
+            arguments["date_string"] = _written(date, _DATE_STRING_FORMAT)
+        text = _DATE_CALL.sub(lambda match: json.dumps(_written(date, match.group(2))), text)
         if _ANY_DATE_CALL.search(text):
             raise UserError(
                 "the chat template calls strftime_now with something else than a quoted format, so the date in the "
