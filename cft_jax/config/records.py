@@ -32,9 +32,9 @@ def one_of(*allowed: str) -> Any:
     return ruled(allowed[0], lambda value: value in allowed, f"one of {', '.join(allowed)}")
 
 
-def some_of(*allowed: str, default: tuple[str, ...] = ()) -> Any:
+def some_of(*allowed: str) -> Any:
     """A tuple of one or more of these, by default all."""
-    return ruled(default or allowed, lambda value: value and {*value} <= {*allowed}, f"some of {', '.join(allowed)}")
+    return ruled(allowed, lambda value: value and {*value} <= {*allowed}, f"some of {', '.join(allowed)}")
 
 
 def at_least(low: int, default: int | float) -> Any:

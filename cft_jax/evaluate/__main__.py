@@ -7,7 +7,7 @@ One suite leaves its files in --workdir itself, several (configs/eval/all.py) in
 one that lacks something, a data set say, is named there and does not keep the others from running.
 
 The second form takes the data settings of a run of cft_jax.main and measures its newest checkpoint. The same command
-on the same --workdir goes on where a killed evaluation stopped. `--config.backend=hf` runs the model by transformers;
+on the same --workdir resumes where a killed evaluation stopped. `--config.backend=hf` runs the model by transformers;
 of a run it then measures the weights in `export/`.
 """
 

@@ -1,4 +1,4 @@
-"""Results of finished prompts, kept as they come, so that a killed evaluation goes on where it stopped."""
+"""Results of finished prompts, kept as they come, so that a killed evaluation resumes where it stopped."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,7 +83,7 @@ class ResultStore:
         self._records[key] = json.loads(line)["record"]
 
 
-def measured(
+def run_resumable(
     store: ResultStore,
     items: Sequence[_Item],
     key: Callable[[_Item], Key],

@@ -26,7 +26,7 @@ from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.evaluate.report.model_card import card_of_run
 from cft_jax.evaluate.report.page import write_report
-from cft_jax.evaluate.suites.registry import check_suites, evaluate_stage
+from cft_jax.evaluate.suites.runner import check_stages, evaluate_stage
 from cft_jax.evaluate.suites.structured.settings import evaluation_tasks
 from cft_jax.evaluate.suites.structured.suite import SUITE
 from cft_jax.generate.stops import end_at
@@ -64,7 +64,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     start = time.monotonic()
     validate(config)
     if config.eval.enabled:
-        check_suites(config)
+        check_stages(config, workdir)
     check_workdir(workdir, config)
     finished = _finished(workdir, config)
     if finished is not None:

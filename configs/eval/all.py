@@ -12,9 +12,8 @@ command that gets it, and the others go on; the same command completes the table
 from ml_collections import ConfigDict
 
 from cft_jax.config import eval_config_dict
-from cft_jax.config.suites import SUITES
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: the directory of a run, whose data settings are taken and whose newest checkpoint is measured."""
-    return eval_config_dict(SUITES, arg)
+    return eval_config_dict(["all"], arg)

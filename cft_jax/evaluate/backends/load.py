@@ -12,7 +12,7 @@ from cft_jax.common.mirror import CHECKPOINTS, local_workdir
 from cft_jax.common.stores import is_remote, reaching
 from cft_jax.config import Config, from_config_dict, read_config
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
-from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.evaluate.backends.protocol import Backend, MeasuredModel
 from cft_jax.generate.stops import all_stop_ids, end_at
 from cft_jax.models.transformer import Transformer
 from cft_jax.runs.base import base_tokenizer
@@ -21,8 +21,8 @@ from cft_jax.sharding.mesh import make_mesh
 from cft_jax.text import terminator_id
 
 
-def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]:
-    """The model to measure, its tokenizer, and a name for it.
+def load_measured_model(config: Config) -> MeasuredModel:
+    """The model that `config.model` names, to be measured.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be loaded.
@@ -32,13 +32,13 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
         if config.backend == "jax":
             with local_workdir(what, write=False, flag="config.model.checkpoint") as directory:
                 model, tokenizer, step = load_trained(directory, from_config_dict(read_config(directory)))
-            return _jax_backend(model, tokenizer, config), tokenizer, f"{what}, step {step}"
+            return MeasuredModel(_jax_backend(model, tokenizer, config), tokenizer, f"{what}, step {step}")
         what = f"{what.rstrip('/')}/export"
         if not epath.Path(what).is_dir():
             raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
     tokenizer = base_tokenizer(settings, _tokenizer_place(what, config))
     if config.backend == "hf":
-        return _hf_backend(what, config, tokenizer), tokenizer, what
+        return MeasuredModel(_hf_backend(what, config, tokenizer), tokenizer, what)
     model = from_pretrained(
         what,
         dtype=settings.dtype,
@@ -48,7 +48,7 @@ def load_backend(config: Config) -> tuple[Backend, PreTrainedTokenizerBase, str]
         revision=settings.revision,
         local_files_only=settings.local_files_only,
     )
-    return _jax_backend(model, tokenizer, config), tokenizer, what
+    return MeasuredModel(_jax_backend(model, tokenizer, config), tokenizer, what)
 
 
 def _is_run(what: str) -> bool:

@@ -1,10 +1,12 @@
 """What the suites ask of a model, whichever library runs it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int
+from transformers import PreTrainedTokenizerBase
 
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.text.trie import Trie
@@ -60,3 +62,12 @@ class Backend(Protocol):
     def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
         """Of every token of a row but the first, given those before it: T - 1 numbers per row of T tokens."""
         ...
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model that suites measure, its tokenizer, and its name, which results record as `checkpoint`."""
+
+    backend: Backend
+    tokenizer: PreTrainedTokenizerBase
+    name: str

@@ -10,15 +10,15 @@ from string import Template
 from typing import Any
 
 from cft_jax.common.errors import UserError
-from cft_jax.config.suites import SUITES
 from cft_jax.evaluate.report import plots
-from cft_jax.evaluate.report.overview import TITLES, overview_table
+from cft_jax.evaluate.report.overview import overview_table
 from cft_jax.evaluate.report.panels import choose_panels
 from cft_jax.evaluate.report.side_by_side import Run, head_row, legend, table, value_cells
 from cft_jax.evaluate.report.suite_sections import suite_section
 from cft_jax.evaluate.report.tables import split_title
 from cft_jax.evaluate.results import ALL, STORE, SUMMARY, read_summary
 from cft_jax.evaluate.store import read_records
+from cft_jax.evaluate.suites.registry import SUITES
 from cft_jax.evaluate.suites.structured.suite import SUITE
 
 _STAGES = ("before", "after")
@@ -92,7 +92,9 @@ def _heading(runs: Sequence[Run]) -> str:
     if suites == {SUITE}:
         return "How closely do answers follow the distribution?"
     return (
-        f"Evaluation: {TITLES[suites.pop()]}" if len(suites) == 1 else "Does the skill transfer, and what does it cost?"
+        f"Evaluation: {SUITES[suites.pop()].title}"
+        if len(suites) == 1
+        else "Does the skill transfer, and what does it cost?"
     )
 
 

@@ -2,66 +2,12 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from cft_jax.config.suites import SUITES
-from cft_jax.distributions.splits import OOD, UNSEEN
 from cft_jax.evaluate.report.side_by_side import Run, figure_of, head_row, table, value_cells
 from cft_jax.evaluate.results import ALL
-
-TITLES = {
-    "structured": "Structured sampling",
-    "open_random": "Open random",
-    "mcq": "Multiple choice",
-    "noveltybench": "NoveltyBench",
-    "perplexity": "Perplexity",
-    "retention": "Retention",
-}
-
-
-@dataclass(frozen=True)
-class Headline:
-    """A figure worth a row.
-
-    Attributes:
-      suite: it belongs to.
-      heading: of the row.
-      path: of the figure in the suite's summary.
-      is_share: shown in percent.
-      better: -1 for less, 1 for more.
-    """
-
-    suite: str
-    heading: str
-    path: tuple[str, ...]
-    is_share: bool
-    better: int
-
-
-HEADLINES = (
-    Headline("structured", "KL, unseen parameters", ("splits", UNSEEN, "exact", "kl"), False, -1),
-    Headline("structured", "W1, unseen parameters", ("splits", UNSEEN, "sampled", "wasserstein_1"), False, -1),
-    Headline("structured", "KL, unseen families", ("splits", OOD, "exact", "kl"), False, -1),
-    Headline("structured", "W1, unseen families", ("splits", OOD, "sampled", "wasserstein_1"), False, -1),
-    Headline("structured", "valid answers, unseen parameters", ("splits", UNSEEN, "sampled", "valid_rate"), True, 1),
-    Headline("open_random", "unique answers", ("mean_num_unique",), False, 1),
-    Headline("open_random", "unique fraction", ("mean_unique_fraction",), True, 1),
-    Headline("open_random", "entropy, nats", ("mean_entropy",), False, 1),
-    Headline("mcq", "total variation", ("tv_distance_from_uniform",), False, -1),
-    Headline("mcq", "parsed", ("parse_rate",), True, 1),
-    Headline("noveltybench", "distinct, curated", ("splits", "curated", "mean_distinct"), False, 1),
-    Headline("noveltybench", "utility, curated", ("splits", "curated", "mean_utility"), False, 1),
-    Headline("noveltybench", "distinct, WildChat", ("splits", "wildchat", "mean_distinct"), False, 1),
-    Headline("noveltybench", "utility, WildChat", ("splits", "wildchat", "mean_utility"), False, 1),
-    Headline("noveltybench", "distinct, all prompts", ("overall", "mean_distinct"), False, 1),
-    Headline("noveltybench", "utility, all prompts", ("overall", "mean_utility"), False, 1),
-    Headline("perplexity", "perplexity", ("total", "paper", "perplexity"), False, -1),
-    Headline("perplexity", "bits per byte", ("total", "covering", "bits_per_byte"), False, -1),
-    Headline("retention", "TinyBenchmarks, mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), True, 1),
-    Headline("retention", "TinyBenchmarks, mean accuracy", ("tinybenchmarks", "aggregate", "mean_accuracy"), True, 1),
-    Headline("retention", "GSM8K, strict", ("tinybenchmarks", "aggregate", "gsm8k_strict_accuracy"), True, 1),
-)  # fmt: skip
+from cft_jax.evaluate.suites.protocol import Headline
+from cft_jax.evaluate.suites.registry import SUITES
 
 
 def headlines_of(suite: str, summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
@@ -70,7 +16,7 @@ def headlines_of(suite: str, summaries: Sequence[Mapping[str, Any]]) -> list[Hea
     of_tasks = task_headlines(summaries) if suite == "retention" else []
     # A tag stands for tasks of other names, so that all there are count.
     chosen = [headline for headline in of_tasks if headline.path[2] in named] or of_tasks
-    return [headline for headline in HEADLINES if headline.suite == suite] + chosen
+    return [*SUITES[suite].headlines, *chosen]
 
 
 def task_headlines(summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
@@ -84,17 +30,17 @@ def task_headlines(summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
                 higher = section["higher_is_better"].get(task, {}).get(metric)
                 if metric.endswith("_stderr") or higher is None:
                     continue
-                heading = ", ".join([task, metric] + ([] if chosen == "none" else [chosen]))
+                title = ", ".join([task, metric] + ([] if chosen == "none" else [chosen]))
                 is_share = metric.startswith(("acc", "exact_match"))
                 path = ("lm_eval", "tasks", task, key)
-                found[task, key] = Headline("retention", heading, path, is_share, 1 if higher else -1)
+                found[task, key] = Headline(title, path, 1 if higher else -1, is_share)
     return list(found.values())
 
 
 def headline_figures(summary: Mapping[str, Any]) -> dict[str, float | int]:
-    """A suite's headline figures by heading; those that were not computed are absent."""
-    found = {h.heading: figure_of(summary, h.path) for h in headlines_of(summary["suite"], [summary])}
-    return {heading: value for heading, value in found.items() if value is not None}
+    """A suite's headline figures by title; those that were not computed are absent."""
+    found = {h.title: figure_of(summary, h.path) for h in headlines_of(summary["suite"], [summary])}
+    return {title: value for title, value in found.items() if value is not None}
 
 
 def all_summary(summaries: Mapping[str, Mapping[str, Any]], *, checkpoint: str) -> dict[str, Any]:
@@ -131,12 +77,12 @@ def _suite_rows(suite: str, summaries: Sequence[Mapping[str, Any] | None]) -> st
         for summary in summaries
     ]
     cells = "".join(f'<td style="text-align:right">{note}</td>' for note in notes)
-    rows = f'<tr class="head"><td>{TITLES[suite]}</td>{cells}</tr>'
+    rows = f'<tr class="head"><td>{SUITES[suite].title}</td>{cells}</tr>'
     for headline in headlines_of(suite, there):
         values = [figure_of(summary or {}, headline.path) for summary in summaries]
         if any(value is not None for value in values):
             shown = value_cells(values, headline.is_share, headline.better)
-            rows += f"<tr><td>{html.escape(headline.heading)}</td>{shown}</tr>"
+            rows += f"<tr><td>{html.escape(headline.title)}</td>{shown}</tr>"
     return rows
 
 
@@ -150,7 +96,7 @@ def _reasons(runs: Sequence[Run]) -> str:
     if not lacking:
         return ""
     items = "".join(
-        f"<li><b>{TITLES[suite]}</b> ({html.escape(', '.join(names))}): {html.escape(reason)}</li>"
+        f"<li><b>{SUITES[suite].title}</b> ({html.escape(', '.join(names))}): {html.escape(reason)}</li>"
         for (suite, reason), names in lacking.items()
     )
     return f'<p class="note">Missing:</p><ul class="note">{items}</ul>'

@@ -11,7 +11,6 @@ from typing import Any
 
 from cft_jax.common.files import write_atomically
 from cft_jax.common.writer import read_metrics
-from cft_jax.config.suites import SUITES
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
 from cft_jax.evaluate.report import plots
 from cft_jax.evaluate.report.panels import choose_panels, figure_key
@@ -31,6 +30,7 @@ from cft_jax.evaluate.report.tables import (
 )
 from cft_jax.evaluate.results import read_summary
 from cft_jax.evaluate.store import Record
+from cft_jax.evaluate.suites.registry import SUITES
 from cft_jax.evaluate.suites.structured.suite import SUITE, read_results
 
 STAGES = ("before", "after")

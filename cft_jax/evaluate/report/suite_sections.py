@@ -11,9 +11,10 @@ from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
 from cft_jax.evaluate.parsing import ANSWER_LABELS
 from cft_jax.evaluate.report import plots
-from cft_jax.evaluate.report.overview import TITLES, headlines_of, task_headlines
+from cft_jax.evaluate.report.overview import headlines_of, task_headlines
 from cft_jax.evaluate.report.side_by_side import Run, figure_of, head_row, legend, table, value_cells
 from cft_jax.evaluate.report.tables import number
+from cft_jax.evaluate.suites.registry import SUITES
 
 _RETENTION_TITLES = {
     "tiny_mmlu": "MMLU",
@@ -64,14 +65,14 @@ def suite_section(runs: Sequence[Run], suite: str, styles: Mapping[str, int]) ->
     summaries = [run.summary for run in of_suite]
     # Tasks in a group come after the groups that were asked for.
     headlines = dict.fromkeys([*headlines_of(suite, summaries), *task_headlines(summaries)])
-    figures = [(h.heading, h.path, h.is_share, h.better) for h in headlines]
+    figures = [(h.title, h.path, h.is_share, h.better) for h in headlines]
     rows = ""
     for heading, path, is_share, better in (*figures, *_FURTHER.get(suite, ())):
         values = [figure_of(run.summary, path) for run in of_suite]
         if any(value is not None for value in values):
             rows += f"<tr><td>{html.escape(heading)}</td>{value_cells(values, is_share, better)}</tr>"
     shown = table(head_row(of_suite, "", styles), rows) if rows else ""
-    return f"<h2>{html.escape(TITLES.get(suite, suite))}</h2>{shown}" + (
+    return f"<h2>{html.escape(SUITES[suite].title)}</h2>{shown}" + (
         _plots(of_suite, suite, styles) + _all_numbers(of_suite, styles)
     )
 
@@ -128,7 +129,7 @@ def _retention_plots(runs: Sequence[Run], styles: Mapping[str, int]) -> Iterator
     of_tasks = [h for h in headlines_of("retention", [run.summary for run in runs]) if h.path[0] == "lm_eval"]
     of_tasks = [headline for headline in of_tasks if headline.is_share]
     if shares := _bars(runs, [headline.path for headline in of_tasks]):
-        yield "lm-eval", _bars_figure([headline.heading for headline in of_tasks], shares, styles, percent=True)
+        yield "lm-eval", _bars_figure([headline.title for headline in of_tasks], shares, styles, percent=True)
 
 
 def _bars(runs: Sequence[Run], paths: Sequence[tuple[str, ...]]) -> dict[str, list[float]]:

@@ -5,19 +5,42 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.metrics import answer_frequencies, mcq_summary
 from cft_jax.evaluate.parsing import parse_mcq
-from cft_jax.evaluate.prompting import PromptStrategy, SamplingConfig, draw, settings_of
+from cft_jax.evaluate.prompting import (
+    PromptStrategy,
+    SamplingConfig,
+    draw,
+    prompt_strategy,
+    sampling_config,
+    settings_of,
+)
 from cft_jax.evaluate.results import Results, fingerprint_of
-from cft_jax.evaluate.store import Record, measured
+from cft_jax.evaluate.store import Record, run_resumable
+from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 
 SUITE = "mcq"
+VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 # Questions drawn at once; a killed run repeats at most these.
 _QUESTIONS_AT_ONCE = 250
+
+
+def check(config: Config, _: Path) -> None:
+    """See `Suite.check`."""
+    read_prompt(config.suite.mcq.prompt)
+    sampling_config(config, config.suite.mcq.num_samples)
+
+
+def run(context: SuiteContext) -> Summary:
+    """See `Suite.run`."""
+    config, settings = context.config, context.config.suite.mcq
+    strategy = prompt_strategy(config, context.tokenizer, mode="open", max_new_tokens=settings.max_new_tokens)
+    sampling = sampling_config(config, settings.num_samples)
+    return run_mcq(context.backend, strategy, read_prompt(settings.prompt), sampling, context.results)
 
 
 def read_prompt(path: str) -> str:
@@ -44,8 +67,8 @@ def read_prompt(path: str) -> str:
 
 def run_mcq(
     backend: Backend, strategy: PromptStrategy, prompt: str, sampling: SamplingConfig, results: Results
-) -> dict[str, Any]:
-    """Has the questions written and returns the summary; a killed run goes on where it stopped.
+) -> Summary:
+    """Has the questions written and returns the summary; a killed run resumes where it stopped.
 
     Where no question can be read, what questions would tell is absent.
 
@@ -57,10 +80,10 @@ def run_mcq(
       results: where the files go.
     """
     settings = settings_of(strategy, sampling)
-    fingerprint = fingerprint_of(SUITE, backend.fingerprint, strategy.name, settings, prompt)
+    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, strategy.name, settings, prompt)
     tokens = strategy.encode([{"role": "user", "content": prompt}])
     with results.store(fingerprint) as store:
-        records = measured(
+        records = run_resumable(
             store,
             [(seed, first) for seed in sampling.seeds for first in range(0, sampling.num_samples, _QUESTIONS_AT_ONCE)],
             lambda part: (SUITE, _part_name(*part)),

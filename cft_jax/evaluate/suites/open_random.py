@@ -17,14 +17,25 @@ import numpy as np
 from jaxtyping import Float32
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config
+from cft_jax.distributions import spread
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.metrics import TOP_P_THRESHOLDS, open_random_counts, top_p_sizes
 from cft_jax.evaluate.parsing import has_thinking_tags, normalize_answer
-from cft_jax.evaluate.prompting import PromptStrategy, SamplingConfig, draw, settings_of
+from cft_jax.evaluate.prompting import (
+    PromptStrategy,
+    SamplingConfig,
+    draw,
+    prompt_strategy,
+    sampling_config,
+    settings_of,
+)
 from cft_jax.evaluate.results import Results, fingerprint_of
-from cft_jax.evaluate.store import Record, measured
+from cft_jax.evaluate.store import Record, run_resumable
+from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 
 SUITE = "open_random"
+VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 _PROMPTS_AT_ONCE = 8
 _FIGURES = ("num_unique", "unique_fraction", "entropy", "empty_rate", "degraded_rate", "thinking_rate")
 
@@ -35,6 +46,26 @@ class OpenPrompt:
 
     task_id: str
     text: str
+
+
+def check(config: Config, _: Path) -> None:
+    """See `Suite.check`."""
+    _prompts(config)
+    sampling_config(config, config.suite.open_random.num_samples)
+
+
+def run(context: SuiteContext) -> Summary:
+    """See `Suite.run`."""
+    config, settings = context.config, context.config.suite.open_random
+    strategy = prompt_strategy(config, context.tokenizer, mode="open", max_new_tokens=settings.max_new_tokens)
+    sampling = sampling_config(config, settings.num_samples)
+    return run_open_random(context.backend, strategy, _prompts(config), sampling, context.results)
+
+
+def _prompts(config: Config) -> list[OpenPrompt]:
+    prompts = read_prompts(config.suite.open_random.prompts)
+    limit = config.eval.max_prompts_per_split
+    return spread(prompts, limit, lambda prompt: "") if limit else prompts
 
 
 def read_prompts(path: str) -> list[OpenPrompt]:
@@ -74,8 +105,8 @@ def run_open_random(
     prompts: Sequence[OpenPrompt],
     sampling: SamplingConfig,
     results: Results,
-) -> dict[str, Any]:
-    """Measures every prompt and returns the summary; a killed run goes on where it stopped.
+) -> Summary:
+    """Measures every prompt and returns the summary; a killed run resumes where it stopped.
 
     Args:
       backend: the model.
@@ -85,9 +116,9 @@ def run_open_random(
       results: where the files go.
     """
     settings = settings_of(strategy, sampling)
-    fingerprint = fingerprint_of(SUITE, backend.fingerprint, strategy.name, settings)
+    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, strategy.name, settings)
     with results.store(fingerprint) as store:
-        records = measured(
+        records = run_resumable(
             store,
             prompts,
             lambda prompt: (SUITE, prompt.task_id),

@@ -3,7 +3,7 @@
 Two figures stand side by side. `paper` repeats the reference implementation: windows without BOS, the first token of
 a text (and of every window that does not overlap the one before) unscored, bits over all bytes. `covering` puts the
 tokenizer's BOS before every window, scores every token once and counts the bytes of scored tokens. Finished batches
-of documents are kept, so a killed evaluation goes on where it stopped and ends with the same numbers.
+of documents are kept, so a killed evaluation resumes where it stopped and ends with the same numbers.
 """
 
 import functools
@@ -20,14 +20,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config
 from cft_jax.config.suites import PerplexityConfig
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.results import Results, fingerprint_of
-from cft_jax.evaluate.store import Record, measured
+from cft_jax.evaluate.store import Record, run_resumable
+from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 from cft_jax.evaluate.suites.windows import Window, covering_windows, paper_windows
 from cft_jax.text import tokenizer as tokens
 
 SUITE = "perplexity"
+VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 # Text handed to the backend at once, about 64,000 tokens; a killed run repeats at most this.
 _BYTES_AT_ONCE = 1 << 18
 _GET = "hf download allenai/paloma --repo-type dataset --local-dir paloma"
@@ -54,6 +57,16 @@ class Batch:
         return self.slice, f"{self.path.name}:{self.start}-{self.stop}"
 
 
+def check(config: Config, _: Path) -> None:
+    """See `Suite.check`."""
+    find_files(config.suite.perplexity)
+
+
+def run(context: SuiteContext) -> Summary:
+    """See `Suite.run`."""
+    return run_perplexity(context.backend, context.tokenizer, context.config.suite.perplexity, context.results)
+
+
 def plan(settings: PerplexityConfig) -> tuple[list[Batch], str]:
     """All documents in batches, and a digest of their texts; every file is read once and checked.
 
@@ -78,8 +91,8 @@ def plan(settings: PerplexityConfig) -> tuple[list[Batch], str]:
 
 def run_perplexity(
     backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: PerplexityConfig, results: Results
-) -> dict[str, Any]:
-    """Measures every document and returns the summary; a killed run goes on where it stopped.
+) -> Summary:
+    """Measures every document and returns the summary; a killed run resumes where it stopped.
 
     `per_prompt.csv` has a row per file, `samples.jsonl.gz` one per document.
 
@@ -95,11 +108,11 @@ def run_perplexity(
     batches, digest = plan(settings)
     # Where the data lies does not matter, only what it says.
     asked = asdict(settings) | {"data": digest}
-    fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens.fingerprint(tokenizer), asked)
+    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, tokens.fingerprint(tokenizer), asked)
     # Batches come in order, so that every file is read once.
     texts_of = functools.lru_cache(maxsize=1)(lambda path: _texts(path, settings.max_documents))
     with results.store(fingerprint) as store:
-        records = measured(
+        records = run_resumable(
             store,
             batches,
             lambda batch: batch.key,

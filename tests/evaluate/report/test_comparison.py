@@ -11,7 +11,8 @@ from cft_jax.distributions import SpaceSettings, build_splits, task_from_spec
 from cft_jax.evaluate.report.comparison import read_runs, render_comparison
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.suites.structured.plan import Resolution
-from cft_jax.evaluate.suites.structured.suite import StructuredSettings, run_structured
+from cft_jax.evaluate.suites.structured.settings import StructuredSettings
+from cft_jax.evaluate.suites.structured.suite import run_structured
 
 SETTINGS = StructuredSettings(
     Resolution(SpaceSettings(num_decimals=1, max_bins=61), 0.0, 1e-8), 50, (11,), 8, 1.0, 1.0, 1

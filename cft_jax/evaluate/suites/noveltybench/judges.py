@@ -131,7 +131,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def check_files(directory: Path, tokenizer: Path) -> None:
-    """Refuses a scorer that could not be loaded later.
+    """Refuses a judge that could not be loaded later.
 
     Raises:
       UserError: its weights are in a format that can run code, or its tokenizer needs a package that is absent.
@@ -144,7 +144,7 @@ def check_files(directory: Path, tokenizer: Path) -> None:
 
 
 def checkpoint_identity(directory: Path) -> str:
-    """Identifies a scorer by the contents of all its weights, settings and tokenizer files."""
+    """Identifies a judge by the contents of all its weights, settings and tokenizer files."""
     logging.info("identifying %s", directory)
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".model")):
@@ -173,7 +173,7 @@ def _load(directory: Path, tokenizer: Path, dtype: str) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the scorer in {directory} cannot be loaded: {first}") from error
+        raise UserError(f"the judge in {directory} cannot be loaded: {first}") from error
     return reader, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

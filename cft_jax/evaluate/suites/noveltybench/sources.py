@@ -1,4 +1,4 @@
-"""Where NoveltyBench (arXiv 2504.05228) takes its prompts and its scorers from: local files, or the hub."""
+"""Where NoveltyBench (arXiv 2504.05228) takes its prompts and its judges from: local files, or the hub."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,56 +59,56 @@ def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """A scorer that is at hand, but read only when it is needed.
+class Judge:
+    """A judge of answers that is at hand, but read only when it is needed.
 
     Attributes:
       identify: tells its weights, tokenizer and arithmetic from all others; part of the results' fingerprint.
-      load: makes the scorer.
+      load: makes the judge.
     """
 
     identify: Callable[[], str]
     load: Callable[[], Any]
 
 
-def find_classifier(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
+def find_classifier(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Judge:
     """The classifier of equivalent answers, downloaded if need be, with the tokenizer it was trained with.
 
     Raises:
       UserError: there is none: where it was looked for, and how to get it.
     """
-    scorers = _scorers()
+    judges = _judges()
     directory = _resolve("classifier", settings.classifier, local_files_only)
     tokenizer = directory
-    if not scorers.has_tokenizer(directory):
+    if not judges.has_tokenizer(directory):
         tokenizer = _resolve("classifier_tokenizer", settings.classifier_tokenizer, local_files_only)
-    scorers.check_files(directory, tokenizer)
+    judges.check_files(directory, tokenizer)
     dtype, batch = settings.classifier_dtype, settings.scorer_batch
-    return Scorer(
-        lambda: f"{scorers.checkpoint_identity(directory)} {scorers.checkpoint_identity(tokenizer)} {dtype}",
-        lambda: scorers.Classifier(directory, tokenizer, dtype=dtype, batch=batch),
+    return Judge(
+        lambda: f"{judges.checkpoint_identity(directory)} {judges.checkpoint_identity(tokenizer)} {dtype}",
+        lambda: judges.Classifier(directory, tokenizer, dtype=dtype, batch=batch),
     )
 
 
-def find_reward_model(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Scorer:
+def find_reward_model(settings: NoveltyBenchConfig, *, local_files_only: bool) -> Judge:
     """The reward model, as `find_classifier`."""
-    scorers = _scorers()
+    judges = _judges()
     directory = _resolve("reward_model", settings.reward_model, local_files_only)
-    scorers.check_files(directory, directory)
+    judges.check_files(directory, directory)
     dtype, batch = settings.reward_dtype, settings.scorer_batch
-    return Scorer(
-        lambda: f"{scorers.checkpoint_identity(directory)} {dtype}",
-        lambda: scorers.RewardModel(directory, dtype=dtype, batch=batch),
+    return Judge(
+        lambda: f"{judges.checkpoint_identity(directory)} {dtype}",
+        lambda: judges.RewardModel(directory, dtype=dtype, batch=batch),
     )
 
 
-def _scorers() -> Any:
-    """The module of the scorers, whose libraries are extras."""
+def _judges() -> Any:
+    """The module of the judges, whose libraries are extras."""
     try:
-        from cft_jax.evaluate.suites.noveltybench import judges as scorers
+        from cft_jax.evaluate.suites.noveltybench import judges
     except ImportError as error:
-        raise UserError(f"NoveltyBench's scorers need torch ({error}): pip install -e '.[eval]'") from error
-    return scorers
+        raise UserError(f"NoveltyBench's judges need torch ({error}): pip install -e '.[eval]'") from error
+    return judges
 
 
 def _resolve(field: str, path_or_id: str, local_files_only: bool) -> Path:
@@ -117,7 +117,7 @@ def _resolve(field: str, path_or_id: str, local_files_only: bool) -> Path:
     except UserError as error:
         raise UserError(
             f"config.suite.noveltybench.{field}={path_or_id}: {error}. Get it with `hf download {path_or_id}` where "
-            "there is a network, or run the stages that need no scorer: --config.suite.noveltybench.stages=generate"
+            "there is a network, or run the stages that need no judge: --config.suite.noveltybench.stages=generate"
         ) from error
 
 

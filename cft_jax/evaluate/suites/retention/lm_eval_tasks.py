@@ -29,8 +29,8 @@ from cft_jax.common.errors import UserError
 from cft_jax.config.suites import LmEvalConfig
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.results import Results, fingerprint_of
-from cft_jax.evaluate.store import Record, ResultStore, measured
-from cft_jax.evaluate.suites.retention.suite import SUITE
+from cft_jax.evaluate.store import Record, ResultStore, run_resumable
+from cft_jax.evaluate.suites.retention.suite import SUITE, VERSION
 from cft_jax.text import ChatOptions
 from cft_jax.text.chat import render_chats
 from cft_jax.text.tokenizer import fingerprint as tokenizer_fingerprint
@@ -62,7 +62,7 @@ class BackendModel(TemplateLM):
     Args:
       backend: the model.
       tokenizer: of the model.
-      store: keeps every answer, so that a killed run goes on where it stopped.
+      store: keeps every answer, so that a killed run resumes where it stopped.
       max_length: tokens of a row at most; longer contexts lose their beginning.
       options: of the chat template, where lm-eval is told to use it.
       seed: of samples, where a task draws them.
@@ -175,7 +175,7 @@ class BackendModel(TemplateLM):
 
     def _answers(self, questions: Sequence[_Question], what: str) -> list[Record]:
         different = {question.key: question for question in questions}
-        measured(
+        run_resumable(
             self._store,
             list(different.values()),
             lambda question: question.key,
@@ -254,7 +254,7 @@ def run_lm_eval(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Runs tasks of lm-eval and returns the summary; a killed run goes on where it stopped.
+    """Runs tasks of lm-eval and returns the summary; a killed run resumes where it stopped.
 
     `per_prompt.csv` has a row per document, `samples.jsonl.gz` the answers.
 
@@ -272,7 +272,9 @@ def run_lm_eval(
     """
     version = importlib.metadata.version("lm-eval")
     asked = [list(names), asdict(settings), asdict(options), seed, version]
-    fingerprint = fingerprint_of(SUITE, "lm-eval", backend.fingerprint, tokenizer_fingerprint(tokenizer), asked)
+    fingerprint = fingerprint_of(
+        SUITE, VERSION, "lm-eval", backend.fingerprint, tokenizer_fingerprint(tokenizer), asked
+    )
     tasks = load_tasks(names, settings)
     # lm-eval would fork for its bootstrap, and a fork of JAX's threads can hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")

@@ -2,7 +2,7 @@
 
 Five data sets of 100 questions each: multiple choice by the log-probabilities of the answers, GSM8K by greedy text.
 Every question is shown as one user's message in the model's chat template. With the published item parameters, the
-accuracy on the whole benchmarks is estimated too. Finished questions are kept, so a killed evaluation goes on where
+accuracy on the whole benchmarks is estimated too. Finished questions are kept, so a killed evaluation resumes where
 it stopped and ends with the same numbers.
 """
 
@@ -17,12 +17,14 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config
 from cft_jax.config.suites import RetentionConfig
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.results import Results, fingerprint_of
 from cft_jax.evaluate.ssot import native_reasoning
-from cft_jax.evaluate.store import Record, measured
+from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.hub_rows import data_set_rows
+from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 from cft_jax.evaluate.suites.retention.item_response import HOW_TO_GET, NUM_SCORES, ItemParameters
 from cft_jax.evaluate.suites.retention.tiny_benchmarks import (
     STOP_STRINGS,
@@ -41,6 +43,7 @@ from cft_jax.text.chat import render_chats
 from cft_jax.text.tokenizer import fingerprint as tokenizer_fingerprint
 
 SUITE = "retention"
+VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 # Questions handed to the backend at once, always the same ones together; a killed run repeats at most these.
 _EXAMPLES_AT_ONCE = 20
 
@@ -103,6 +106,35 @@ class PromptText:
         return ids[:count], ids[count:]
 
 
+def check(config: Config, _: Path) -> None:
+    """See `Suite.check`."""
+    if config.tasks:
+        _lm_eval()
+    else:
+        load_examples(config.suite.retention)
+        load_items(config.suite.retention)
+
+
+def run(context: SuiteContext) -> Summary:
+    """See `Suite.run`; with `config.tasks` those tasks of lm-eval instead of TinyBenchmarks."""
+    config, settings = context.config, context.config.suite.retention
+    model, options = (context.backend, context.tokenizer), ChatOptions.from_config(config.data)
+    if config.tasks:
+        run_lm_eval = _lm_eval().run_lm_eval
+        return run_lm_eval(*model, config.tasks, config.suite.lm_eval, options, context.results, seed=config.seed)
+    prompts = PromptText.of(context.tokenizer, options, duplicate_bos=settings.duplicate_bos)
+    return run_retention(context.backend, prompts, settings, context.results, seed=config.seed)
+
+
+def _lm_eval() -> Any:
+    """The adapter, whose library is an extra."""
+    try:
+        from cft_jax.evaluate.suites.retention import lm_eval_tasks
+    except ImportError as error:
+        raise UserError(f"config.tasks needs lm-eval ({error}): pip install -e '.[eval]'") from error
+    return lm_eval_tasks
+
+
 def load_examples(settings: RetentionConfig) -> dict[str, list[Example]]:
     """The questions of every task asked for.
 
@@ -131,8 +163,8 @@ def load_items(settings: RetentionConfig) -> ItemParameters | None:
 
 def run_retention(
     backend: Backend, prompts: PromptText, settings: RetentionConfig, results: Results, *, seed: int
-) -> dict[str, Any]:
-    """Asks every question and returns the summary; a killed run goes on where it stopped.
+) -> Summary:
+    """Asks every question and returns the summary; a killed run resumes where it stopped.
 
     `per_prompt.csv` has a row per question, `samples.jsonl.gz` its scores or its answer.
 
@@ -151,11 +183,11 @@ def run_retention(
     options = [asdict(prompts.options), prompts.add_special_tokens, settings.max_new_tokens]
     tokens = tokenizer_fingerprint(prompts.tokenizer)
     # Where the data lies does not matter, only what it says.
-    fingerprint = fingerprint_of(SUITE, backend.fingerprint, tokens, options, fingerprint_of(shown))
+    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, tokens, options, fingerprint_of(shown))
     records: dict[str, list[Record]] = {}
     with results.store(fingerprint) as store:
         for name, members in examples.items():
-            records[name] = measured(
+            records[name] = run_resumable(
                 store,
                 members,
                 lambda example, name=name: (name, example.example_id),

@@ -1,15 +1,16 @@
 """What evaluations measure, from a run's configuration: which prompts, as which tokens, with which settings."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from cft_jax.common.errors import UserError
 from cft_jax.config import Config, DataConfig
 from cft_jax.distributions import OutputSpace, Task, space_settings, spread
 from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
 from cft_jax.evaluate.suites.structured.plan import PromptCodec, Resolution
-from cft_jax.evaluate.suites.structured.suite import StructuredSettings
 from cft_jax.text import ChatOptions, Trie, build_trie, encode_chats, terminator_id
 from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.digits import digit_tokens
@@ -17,13 +18,43 @@ from cft_jax.text.number_grammar import NumberTokens
 from cft_jax.text.tokenizer import fingerprint
 
 
+@dataclass(frozen=True)
+class StructuredSettings:
+    """What is measured.
+
+    Attributes:
+      resolution: the values whose probabilities are compared.
+      num_samples: answers per prompt and seed; 0 samples nothing.
+      seeds: one set of samples for each.
+      max_new_tokens: per answer.
+      temperature, top_p: of the samples.
+      numbers_per_completion: 1 for the protocol `independent`; more for `batch`, where each completion holds so many
+        comma-separated numbers and nothing but samples is measured.
+    """
+
+    resolution: Resolution
+    num_samples: int
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    numbers_per_completion: int
+
+
 def evaluation_tasks(config: Config, tasks: Mapping[str, Sequence[Task]]) -> list[Task]:
-    """The prompts to measure: the two test splits, or the trained prompts where custom data has no others."""
+    """The prompts to measure: the two test splits, or the trained prompts where custom data has no others.
+
+    Raises:
+      UserError: there are none.
+    """
     tested = [list(tasks[split]) for split in (UNSEEN, OOD) if tasks[split]] or [list(tasks[TRAIN])]
     limit = config.eval.max_prompts_per_split
     if limit:
         tested = [spread(members, limit, lambda task: task.group) for members in tested]
-    return [task for members in tested for task in members]
+    found = [task for members in tested for task in members]
+    if not found:
+        raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
+    return found
 
 
 def structured_settings(config: Config) -> StructuredSettings:

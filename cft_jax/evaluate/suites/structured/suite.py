@@ -1,60 +1,67 @@
 """The structured-sampling suite: does the model answer with the distribution it is asked for?
 
 For every prompt: the exact figures of the model's whole distribution over the answers, the paper's path KL, and the
-figures of sampled answers. Each finished prompt is kept, so a killed evaluation goes on where it stopped and ends with
+figures of sampled answers. Each finished prompt is kept, so a killed evaluation resumes where it stopped and ends with
 the same numbers.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config
+from cft_jax.distributions import configured_tasks
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.evaluate.prompting import PromptStrategy
+from cft_jax.evaluate.prompting import PromptStrategy, prompt_strategy
 from cft_jax.evaluate.results import STORE, Results, fingerprint_of, read_summary
-from cft_jax.evaluate.store import Record, measured, read_records
+from cft_jax.evaluate.store import Record, read_records, run_resumable
+from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 from cft_jax.evaluate.suites.structured import prompt_metrics as figures
 from cft_jax.evaluate.suites.structured.aggregate import SECTIONS, summarise_split
 from cft_jax.evaluate.suites.structured.plan import (
     Messages,
     PaperPath,
     PromptCodec,
-    Resolution,
     plan_of,
     task_number,
     task_rng,
 )
+from cft_jax.evaluate.suites.structured.settings import (
+    StructuredSettings,
+    evaluation_tasks,
+    prompt_codec,
+    structured_settings,
+)
 
 SUITE = "structured"
+VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 # Prompts handed to the backend at once; a killed run repeats at most these.
 _PROMPTS_AT_ONCE = 8
 _LARGEST_SEED = 2**31
 
 
-@dataclass(frozen=True)
-class StructuredSettings:
-    """What is measured.
+def check(config: Config, _: Path) -> None:
+    """See `Suite.check`."""
+    evaluation_tasks(config, configured_tasks(config.data))
 
-    Attributes:
-      resolution: the values whose probabilities are compared.
-      num_samples: answers per prompt and seed; 0 samples nothing.
-      seeds: one set of samples for each.
-      max_new_tokens: per answer.
-      temperature, top_p: of the samples.
-      numbers_per_completion: 1 for the protocol `independent`; more for `batch`, where each completion holds so many
-        comma-separated numbers and nothing but samples is measured.
-    """
 
-    resolution: Resolution
-    num_samples: int
-    seeds: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    numbers_per_completion: int
+def run(context: SuiteContext) -> Summary:
+    """See `Suite.run`."""
+    config, tokenizer = context.config, context.tokenizer
+    strategy = None
+    if config.eval.method != "direct":
+        strategy = prompt_strategy(config, tokenizer, mode="numeric", max_new_tokens=0)
+    return run_structured(
+        context.backend,
+        prompt_codec(tokenizer, config.data),
+        evaluation_tasks(config, configured_tasks(config.data)),
+        structured_settings(config),
+        context.results,
+        strategy,
+    )
 
 
 def run_structured(
@@ -64,8 +71,8 @@ def run_structured(
     settings: StructuredSettings,
     results: Results,
     strategy: PromptStrategy | None = None,
-) -> dict[str, Any]:
-    """Measures every task and returns the summary; a killed run goes on where it stopped.
+) -> Summary:
+    """Measures every task and returns the summary; a killed run resumes where it stopped.
 
     Args:
       backend: the model.
@@ -77,15 +84,13 @@ def run_structured(
         answer is then no longer the first thing it writes.
 
     Raises:
-      UserError: there are no tasks, or the batch protocol has no prompt for one of them.
+      UserError: the batch protocol has no prompt for one of them.
     """
-    if not tasks:
-        raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
     method = [] if strategy is None else [strategy.name]
-    fingerprint = fingerprint_of(backend.fingerprint, codec.name, asdict(settings), *method)
+    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, codec.name, asdict(settings), *method)
     shown = _shown(tasks)
     with results.store(fingerprint) as store:
-        records = measured(
+        records = run_resumable(
             store,
             tasks,
             lambda task: (task.split, task.task_id),

@@ -169,7 +169,7 @@ def test_stages_run_apart(whole, settings, tmp_path, monkeypatch):
     first = run(settings("suite.noveltybench.stages=generate"), tmp_path / "apart")
     assert first["overall"] == {"num_prompts": 4}
     # From here on no model is needed.
-    monkeypatch.setattr("cft_jax.jobs.evaluate.load_backend", None)
+    monkeypatch.setattr("cft_jax.jobs.evaluate.load_measured_model", None)
     with pytest.raises(UserError, match="stage partition"):
         run(settings("suite.noveltybench.stages=score"), tmp_path / "apart")
     second = run(settings("suite.noveltybench.stages=partition"), tmp_path / "apart")

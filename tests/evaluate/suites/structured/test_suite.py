@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from cft_jax.common.errors import UserError
+from cft_jax.config import Config
 from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits, task_from_spec
+from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
 from cft_jax.evaluate import metrics
 from cft_jax.evaluate.prompting import PromptStrategy
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.ssot import extract_answer
 from cft_jax.evaluate.suites.structured.plan import Resolution
-from cft_jax.evaluate.suites.structured.suite import StructuredSettings, read_results, run_structured
+from cft_jax.evaluate.suites.structured.settings import StructuredSettings, evaluation_tasks
+from cft_jax.evaluate.suites.structured.suite import read_results, run_structured
 
 SETTINGS = StructuredSettings(
     resolution=Resolution(SpaceSettings(num_decimals=1, max_bins=41), full_quantile=0.0, epsilon=1e-8),
@@ -226,9 +229,9 @@ def test_string_seeds(character_model, character_codec, tasks, tmp_path):
         assert set(json.loads(file.readline())["samples"]) == set(texts)
 
 
-def test_nothing_to_evaluate(model_of, character_codec, tmp_path):
+def test_nothing_to_evaluate():
     with pytest.raises(UserError, match="no prompts"):
-        run(model_of([]), character_codec, [], tmp_path)
+        evaluation_tasks(Config(), {split: [] for split in (TRAIN, UNSEEN, OOD)})
 
 
 def test_several_seeds_are_averaged(model_of, character_codec, tasks, tmp_path):
