@@ -83,7 +83,6 @@ def test_unknown_fields_and_types(values, words):
         ("model__lora__dropout", 1.0, "[0, 1)"),
         ("model__lora__enabled", False, "export.format=merged"),
         ("mesh__fsdp", -1, "at most one -1"),
-        ("eval__suites", ("structred",), "structred"),
         ("data__tail_policy", "clip_to_edge_bins", "must be one of clip_to_edge_bin, drop"),
         ("suite__perplexity__stride", 4096, "stride=4096 must be at most context_length"),
         ("suite__noveltybench__stages", (), "must be some of generate, partition, score"),
