@@ -22,7 +22,7 @@ from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
 from cft_jax.common.writer import read_metrics
 from cft_jax.config import from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
-from cft_jax.evaluate.backends.load import load_backend
+from cft_jax.evaluate.backends.load import load_measured_model
 from cft_jax.main import run
 from cft_jax.runs.base import scratch_tokenizer
 from cft_jax.runs.trained import load_trained
@@ -164,8 +164,8 @@ def test_the_terminator_of_training_ends_texts_everywhere(soft, tokenizer, end, 
         assert GenerationConfig.from_pretrained(tmp_path / form).eos_token_id == [eos, token]
 
     def stop_ids(what, *options):
-        loaded, *_ = load_backend(configured(EVAL, f"model.checkpoint={what}", "model.dtype=float32", *options))
-        return set(loaded.stop_ids)
+        config = configured(EVAL, f"model.checkpoint={what}", "model.dtype=float32", *options)
+        return set(load_measured_model(config).backend.stop_ids)
 
     assert stop_ids(place / "run") == stop_ids(tmp_path / "merged") == {eos, token} | stop_ids(place / "base")
     assert stop_ids(tmp_path / "adapter", "backend=hf") == stop_ids(place / "base", f"data.terminator={end}")

@@ -121,14 +121,14 @@ def run_resumable(
     return [store[key(item)] for item in items]
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a finished evaluation's store, those of the fingerprint written last; empty without a file.
+def read_records(path: Path, fingerprint: str) -> list[Record]:
+    """The records of a finished evaluation, which its summary names by their fingerprint; empty without a file.
 
     Raises:
       UserError: a line other than the last is damaged.
     """
     rows = [_read(path, number, line) for number, line in enumerate(_whole_lines(path), 1)]
-    return [row["record"] for row in rows if row["fingerprint"] == rows[-1]["fingerprint"]]
+    return [row["record"] for row in rows if row["fingerprint"] == fingerprint]
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -22,7 +22,7 @@ def test_records_come_back_as_written(tmp_path):
     with opened(path) as store:
         assert ("s", "t") in store and ("s", "u") not in store and len(store) == 1
         assert store["s", "t"] == record
-    assert read_records(path) == [record]
+    assert read_records(path, "f") == [record]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path):
@@ -45,7 +45,7 @@ def test_fingerprints_are_kept_apart(tmp_path):
             store.append({"split": "s", "task_id": "t", "by": fingerprint})
     with opened(path, "f") as store:
         assert store["s", "t"]["by"] == "f"
-    assert [record["by"] for record in read_records(path)] == ["g"]
+    assert [record["by"] for record in read_records(path, "g")] == ["g"]
 
 
 def test_refusals(tmp_path):

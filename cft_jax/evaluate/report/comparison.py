@@ -126,7 +126,7 @@ def _read(name: str, path: Path, *, incomplete: str = "") -> Run:
         raise UserError(f"{path} holds no finished evaluation (no summary.json); run cft_jax.evaluate first")
     if incomplete:
         summary["incomplete"] = incomplete
-    return Run(name, summary, read_records(path / STORE) if summary["suite"] == SUITE else [])
+    return Run(name, summary, read_records(path / STORE, summary["fingerprint"]) if summary["suite"] == SUITE else [])
 
 
 def _split_table(runs: Sequence[Run], split: str, styles: Mapping[str, int]) -> str:

@@ -120,7 +120,7 @@ def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
     summary = read_summary(directory)
     if summary is None:
         return None
-    return summary, read_records(directory / STORE)
+    return summary, read_records(directory / STORE, summary["fingerprint"])
 
 
 def measure(

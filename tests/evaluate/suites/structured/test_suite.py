@@ -154,10 +154,14 @@ def test_other_weights_or_settings_are_measured_anew(model_of, character_codec, 
     assert first["fingerprint"] != faulty["fingerprint"]
     fewer = dataclasses.replace(SETTINGS, num_samples=20)
     assert run(model_of(tasks), character_codec, tasks, tmp_path, fewer)["fingerprint"] != first["fingerprint"]
-    # The first weights' results are still there.
+    # The first weights' results are still there, and read with the summary although others were written after them.
     unchanged = model_of(tasks)
     run(unchanged, character_codec, tasks, tmp_path)
     assert unchanged.calls == 0
+    summary, records = read_results(tmp_path)
+    assert summary["fingerprint"] == first["fingerprint"] and len(records) == len(tasks)
+    assert all(len(record["samples"]["11"]) == 200 for record in records)
+    assert all(record["exact"]["support_mass"] == pytest.approx(1) for record in records)
 
 
 def test_categorical_task(model_of, character_codec, tmp_path):
