@@ -1,14 +1,11 @@
-"""Which tokens of a document are scored from which window, for perplexities of documents longer than the context."""
+"""How the perplexity suite cuts a long text into overlapping windows, and which of its tokens each window scores."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens [begin, end) are read together; those from `first_scored` on are scored, `num_scored` of them.
-
-    Positions are absolute in the document; a token is scored from the logits of the token before it in the window.
-    """
+    """Tokens begin to end - 1 of a text, of which `num_scored` from `first_scored` on are scored."""
 
     begin: int
     end: int
@@ -19,52 +16,50 @@ class Window:
 def sliding_windows(
     length: int, *, context_length: int, stride: int, max_scored_tokens: int | None = None
 ) -> list[Window]:
-    """The paper's windows: starts are multiples of `stride`, and a token is scored in the first window that can.
+    """The windows of the paper's reference implementation.
 
-    With `stride == context_length` the windows do not overlap and the first token of each is never scored.
+    A token is scored by the window that reaches it first, from the tokens before it in that window. So a text's first
+    token is never scored, and without overlap no window's first token is; a lone last token is left out.
 
     Args:
-      length: number of tokens of the document.
-      context_length: most tokens of a window.
-      stride: distance of neighbouring starts.
-      max_scored_tokens: where to stop; the last window is scored up to the budget.
-
-    Returns:
-      The windows that score anything, in order.
+      length: tokens of the text.
+      context_length: tokens of a window.
+      stride: from one window's beginning to the next.
+      max_scored_tokens: where to stop; None for no limit.
     """
-    windows: list[Window] = []
-    budget = length if max_scored_tokens is None else max_scored_tokens
-    previous_end = 0
+    windows, previous_end = [], 0
+    left = length if max_scored_tokens is None else max_scored_tokens
     for begin in range(0, length, stride):
         end = min(begin + context_length, length)
-        if end - begin < 2 or budget <= 0:
+        if end - begin < 2 or left <= 0:
             break
         first = max(previous_end, begin + 1)
-        scored = min(end - first, budget)
+        scored = min(end - first, left)
         if scored > 0:
             windows.append(Window(begin, end, first, scored))
-            budget -= scored
-        previous_end = end
+            left -= scored
         if end == length:
             break
+        previous_end = end
     return windows
 
 
-def covering_windows(length: int, *, context_length: int, stride: int) -> list[Window]:
-    """Windows that score every token of a document but its first exactly once.
+def covering_windows(length: int, *, context_length: int, stride: int, prefixed: bool) -> list[Window]:
+    """Windows that score every token once, behind a token of their own (BOS) or, without one, all but the first.
 
-    The first window is as long as the context; each later one ends `stride` tokens further on and reads as many
-    tokens before the newly scored ones as the context holds, at least one.
-
-    Raises:
-      ValueError: `stride` leaves no token of context.
+    Args:
+      length: tokens of the text, that prefix aside.
+      context_length: tokens of a window, prefix included.
+      stride: tokens that a window scores at most, the first one aside; cut where a window would not see the token
+        before those it scores.
+      prefixed: whether each window begins with the prefix, from which the text's first token is predicted.
     """
-    if not 1 <= stride < context_length:
-        raise ValueError(f"stride={stride} must be at least 1 and below context_length={context_length}")
-    windows: list[Window] = []
-    scored_to = 1
-    while scored_to < length:
-        end = min(length, context_length if scored_to == 1 else scored_to + stride)
-        windows.append(Window(max(0, end - context_length), end, scored_to, end - scored_to))
-        scored_to = end
+    room = context_length - prefixed
+    step = min(stride, room if prefixed else room - 1)
+    windows, scored = [], 0 if prefixed else 1
+    begin = 0
+    while scored < length:
+        end = min(begin + room, length)
+        windows.append(Window(begin, end, scored, end - scored))
+        scored, begin = end, begin + step
     return windows

@@ -23,10 +23,10 @@ from cft_jax.common.errors import UserError
 from cft_jax.config import Config
 from cft_jax.config.suites import PerplexityConfig
 from cft_jax.evaluate.backends.protocol import Backend
+from cft_jax.evaluate.metrics import Window, covering_windows, sliding_windows
 from cft_jax.evaluate.results import Results, fingerprint_of
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
-from cft_jax.evaluate.suites.windows import Window, covering_windows, paper_windows
 from cft_jax.text import tokenizer as tokens
 
 SUITE = "perplexity"
@@ -219,7 +219,7 @@ def _documents(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _cut(way: str, length: int, prefixed: bool, settings: PerplexityConfig) -> list[Window]:
     if way == "paper":
-        return paper_windows(length, context_length=settings.context_length, stride=settings.stride)
+        return sliding_windows(length, context_length=settings.context_length, stride=settings.stride)
     return covering_windows(length, context_length=settings.context_length, stride=settings.stride, prefixed=prefixed)
 
 

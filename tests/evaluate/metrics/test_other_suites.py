@@ -1,6 +1,5 @@
 """Figures of the suites that sample no numbers; expected values from tests/golden, made by the reference."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -97,26 +96,3 @@ def test_novelty_summary(golden_rows):
         lists = [metrics.ListScore((), tuple(row["partition_scores"]), row["utility"]) for row in case["rows"]]
         got = metrics.noveltybench_summary(lists)
         assert got == {name: close(value) for name, value in case["summary"].items()}
-
-
-def test_perplexity_windows(golden_rows):
-    for case in golden_rows("perplexity"):
-        windows = metrics.sliding_windows(
-            case["length"],
-            context_length=case["context_length"],
-            stride=case["stride"],
-            max_scored_tokens=case["max_scored_tokens"],
-        )
-        assert [dataclasses.asdict(window) for window in windows] == case["windows"]
-        assert sum(window.num_scored for window in windows) == case["total_scored"]
-
-
-@pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 23, 24, 25])
-@pytest.mark.parametrize(("context", "stride"), [(8, 4), (8, 7), (2, 1), (50, 10)])
-def test_covering_windows_score_every_token_but_the_first(length, context, stride):
-    windows = metrics.covering_windows(length, context_length=context, stride=stride)
-    scored = [t for w in windows for t in range(w.first_scored, w.first_scored + w.num_scored)]
-    assert scored == list(range(1, length))
-    assert all(w.begin < w.first_scored and w.end - w.begin <= context for w in windows)
-    # A long document's windows are full: every one but the first reads all the context there is room for.
-    assert all(w.end - w.begin == min(context, w.end) for w in windows)

@@ -15,10 +15,10 @@ from cft_jax.common.errors import UserError
 from cft_jax.config.suites import PerplexityConfig
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
+from cft_jax.evaluate.metrics import Window, covering_windows, sliding_windows
 from cft_jax.evaluate.report.comparison import read_runs, render_comparison
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.suites.perplexity import run_perplexity
-from cft_jax.evaluate.suites.windows import Window, covering_windows, paper_windows
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 
 CONFIG = Path(__file__).parents[3] / "configs" / "eval" / "perplexity.py"
@@ -51,7 +51,7 @@ def test_paper_windows_are_the_golden_ones(golden_rows):
     rows = golden_rows("perplexity")
     assert len(rows) >= 25
     for row in rows:
-        found = paper_windows(
+        found = sliding_windows(
             row["length"],
             context_length=row["context_length"],
             stride=row["stride"],
@@ -95,7 +95,7 @@ def test_figures_are_those_of_transformers(has_bos, data, paloma_texts, checkpoi
         for text in paloma_texts[name]:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             nll = [0.0, 0.0]
-            for window in paper_windows(len(ids), context_length=16, stride=8):
+            for window in sliding_windows(len(ids), context_length=16, stride=8):
                 losses = alone(model, [ids[window.begin : window.end]])[0]
                 nll[0] += losses[window.first_scored - window.begin - 1 :].sum()
             prefix = [tokenizer.bos_token_id] if has_bos else []
