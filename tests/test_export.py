@@ -206,7 +206,7 @@ def test_another_base_is_refused(soft, tmp_path, capsys):
     shard = sorted((place / "base").glob("*.safetensors"))[-1]
     before = shard.read_bytes()
     try:
-        for after, words in ((before[:-4] + b"\0\0\0\0", "other weights"), (before[:-4], "half-written")):
+        for after, words in ((before[:-4] + b"\0\0\0\0", "other base weights"), (before[:-4], "half-written")):
             shard.write_bytes(after)
             with pytest.raises(SystemExit) as stopped:
                 export_command(place / "run", tmp_path / "out", "merged")

@@ -1,5 +1,6 @@
-"""A fingerprint of weights that depends on every bit and its place, and on nothing else: no mesh, no device."""
+"""A fingerprint of weights that depends on every bit and its index, and on nothing else: no mesh, no device."""
 
+import dataclasses
 import hashlib
 import math
 from typing import Any
@@ -11,8 +12,8 @@ from jaxtyping import Array, UInt32
 _SALTS = (0x9E3779B9, 0x7F4A7C15)
 
 
-def fingerprint(tree: Any) -> str:
-    """Hex digest of a pytree of arrays: names, shapes, dtypes and bits.
+def fingerprint(tree: Any, *settings: Any) -> str:
+    """Hex digest of a pytree of arrays, names, shapes, dtypes and bits, and of settings.
 
     Each leaf is hashed where it lies: a sum over elements, modulo 2^32, of a mix of bits and index. Integer sums do
     not depend on their order, so every sharding gives the same digest, without gathering anything. It detects
@@ -20,14 +21,30 @@ def fingerprint(tree: Any) -> str:
 
     Args:
       tree: of arrays of 1, 2 or 4 bytes per element.
+      settings: what else decides the numbers: records, sequences, texts and numbers; see `settings_digest`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_leaf_hashes([leaf for _, leaf in leaves]))
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(settings_digest(*settings).encode() if settings else b"")
     for (path, leaf), found in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name} {leaf.shape} {jnp.dtype(leaf.dtype).name} {found.tolist()}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def settings_digest(*settings: Any) -> str:
+    """Hex digest of settings, the same in any process and on any machine."""
+    return hashlib.sha256(repr(_portable(settings)).encode()).hexdigest()[:32]
+
+
+def _portable(value: Any) -> Any:
+    """Settings with floats of ten digits: some are worked out, and the last bit of a power or logarithm may differ."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if dataclasses.is_dataclass(value):
+        named = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return type(value).__name__, *((name, _portable(inner)) for name, inner in named)
+    return tuple(map(_portable, value)) if isinstance(value, tuple | list) else value
 
 
 @jax.jit

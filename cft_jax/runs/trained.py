@@ -1,12 +1,10 @@
 """A run's trained weights: from its newest checkpoint into the model, and out in Hugging Face format."""
 
-from collections.abc import Mapping
+import functools
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
 from cft_jax.common.mirror import checkpoint_directory
@@ -16,6 +14,7 @@ from cft_jax.models.transformer import Transformer
 from cft_jax.runs.base import base_of_run, base_tokenizer, load_model
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.text import terminator_id
+from cft_jax.train.loop import base_identity, check_same
 from cft_jax.train.optimizer import adamw
 from cft_jax.train.state import abstract_state, split_model
 
@@ -35,13 +34,10 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, PreTrained
     end_at(model, terminator_id(tokenizer, config.data.terminator))
     parts, weights, frozen = split_model(model)
 
-    def check(metadata: Mapping[str, Any]) -> None:
-        if metadata["base_weights"] != fingerprint(frozen):
-            raise UserError(f"{base} holds other weights than those that {workdir} was trained on; bring them back")
-
     optimizer = adamw(weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
     with Checkpoints(directory, keep=config.checkpoint.keep, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract_state(weights, optimizer), check)
+        same_base = functools.partial(check_same, base_identity(model, frozen))
+        restored = checkpoints.restore(abstract_state(weights, optimizer), same_base)
     if restored is None:
         raise UserError(f"{workdir} has no complete checkpoint yet; train first with cft_jax.main")
     parts.update(model, restored.state.weights)

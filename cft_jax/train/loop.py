@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
-from cft_jax.checkpoints.fingerprint import fingerprint
+from cft_jax.checkpoints.fingerprint import fingerprint, settings_digest
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
 from cft_jax.common.mirror import checkpoint_directory
@@ -113,7 +113,7 @@ def train(
       checkpoint: when to save, and how many to keep.
       log: when to log.
       workdir: of the run; gets `checkpoints/` and `metrics.jsonl`.
-      identity: whatever tells this run from others (JSON); a checkpoint that records something else is refused.
+      identity: whatever else tells this run from others (JSON); a checkpoint that records something else is refused.
 
     Raises:
       UserError: the checkpoints belong to another run or other base weights, or all are damaged; the disk is full;
@@ -139,13 +139,13 @@ def train(
         ),
     )
     step_function = make_train_step(parts, options, state_shardings(weights, optimizer))
-    record = {**identity, "steps_per_epoch": per_epoch, "base_weights": fingerprint(frozen)}
+    record = {**identity, "steps_per_epoch": per_epoch, **base_identity(model, frozen)}
     with (
         _clear_memory_errors(),
         PreemptionWatch(enabled=checkpoint.on_preemption) as watch,
         Checkpoints(checkpoint_directory(workdir), keep=checkpoint.keep) as checkpoints,
     ):
-        restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(_check_same, record))
+        restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(check_same, record))
         state = initial_state(weights, optimizer) if restored is None else restored.state
         done = 0 if restored is None else restored.step
         _announce(weights, done=done, stop=stop, per_epoch=per_epoch)
@@ -231,14 +231,23 @@ def _announce(weights: Weights, *, done: int, stop: int, per_epoch: int) -> None
     logging.info("training %s weights for %d steps, %d an epoch", f"{count:,}", stop, per_epoch)
 
 
-def _check_same(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of another run."""
+def base_identity(model: Transformer, frozen: Mapping[str, Array]) -> dict[str, str]:
+    """What tells the base model of a run from others, recorded in its checkpoints."""
+    return {"base_weights": fingerprint(frozen), "architecture": settings_digest(model.config)}
+
+
+def check_same(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of another run; what it does not record (earlier versions had less) is taken for the same.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    causes = {"base_weights": "trained on other base weights", "architecture": "trained with another config.json"}
     for name, value in json.loads(json.dumps(record)).items():
-        if metadata.get(name) != value:
-            what = "trained on other base weights" if name == "base_weights" else "of another run"
+        if metadata.get(name, value) != value:
             raise UserError(
-                f"the checkpoints in this workdir are {what} ({name} was {metadata.get(name)!r} and is {value!r}); "
-                "name a new --workdir"
+                f"the checkpoints in this workdir are {causes.get(name, 'of another run')} ({name} was "
+                f"{metadata[name]!r} and is {value!r}); bring the base model back, or name a new --workdir"
             )
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: every bit back, on any mesh; damage found and passed over; nothing half-written is ever read."""
 
 import gc
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cft_jax.checkpoints.fingerprint import fingerprint
+from cft_jax.checkpoints.fingerprint import fingerprint, settings_digest
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
+from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
 
 # orbax closes its event loop while other reads of a damaged checkpoint are still under way, and these then complain.
@@ -195,6 +198,19 @@ def test_fingerprint_sees_bits_places_and_names_but_no_mesh():
         {"renamed" if name == "zero" else name: leaf for name, leaf in state.items()},
     ):
         assert fingerprint(change) != first
+
+
+def test_fingerprint_sees_settings_whose_last_bit_may_differ():
+    state, spec = make_state(1), LoraSpec(rank=16, alpha=32.0, dropout=0.0, targets=("q_proj",))
+    first = fingerprint(state, spec, 0.125)
+    assert first == fingerprint(state, replace(spec, alpha=math.nextafter(32.0, 33.0)), math.nextafter(0.125, 1))
+    changes = ({"alpha": 2000.0}, {"rank": 8}, {"targets": ("k_proj",)})
+    others = [fingerprint(state, replace(spec, **change), 0.125) for change in changes]
+    assert len({first, fingerprint(state), fingerprint(state, spec, 0.1250001), *others}) == 6
+    # No width that models have gives a power whose last bit decides the digits.
+    for width in range(8, 20_000, 8):
+        powers = [(math.nextafter(power, 0), math.nextafter(power, 1e9)) for power in (width**0.5, width**-0.5)]
+        assert all(settings_digest(low) == settings_digest(high) for low, high in powers)
 
 
 def test_fingerprint_is_pinned():

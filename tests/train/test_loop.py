@@ -10,7 +10,7 @@ import pytest
 from cft_jax.common.errors import UserError
 from cft_jax.common.writer import read_metrics
 from cft_jax.train import NonFiniteLossError
-from cft_jax.train.loop import _clear_memory_errors
+from cft_jax.train.loop import _clear_memory_errors, check_same
 
 TIMES = {"examples_per_second", "step_seconds"}
 
@@ -153,6 +153,10 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, run):
     with pytest.raises(UserError, match="other base weights"):
         run(tmp_path, model_seed=1)
     assert saved(tmp_path) == [2]
+    # Checkpoints of earlier versions, which record less, go on.
+    check_same({"architecture": "a"}, {"base_weights": "b"})
+    with pytest.raises(UserError, match=r"another config\.json"):
+        check_same({"architecture": "a"}, {"architecture": "b"})
 
 
 def test_an_error_of_the_data_comes_through(tmp_path, run, tiny_batches):

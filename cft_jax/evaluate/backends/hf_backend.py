@@ -6,6 +6,7 @@ each once behind the cached prompt.
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ class HfBackend:
         self._model, self._tokenizer, self.stop_ids = model, tokenizer, tuple(sorted(stop_ids))
         # Checkpoints bring sampling settings of their own (top_k, top_p, penalties), which would be applied in silence.
         model.generation_config = GenerationConfig(eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0])
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint = _fingerprint(model, self.stop_ids)
 
     @property
     def fingerprint(self) -> str:
-        """Of all weights, adapters included."""
+        """Of all weights, adapters included, the configuration, and the tokens that end a text."""
         return self._fingerprint
 
     @torch.inference_mode()
@@ -237,8 +238,16 @@ def _paths(trie: Trie, chosen: Int[np.ndarray, "R"]) -> Int[np.ndarray, "S T"]:
     return paths
 
 
-def _fingerprint(model: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+# Where a model lies and what wrote it, which change nothing.
+_ORIGIN = ("_name_or_path", "transformers_version")
+_ADAPTER = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+def _fingerprint(model: Any, stop_ids: Sequence[int]) -> str:
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _ORIGIN}
+    adapters = [{name: getattr(a, name) for name in _ADAPTER} for a in getattr(model, "peft_config", {}).values()]
+    settings = json.dumps([config, adapters, stop_ids], sort_keys=True, default=str)
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -24,9 +24,12 @@ class JaxBackend:
     """
 
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._fingerprint = fingerprint(nnx.state(model, nnx.Param))
         self._sampler = Sampler(model, tokenizer)
         self.stop_ids = self._sampler.stop_ids
+        lora = model.lora_spec
+        adapters = None if lora is None else (lora.rank, lora.alpha, sorted(lora.targets))
+        settings = (model.config, adapters, model.dtype.name, self.stop_ids)
+        self._fingerprint = fingerprint(nnx.state(model, nnx.Param), *settings)
         self._scorer = TrieScorer(model, stop_ids=self.stop_ids)
         self._likelihoods = TextScorer(model)
         self._split, self._vocab_size = SplitModel.of(model), model.config.vocab_size
@@ -34,7 +37,7 @@ class JaxBackend:
 
     @property
     def fingerprint(self) -> str:
-        """Of all weights, adapters included."""
+        """Of all weights, adapters included, the architecture, and the tokens that end a text."""
         return self._fingerprint
 
     def sample(

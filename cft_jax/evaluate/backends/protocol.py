@@ -18,7 +18,7 @@ class Backend(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the weights: the same weights give the same text, in any process."""
+        """Identifies the model, its weights and all that decides its numbers: the same model gives the same text."""
         ...
 
     def sample(

@@ -4,6 +4,7 @@ Tolerance 1e-4 for float32 log-probabilities of torch and JAX on CPU.
 """
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.distributions import OutputSpace
 from cft_jax.evaluate.backends.hf_backend import HfBackend, load_hf_model
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
+from cft_jax.generate.stops import all_stop_ids
 from cft_jax.models.config import LoraSpec
 from cft_jax.models.layers import LoraParam
 from cft_jax.text import build_trie
@@ -59,6 +61,12 @@ def hf_backend(directory, tokenizer):
     return HfBackend(model, tokenizer, stop_ids=[tokenizer.eos_token_id, 6])
 
 
+def loaded_hf_backend(directory, tokenizer):
+    """With the stop tokens that the files name."""
+    model, named = load_hf_model(str(directory), dtype="float32", revision="main", local_files_only=True)
+    return HfBackend(model, tokenizer, stop_ids=all_stop_ids(named, tokenizer, vocab_size=len(tokenizer)))
+
+
 def assert_scores_agree(one, other, tokenizer):
     trie = build_trie(tokenizer, SPACE, tokenizer.eos_token_id)
     some = np.unique([0, *[trie.find(trie.leaves()[0][1][:n]) for n in range(2)]])
@@ -94,6 +102,26 @@ def test_an_exported_adapter_scores_alike(checkpoint, tokenizer, tmp_path):
     exported = hf_backend(tmp_path / "export", tokenizer)
     assert_scores_agree(exported, JaxBackend(model, tokenizer), tokenizer)
     assert exported.fingerprint != hf_backend(checkpoint("llama"), tokenizer).fingerprint
+
+
+def test_the_fingerprint_sees_more_than_weights(checkpoint, tokenizer, tmp_path):
+    """The scale of an adapter and every number of config.json that changes the mathematics."""
+    base = checkpoint("llama")
+    lora = LoraSpec(4, 32.0, 0.0, ("q_proj",))
+    model = from_pretrained(base, dtype=jnp.float32, param_dtype=jnp.float32, lora=lora)
+    model.stacks[0][0].attn.q_proj.lora.b.set_value(model.stacks[0][0].attn.q_proj.lora.b[...] + 0.1)
+    save_pretrained(model, tmp_path / "alpha32", format="adapter")
+    for copy, file, change in (
+        (tmp_path / "alpha2000", "adapter_config.json", {"lora_alpha": 2000}),
+        (tmp_path / "eps", "config.json", {"rms_norm_eps": 1e-3}),
+        (tmp_path / "stops", "generation_config.json", {"eos_token_id": 9}),
+    ):
+        shutil.copytree(tmp_path / "alpha32" if "alpha" in copy.name else base, copy)
+        (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
+    for backend in (jax_backend, loaded_hf_backend):
+        prints = [backend(where, tokenizer).fingerprint for where in (base, *sorted(tmp_path.iterdir()))]
+        assert len(set(prints)) == 5
+        assert backend(tmp_path / "eps", tokenizer).fingerprint == prints[3]
 
 
 def test_samples_follow_the_same_distribution(checkpoint, tokenizer):
