@@ -1,5 +1,6 @@
-"""A small tokenizer of our own, for models that are made on the spot."""
+"""A small tokenizer of our own, for randomly initialised models."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,5 +52,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrain
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Writes the tokenizer's files, the chat template among them, into an existing directory."""
-    tokenizer.save_pretrained(str(directory))
+    """Writes the files of a tokenizer made by `train_tokenizer` into an existing directory, tokenizer.json last.
+
+    `save_pretrained` of transformers 5 would name a class that transformers 4, and vLLM with it, cannot load.
+    """
+    settings = {
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END,
+        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))

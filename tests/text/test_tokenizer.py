@@ -1,8 +1,11 @@
 """Loading tokenizers: what is wrong with a directory is said in one line."""
 
+import json
+
 import pytest
 
 from cft_jax.common.errors import UserError
+from cft_jax.text.scratch import END, PAD, save_tokenizer, train_tokenizer
 from cft_jax.text.tokenizer import encode_strings, fingerprint, load_tokenizer
 
 
@@ -15,6 +18,16 @@ def test_a_saved_tokenizer_loads_and_has_the_same_fingerprint(small_tokenizer, t
     loaded = load(tmp_path)
     assert encode_strings(loaded, ["0.12", ""]) == encode_strings(small_tokenizer, ["0.12", ""])
     assert fingerprint(loaded) == fingerprint(load(tmp_path))
+
+
+def test_a_tokenizer_of_our_own_names_a_class_that_transformers_4_has(tmp_path):
+    tokenizer = train_tokenizer(["Draw one number: 1, 2.5", "-3"])
+    save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = load(tmp_path)
+    assert fingerprint(loaded) == fingerprint(tokenizer)
+    assert (loaded.eos_token, loaded.pad_token, len(loaded)) == (END, PAD, len(tokenizer))
 
 
 def test_the_fingerprint_sees_the_template_and_the_special_tokens(small_tokenizer):
