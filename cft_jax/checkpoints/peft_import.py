@@ -59,6 +59,18 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
+def adapter_weights(directory: Path) -> Path:
+    """The file with an adapter's weights.
+
+    Raises:
+      UserError: there is none.
+    """
+    file = directory / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{directory} has no {WEIGHTS}; pickled adapters (.bin) are never loaded")
+    return file
+
+
 def read_adapter(path_or_id: str, *, revision: str, local_files_only: bool) -> PeftAdapter:
     """Reads an adapter's settings and the header of its weights.
 
@@ -74,10 +86,9 @@ def read_adapter(path_or_id: str, *, revision: str, local_files_only: bool) -> P
     if not is_adapter(directory):
         raise UserError(f"{directory} has no {CONFIG}; give a PEFT adapter")
     raw = read_record(directory / CONFIG)
-    if not (directory / WEIGHTS).is_file():
-        raise UserError(f"{directory} has no {WEIGHTS}; pickled adapters (.bin) are never loaded")
+    weights = adapter_weights(directory)
     _refuse_features(raw)
-    tensors = _by_module(read_header(directory / WEIGHTS), directory)
+    tensors = _by_module(read_header(weights), directory)
     spec = LoraSpec(
         rank=_number(raw, "r", int),
         alpha=_alpha(raw),

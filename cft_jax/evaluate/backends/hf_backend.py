@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from cft_jax.checkpoints import hub
 from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
-from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.checkpoints.peft_import import adapter_weights, is_adapter, read_adapter
+from cft_jax.checkpoints.tensor_files import weight_files
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.generate.stops import StopStrings
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
@@ -195,7 +196,7 @@ def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_onl
       The model, and the tokens that end a text by its files, those of an adapter among them.
 
     Raises:
-      UserError: the checkpoint or its base is missing, or the adapter damaged.
+      UserError: the checkpoint or its base is missing or has pickled weights alone, or the adapter is damaged.
     """
     directory, _ = hub.resolve(path_or_id, revision=revision, local_files_only=local_files_only)
     base = directory
@@ -204,13 +205,19 @@ def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_onl
         base, _ = hub.resolve(adapter.base, revision=adapter.revision, local_files_only=local_files_only)
     model = _load(base, dtype)
     if is_adapter(directory):
+        adapter_weights(directory)
         model = PeftModel.from_pretrained(model, str(directory))
     return model.eval(), {*named_stop_ids(base), *named_stop_ids(directory)}
 
 
 def _load(directory: Path, dtype: str) -> Any:
+    weight_files(directory)  # in one line what torch would say in many, where there are pickles alone
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True
+        str(directory),
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

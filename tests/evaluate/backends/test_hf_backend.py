@@ -9,10 +9,13 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from safetensors.torch import load_file
 from scipy import stats
 
 from cft_jax.checkpoints import from_pretrained, save_pretrained
+from cft_jax.common.errors import UserError
 from cft_jax.distributions import OutputSpace
 from cft_jax.evaluate.backends.hf_backend import HfBackend, load_hf_model
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
@@ -122,6 +125,16 @@ def test_the_fingerprint_sees_more_than_weights(checkpoint, tokenizer, tmp_path)
         prints = [backend(where, tokenizer).fingerprint for where in (base, *sorted(tmp_path.iterdir()))]
         assert len(set(prints)) == 5
         assert backend(tmp_path / "eps", tokenizer).fingerprint == prints[3]
+
+
+def test_pickled_weights_are_never_loaded(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), copy)
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled weights"):
+        load_hf_model(str(copy), dtype="float32", revision="main", local_files_only=True)
 
 
 def test_samples_follow_the_same_distribution(checkpoint, tokenizer):
