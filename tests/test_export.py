@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,14 @@ def test_the_export_command_writes_both_forms(soft, tokenizer, tmp_path, capsys)
     assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
     assert "## Figures" in (tmp_path / "merged" / "README.md").read_text()
     assert str(tmp_path / "merged") in capsys.readouterr().out
+
+
+def test_an_adapter_that_training_started_from_may_be_gone(soft, tokenizer):
+    workdir = soft[0] / "run"
+    config = from_config_dict(read_config(workdir))
+    started = replace(config, model=replace(config.model, adapter="/gone"))
+    ids = text_ids(tokenizer)
+    np.testing.assert_array_equal(load_trained(workdir, started)[0](ids), jax_logits(workdir, ids))
 
 
 def test_exports_overwrite_nothing(soft, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A run's trained weights: from its newest checkpoint into the model, and out in Hugging Face format."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, PreTrained
         raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
     base = base_of_run(config, workdir)
     tokenizer = base_tokenizer(config.model, base)
+    if config.model.lora.enabled:
+        # The checkpoint holds the adapters; the one that training started from may be gone.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=""))
     model = load_model(config, base, make_mesh())
     end_at(model, terminator_id(tokenizer, config.data.terminator))
     parts, weights, frozen = split_model(model)
