@@ -4,6 +4,7 @@ Every key of config.json is read, known to leave the mathematics alone (`hf_fiel
 file leaves out take the defaults of transformers' config class, which is how transformers itself reads them.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import GatedMlp, LayerSpec, LinearScaling, Llama3Scaling, ModelConfig, Moe, Rope, YarnScaling
 from cft_jax.models.hf_fields import Fields
-from cft_jax.models.rope_spelling import rope_of
+from cft_jax.models.rope_spelling import ROPE_KEYS, rope_of
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -22,22 +23,22 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
       UserError: the architecture is unknown, or a field is impossible or not implemented; the message names it.
     """
+    if is_multimodal(raw):
+        raw = _language_model(raw)
     model_type = raw.get("model_type")
     if model_type not in _FAMILIES:
         raise UserError(
-            f"config.json: model_type={model_type!r} is not implemented; supported: {', '.join(sorted(_FAMILIES))}"
+            f"config.json: model_type={model_type!r} is not implemented; supported: "
+            + ", ".join(sorted([*_FAMILIES, "gemma3"]))
         )
+    fields = Fields(raw, model_type)
+    sizes = _common(fields)
+    sizes |= _FAMILIES[model_type](fields, sizes)
+    fields.close()
     try:
-        return _FAMILIES[model_type](raw)
-    except UserError:
-        raise
+        return ModelConfig(**sizes)
     except ValueError as error:
         raise UserError(f"config.json: {error}") from error
-
-
-def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record of config.json that describes the language model: nested in multimodal checkpoints."""
-    return raw["text_config"] if is_multimodal(raw) else raw
 
 
 def is_multimodal(raw: Mapping[str, Any]) -> bool:
@@ -45,24 +46,29 @@ def is_multimodal(raw: Mapping[str, Any]) -> bool:
     return raw.get("model_type") == "gemma3"
 
 
-def _common(f: Fields, rope: Callable[[str], Rope], activation: str) -> dict[str, Any]:
+def _common(f: Fields) -> dict[str, Any]:
     """What all families spell alike."""
     embed_dim, num_heads = f.number("hidden_size", int), f.number("num_attention_heads", int)
-    num_kv_heads = num_heads if f["num_key_value_heads"] is None else f.number("num_key_value_heads", int)
-    head_dim = _head_dim(f, embed_dim, num_heads)
-    num_layers = f.number("num_hidden_layers", int)
+    activation = "hidden_activation" if f.model_type == "gemma3_text" else "hidden_act"
     if f[activation] not in _ACTIVATIONS:
         raise UserError(
             f"config.json: {activation}={f[activation]!r} is not implemented; supported: {', '.join(_ACTIVATIONS)}"
         )
+    if f["head_dim"] is None and embed_dim % num_heads:
+        raise UserError(
+            f"config.json: hidden_size={embed_dim} is not a multiple of num_attention_heads={num_heads}, "
+            "and there is no head_dim"
+        )
+    head_dim = f.number("head_dim", int, default=embed_dim // num_heads)
+    num_layers = f.number("num_hidden_layers", int)
     return {
         "num_layers": num_layers,
         "embed_dim": embed_dim,
         "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
+        "num_kv_heads": f.number("num_key_value_heads", int, default=num_heads),
         "head_dim": head_dim,
         "vocab_size": f.number("vocab_size", int),
-        "layer_pattern": _pattern(f, num_layers, rope),
+        "layer_pattern": _pattern(f, num_layers),
         "mlp": GatedMlp(hidden_dim=f.number("intermediate_size", int), activation=_ACTIVATIONS[f[activation]]),
         "norm_eps": f.number("rms_norm_eps", float),
         "attn_scale": head_dim**-0.5,
@@ -71,96 +77,92 @@ def _common(f: Fields, rope: Callable[[str], Rope], activation: str) -> dict[str
     }
 
 
-def _head_dim(f: Fields, embed_dim: int, num_heads: int) -> int:
-    if f["head_dim"] is not None:
-        return f.number("head_dim", int)
-    if embed_dim % num_heads:
-        raise UserError(
-            f"config.json: hidden_size={embed_dim} is not a multiple of num_attention_heads={num_heads}, "
-            "and there is no head_dim"
-        )
-    return embed_dim // num_heads
-
-
-def _pattern(f: Fields, num_layers: int, rope: Callable[[str], Rope]) -> tuple[LayerSpec, ...]:
-    """The shortest pattern that, repeated, gives every layer's type."""
+def _pattern(f: Fields, num_layers: int) -> tuple[LayerSpec, ...]:
+    """The shortest pattern that, repeated, gives every layer's window and rope."""
     types = _layer_types(f, num_layers)
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+    if not isinstance(types, list) or len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
         raise UserError(
             f"config.json: layer_types={types!r} must list {num_layers} times full_attention or sliding_attention"
         )
-    window = f.number("sliding_window", int) if "sliding_attention" in types else None
-    specs = tuple(LayerSpec(window if kind == "sliding_attention" else None, rope(kind)) for kind in types)
-    for period in range(1, num_layers + 1):
-        if all(specs[i] == specs[i % period] for i in range(num_layers)):
-            return specs[:period]
-    raise AssertionError("a list is a repetition of itself")
+    f.read |= ROPE_KEYS
+    max_length = f.number("max_position_embeddings", int)
+    specs = {}
+    for kind in set(types):
+        # Gemma 3 alone has ropes of its own for the layers with windows.
+        rope = rope_of(f.raw, f.defaults, kind if f.model_type == "gemma3_text" else "full_attention", max_length)
+        specs[kind] = LayerSpec(f.number("sliding_window", int) if kind == "sliding_attention" else None, rope)
+    layers = tuple(specs[kind] for kind in types)
+    return next(layers[:n] for n in range(1, num_layers + 1) if layers == (layers[:n] * num_layers)[:num_layers])
 
 
 def _layer_types(f: Fields, num_layers: int) -> list[str]:
-    family = f.config_class.model_type
-    if family == "llama":
+    """As the file lists them, else as transformers' config class works them out."""
+    if f.model_type == "llama":
         # Llama has neither; a file that asks for windows means another architecture.
         f.only("sliding_window", (None,))
         return ["full_attention"] * num_layers
     f.read.update(("layer_types", "sliding_window"))
-    first, period = num_layers, 2
-    if family == "qwen3":
+    given = f.raw.get("layer_types")
+    if f.model_type == "qwen3":
         first = f["max_window_layers"]
         if not f.flag("use_sliding_window"):
             first = num_layers
-            if "sliding_attention" in (f.raw.get("layer_types") or ()):
+            if "sliding_attention" in (given or ()):
                 raise UserError(
                     "config.json: layer_types has sliding_attention and use_sliding_window=False forbids it"
                 )
-    elif family == "gemma3_text":
-        f.read.add("sliding_window_pattern")
-        period = f.raw.get("sliding_window_pattern", 6)
-    if f.raw.get("layer_types") is not None:
-        return list(f.raw["layer_types"])
-    if family == "qwen3":
-        return ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
-    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
+        slides = [i >= first for i in range(num_layers)]
+    else:
+        period = f.number("sliding_window_pattern", int, default=6) if f.model_type == "gemma3_text" else 2
+        slides = [(i + 1) % period > 0 for i in range(num_layers)]
+    return ["sliding_attention" if sliding else "full_attention" for sliding in slides] if given is None else given
 
 
-def _llama(raw: Mapping[str, Any]) -> ModelConfig:
-    f = Fields(raw, "llama")
-    rope = rope_of(raw, f.defaults, f.read, "full_attention")
-    sizes = _common(f, lambda kind: rope, "hidden_act")
+def _llama(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
     f.only("mlp_bias", (False,))
     f.only("pretraining_tp", (1, None))
-    return f.close(sizes)
+    return {}
 
 
-def _qwen3(raw: Mapping[str, Any]) -> ModelConfig:
-    f = Fields(raw, "qwen3")
-    rope = rope_of(raw, f.defaults, f.read, "full_attention")
-    return f.close(_common(f, lambda kind: rope, "hidden_act") | {"qk_norm": True})
+def _qwen3(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qk_norm": True}
 
 
-def _gemma3_text(raw: Mapping[str, Any]) -> ModelConfig:
-    f = Fields(raw, "gemma3_text")
-    ropes = {kind: rope_of(raw, f.defaults, f.read, kind) for kind in ("full_attention", "sliding_attention")}
-    sizes = _common(f, ropes.__getitem__, "hidden_activation")
+def _gemma3_text(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
     f.only("use_bidirectional_attention", (False, None))
-    if f["attn_logit_softcapping"] is not None:
-        raise UserError(
-            f"config.json: attn_logit_softcapping={f['attn_logit_softcapping']!r} is not implemented for Gemma 3, "
-            "where transformers reads it and never applies it; remove the field"
-        )
+    # transformers reads it and never applies it.
+    f.only("attn_logit_softcapping", (None,))
     cap = f["final_logit_softcapping"]
-    return f.close(
-        sizes
-        | {
-            "qk_norm": True,
-            "post_norms": True,
-            "norm_offset": 1.0,
-            "embed_scale": sizes["embed_dim"] ** 0.5,
-            "attn_scale": f.number("query_pre_attn_scalar", float) ** -0.5,
-            "final_softcap": None if cap is None else f.number("final_logit_softcapping", float),
-        }
-    )
+    return {
+        "qk_norm": True,
+        "post_norms": True,
+        "norm_offset": 1.0,
+        "embed_scale": sizes["embed_dim"] ** 0.5,
+        "attn_scale": f.number("query_pre_attn_scalar", float) ** -0.5,
+        "final_softcap": None if cap is None else f.number("final_logit_softcapping", float),
+    }
 
+
+def _gpt_oss(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    moe = Moe(
+        hidden_dim=f.number("intermediate_size", int),
+        num_experts=f.number("num_local_experts", int),
+        num_experts_per_token=f.number("num_experts_per_tok", int),
+        # transformers 4 has no such fields and computes with these values.
+        swiglu_limit=f.number("swiglu_limit", float, default=7.0),
+        swiglu_alpha=f.number("swiglu_alpha", float, default=1.702),
+    )
+    f.only("experts_per_token", (moe.num_experts_per_token,))
+    return {"mlp": moe, "attn_sinks": True}
+
+
+# What a family adds to what all have in common.
+_FAMILIES: dict[str, Callable[[Fields, Mapping[str, Any]], dict[str, Any]]] = {
+    "gemma3_text": _gemma3_text,
+    "gpt_oss": _gpt_oss,
+    "llama": _llama,
+    "qwen3": _qwen3,
+}
 
 # Fields of the wrapper around Gemma 3's language model that concern images alone.
 _IMAGES = frozenset(
@@ -171,146 +173,84 @@ _IMAGES = frozenset(
 )
 
 
-def _gemma3(raw: Mapping[str, Any]) -> ModelConfig:
+def _language_model(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the multimodal Gemma 3 that describes its language model; the wrapper's own keys are checked."""
     text = raw.get("text_config")
     if not isinstance(text, Mapping):
         raise UserError(f"config.json: text_config={text!r} must be a record")
-    if text.get("model_type", "gemma3_text") != "gemma3_text":
+    text = {"model_type": "gemma3_text", **text}
+    if text["model_type"] != "gemma3_text":
         raise UserError(f"config.json: text_config has model_type={text['model_type']!r}; supported: gemma3_text")
-    f = Fields(raw, "gemma3")
-    f.read |= _IMAGES
-    tied = text.get("tie_word_embeddings", True)
-    f.only("tie_word_embeddings", (tied,))
     if text.get("final_logit_softcapping") is not None:
         raise UserError(
             f"config.json: final_logit_softcapping={text['final_logit_softcapping']!r} is not implemented for the "
             "multimodal Gemma 3, where transformers never applies it; remove the field"
         )
-    f.close({})
-    return _gemma3_text(text)
-
-
-def _gpt_oss(raw: Mapping[str, Any]) -> ModelConfig:
-    f = Fields(raw, "gpt_oss")
-    rope = rope_of(raw, f.defaults, f.read, "full_attention")
-    sizes = _common(f, lambda kind: rope, "hidden_act")
-    moe = Moe(
-        hidden_dim=f.number("intermediate_size", int),
-        num_experts=f.number("num_local_experts", int),
-        num_experts_per_token=f.number("num_experts_per_tok", int),
-        # transformers 4 has no such fields and computes with these values.
-        swiglu_limit=f.number("swiglu_limit", float, default=7.0),
-        swiglu_alpha=f.number("swiglu_alpha", float, default=1.702),
-    )
-    f.only("experts_per_token", (moe.num_experts_per_token,))
-    return f.close(sizes | {"mlp": moe, "attn_sinks": True})
-
-
-_FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
-    "gemma3": _gemma3,
-    "gemma3_text": _gemma3_text,
-    "gpt_oss": _gpt_oss,
-    "llama": _llama,
-    "qwen3": _qwen3,
-}
-
-
-def _published_llama(layers: int, embed: int, heads: int, head: int) -> ModelConfig:
-    scaling = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
-    return ModelConfig(
-        num_layers=layers,
-        embed_dim=embed,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=head,
-        vocab_size=128_256,
-        layer_pattern=(LayerSpec(None, Rope(5e5, scaling)),),
-        mlp=GatedMlp(8192, "silu"),
-        norm_eps=1e-5,
-        attn_scale=head**-0.5,
-        tie_head=True,
-    )
-
-
-def _published_qwen3(layers: int, embed: int, heads: int, hidden: int, tied: bool) -> ModelConfig:
-    return ModelConfig(
-        num_layers=layers,
-        embed_dim=embed,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        vocab_size=151_936,
-        layer_pattern=(LayerSpec(None, Rope(1e6)),),
-        mlp=GatedMlp(hidden, "silu"),
-        norm_eps=1e-6,
-        attn_scale=128**-0.5,
-        tie_head=tied,
-        qk_norm=True,
-    )
-
-
-def _published_gemma3(
-    layers: int, embed: int, heads: int, kv_heads: int, head: int, hidden: int, vocab: int, *, window: int, query: int
-) -> ModelConfig:
-    # The smallest model was not stretched to 128k tokens.
-    scaling = LinearScaling(8.0) if window == 1024 else None
-    local, full = LayerSpec(window, Rope(1e4)), LayerSpec(None, Rope(1e6, scaling))
-    return ModelConfig(
-        num_layers=layers,
-        embed_dim=embed,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head,
-        vocab_size=vocab,
-        layer_pattern=(local,) * 5 + (full,),
-        mlp=GatedMlp(hidden, "gelu_tanh"),
-        norm_eps=1e-6,
-        attn_scale=query**-0.5,
-        tie_head=True,
-        qk_norm=True,
-        post_norms=True,
-        norm_offset=1.0,
-        embed_scale=embed**0.5,
-    )
-
-
-def _published_gpt_oss() -> ModelConfig:
-    scaling = YarnScaling(
-        factor=32.0, beta_fast=32.0, beta_slow=1.0, original_length=4096, truncate=False,
-        attention_factor=0.1 * math.log(32.0) + 1.0,
-    )  # fmt: skip
-    rope = Rope(1.5e5, scaling)
-    return ModelConfig(
-        num_layers=24,
-        embed_dim=2880,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=64,
-        vocab_size=201_088,
-        layer_pattern=(LayerSpec(128, rope), LayerSpec(None, rope)),
-        mlp=Moe(hidden_dim=2880, num_experts=32, num_experts_per_token=4, swiglu_limit=7.0, swiglu_alpha=1.702),
-        norm_eps=1e-5,
-        attn_scale=64**-0.5,
-        tie_head=False,
-        attn_bias=True,
-        attn_sinks=True,
-    )
+    wrapper = Fields(raw, "gemma3")
+    wrapper.read |= _IMAGES
+    wrapper.only("tie_word_embeddings", (text.get("tie_word_embeddings", True),))
+    wrapper.close()
+    return text
 
 
 # The paper's twelve models by hub id; Gemma 3 from 4B up: the language model alone.
+_LLAMA_1B = ModelConfig(
+    num_layers=16, embed_dim=2048, num_heads=32, num_kv_heads=8, head_dim=64, vocab_size=128_256,
+    layer_pattern=(LayerSpec(None, Rope(5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192))),),
+    mlp=GatedMlp(8192, "silu"), norm_eps=1e-5, attn_scale=64**-0.5, tie_head=True,
+)  # fmt: skip
+_QWEN_06B = ModelConfig(
+    num_layers=28, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=128, vocab_size=151_936,
+    layer_pattern=(LayerSpec(None, Rope(1e6)),),
+    mlp=GatedMlp(3072, "silu"), norm_eps=1e-6, attn_scale=128**-0.5, tie_head=True, qk_norm=True,
+)  # fmt: skip
+_GEMMA_1B = ModelConfig(
+    num_layers=26, embed_dim=1152, num_heads=4, num_kv_heads=1, head_dim=256, vocab_size=262_144,
+    layer_pattern=(LayerSpec(512, Rope(1e4)),) * 5 + (LayerSpec(None, Rope(1e6)),),
+    mlp=GatedMlp(6912, "gelu_tanh"), norm_eps=1e-6, attn_scale=256**-0.5, tie_head=True, qk_norm=True,
+    post_norms=True, norm_offset=1.0, embed_scale=1152**0.5,
+)  # fmt: skip
+_YARN = YarnScaling(
+    factor=32.0, beta_fast=32.0, beta_slow=1.0, original_length=4096, truncate=False,
+    attention_factor=0.1 * math.log(32.0) + 1.0,
+)  # fmt: skip
+_GPT_OSS_20B = ModelConfig(
+    num_layers=24, embed_dim=2880, num_heads=64, num_kv_heads=8, head_dim=64, vocab_size=201_088,
+    layer_pattern=(LayerSpec(128, Rope(1.5e5, _YARN)), LayerSpec(None, Rope(1.5e5, _YARN))),
+    mlp=Moe(hidden_dim=2880, num_experts=32, num_experts_per_token=4, swiglu_limit=7.0, swiglu_alpha=1.702),
+    norm_eps=1e-5, attn_scale=64**-0.5, tie_head=False, attn_bias=True, attn_sinks=True,
+)  # fmt: skip
+
+
+def _qwen(layers: int, embed: int, heads: int, hidden: int, *, tied: bool) -> ModelConfig:
+    sizes = {"num_layers": layers, "embed_dim": embed, "num_heads": heads, "tie_head": tied}
+    return dataclasses.replace(_QWEN_06B, **sizes, mlp=GatedMlp(hidden, "silu"))
+
+
+def _gemma(layers: int, embed: int, heads: int, kv_heads: int, head: int, hidden: int, query: int) -> ModelConfig:
+    """From 4B up, stretched to 128k tokens and with the images' tokens."""
+    sizes = {"num_layers": layers, "embed_dim": embed, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head}
+    layer_pattern = (LayerSpec(1024, Rope(1e4)),) * 5 + (LayerSpec(None, Rope(1e6, LinearScaling(8.0))),)
+    scales = {"attn_scale": query**-0.5, "embed_scale": embed**0.5}
+    mlp = GatedMlp(hidden, "gelu_tanh")
+    return dataclasses.replace(_GEMMA_1B, **sizes, **scales, vocab_size=262_208, layer_pattern=layer_pattern, mlp=mlp)
+
+
 PUBLISHED: dict[str, ModelConfig] = {
-    "Qwen/Qwen3-0.6B": _published_qwen3(28, 1024, 16, 3072, True),
-    "Qwen/Qwen3-1.7B": _published_qwen3(28, 2048, 16, 6144, True),
-    "Qwen/Qwen3-4B": _published_qwen3(36, 2560, 32, 9728, True),
-    "Qwen/Qwen3-8B": _published_qwen3(36, 4096, 32, 12_288, False),
-    "Qwen/Qwen3-14B": _published_qwen3(40, 5120, 40, 17_408, False),
-    "meta-llama/Llama-3.2-1B-Instruct": _published_llama(16, 2048, 32, 64),
-    "meta-llama/Llama-3.2-3B-Instruct": _published_llama(28, 3072, 24, 128),
-    "google/gemma-3-1b-it": _published_gemma3(26, 1152, 4, 1, 256, 6912, 262_144, window=512, query=256),
-    "google/gemma-3-4b-it": _published_gemma3(34, 2560, 8, 4, 256, 10_240, 262_208, window=1024, query=256),
-    "google/gemma-3-12b-it": _published_gemma3(48, 3840, 16, 8, 256, 15_360, 262_208, window=1024, query=256),
-    "google/gemma-3-27b-it": _published_gemma3(62, 5376, 32, 16, 128, 21_504, 262_208, window=1024, query=168),
-    "openai/gpt-oss-20b": _published_gpt_oss(),
+    "Qwen/Qwen3-0.6B": _QWEN_06B,
+    "Qwen/Qwen3-1.7B": _qwen(28, 2048, 16, 6144, tied=True),
+    "Qwen/Qwen3-4B": _qwen(36, 2560, 32, 9728, tied=True),
+    "Qwen/Qwen3-8B": _qwen(36, 4096, 32, 12_288, tied=False),
+    "Qwen/Qwen3-14B": _qwen(40, 5120, 40, 17_408, tied=False),
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
+    "meta-llama/Llama-3.2-3B-Instruct": dataclasses.replace(
+        _LLAMA_1B, num_layers=28, embed_dim=3072, num_heads=24, head_dim=128, attn_scale=128**-0.5
+    ),
+    "google/gemma-3-1b-it": _GEMMA_1B,
+    "google/gemma-3-4b-it": _gemma(34, 2560, 8, 4, 256, 10_240, 256),
+    "google/gemma-3-12b-it": _gemma(48, 3840, 16, 8, 256, 15_360, 256),
+    "google/gemma-3-27b-it": _gemma(62, 5376, 32, 16, 128, 21_504, 168),
+    "openai/gpt-oss-20b": _GPT_OSS_20B,
 }
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from cft_jax.common.errors import UserError
-from cft_jax.models.config import ModelConfig
 
 # Bookkeeping, training, generation and output options, which change no logits of the published weights.
 _INERT = frozenset(
@@ -32,17 +31,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "pruned_heads": ({}, None),
 }
-_DERIVED = {"llama": ("head_dim", "num_key_value_heads")}
 
 
 class Fields:
     """The keys of one config.json record, each of which must be accounted for."""
 
     def __init__(self, raw: Mapping[str, Any], model_type: str) -> None:
-        self.raw = raw
+        self.raw, self.model_type = raw, model_type
         self.config_class = CONFIG_MAPPING[model_type]
-        # What the class works out from its other fields is not a default for a file with other values there.
-        self.defaults = self.config_class().to_dict() | dict.fromkeys(_DERIVED.get(model_type, ()))
+        # Llama's class works these out from its other fields: no default for a file with other values there.
+        derived = ("head_dim", "num_key_value_heads") if model_type == "llama" else ()
+        self.defaults = self.config_class().to_dict() | dict.fromkeys(derived)
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
@@ -50,8 +49,8 @@ class Fields:
         self.read.add(name)
         return self.raw[name] if name in self.raw else self.defaults.get(name)
 
-    def number(self, name: str, kind: type, default: float | None = None) -> Any:
-        """A positive int or float; `default` is for fields that the config class of some versions lacks.
+    def number(self, name: str, kind: type, default: int | float | None = None) -> Any:
+        """A positive int or float; `default` is for fields that may be null, or that some versions' class lacks.
 
         Raises:
           UserError: the value is something else.
@@ -77,11 +76,11 @@ class Fields:
                 + ", ".join(repr(value) for value in allowed)
             )
 
-    def close(self, sizes: Mapping[str, Any]) -> Any:
-        """The config of these fields, if every key of the file is accounted for.
+    def close(self) -> None:
+        """Refuses what nothing has read, which might change the model.
 
         Raises:
-          UserError: nothing has read a key, which might change the model.
+          UserError: there is such a key, or one asks for code or an architecture that is not here.
         """
         self.read.add("auto_map")
         if any(name.startswith("AutoModel") for name in self.raw.get("auto_map") or ()):
@@ -94,4 +93,3 @@ class Fields:
                 f"config.json: {', '.join(f'{name}={self.raw[name]!r}' for name in unknown)} "
                 "is not implemented; remove the field if it does not change the model"
             )
-        return ModelConfig(**sizes) if sizes else None

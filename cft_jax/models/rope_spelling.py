@@ -11,52 +11,43 @@ from typing import Any
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
-_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
+ROPE_KEYS = frozenset({"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
-def rope_of(raw: Mapping[str, Any], defaults: Mapping[str, Any], read: set[str], layer_type: str) -> Rope:
+def rope_of(raw: Mapping[str, Any], defaults: Mapping[str, Any], layer_type: str, max_length: int) -> Rope:
     """The rotary embedding of the layers of one type.
 
     Args:
       raw: the record of config.json.
-      defaults: of transformers' config class.
-      read: names of the fields that have been read; those of this function are added.
+      defaults: of transformers' config class, in either spelling.
       layer_type: "full_attention" or "sliding_attention".
+      max_length: `max_position_embeddings`, where the file names no other original length.
 
     Raises:
       UserError: a field is missing, impossible or not implemented, or the two spellings contradict each other.
     """
-    read.update(_KEYS)
-    local = layer_type == "sliding_attention" and (_nested(raw) or _nested(defaults))
-    theta_key = "rope_local_base_freq" if local else "rope_theta"
-    default = _by_layer_type(defaults, layer_type) or _old_scaling(defaults, local) or {}
-    theta = _first(raw.get(theta_key), default.get("rope_theta"), defaults.get(theta_key), 10_000.0)
-    length = _first(raw.get("max_position_embeddings"), defaults["max_position_embeddings"])
-    new, scaling = _by_layer_type(raw, layer_type), _old_scaling(raw, local)
-    if new is None:
-        return _rope({"rope_theta": theta, **(scaling or {**default, "rope_theta": theta})}, length)
-    rope = _rope({"rope_theta": theta, **new}, length)
-    other = rope if scaling is None else _rope({"rope_theta": theta, **scaling}, length)
-    if other != rope or _first(raw.get(theta_key), rope.theta) != rope.theta:
+    local = layer_type == "sliding_attention" and (_is_nested(raw) or _is_nested(defaults))
+    default = _new_spelling(defaults, layer_type) or _old_spelling(defaults, local)
+    new, old = _new_spelling(raw, layer_type), _old_spelling(raw, local)
+    base = default if new is None else {"rope_theta": old.get("rope_theta", default.get("rope_theta")), **new}
+    # A scaling in the old spelling replaces the base's; without one, only theta does.
+    scaled = not local and bool(raw.get("rope_scaling"))
+    rope = _rope(({"rope_theta": base.get("rope_theta")} if scaled else base) | old, max_length)
+    if new is not None and rope != _rope(base, max_length):
         raise UserError(
-            f"config.json: rope_parameters and {theta_key}, rope_scaling contradict each other for {layer_type}; "
+            f"config.json: rope_parameters and rope_theta, rope_scaling contradict each other for {layer_type}; "
             "remove one of the two spellings"
         )
     return rope
 
 
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
-
-
-def _nested(record: Mapping[str, Any]) -> bool:
+def _is_nested(record: Mapping[str, Any]) -> bool:
     """Whether the ropes differ by layer type."""
     return bool(_LAYER_TYPES & set(record.get("rope_parameters") or {})) or "rope_local_base_freq" in record
 
 
-def _by_layer_type(record: Mapping[str, Any], layer_type: str) -> dict[str, Any] | None:
+def _new_spelling(record: Mapping[str, Any], layer_type: str) -> dict[str, Any] | None:
     """`rope_parameters` of one layer type; None where it is not given."""
     parameters = record.get("rope_parameters")
     if not parameters:
@@ -72,11 +63,13 @@ def _by_layer_type(record: Mapping[str, Any], layer_type: str) -> dict[str, Any]
     return None if inner is None else dict(inner)
 
 
-def _old_scaling(record: Mapping[str, Any], local: bool) -> dict[str, Any] | None:
+def _old_spelling(record: Mapping[str, Any], local: bool) -> dict[str, Any]:
+    """The same from `rope_theta` and `rope_scaling`, or from `rope_local_base_freq`; only what is given."""
+    theta = record.get("rope_local_base_freq" if local else "rope_theta")
     scaling = None if local else record.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, Mapping):
         raise UserError(f"config.json: rope_scaling={scaling!r} must be a record")
-    return dict(scaling) if scaling else None
+    return ({} if theta is None else {"rope_theta": theta}) | dict(scaling or {})
 
 
 def with_both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,30 +79,19 @@ def with_both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(raw.get("text_config"), Mapping):
         return {**raw, "text_config": with_both_spellings(raw["text_config"])}
-    out = dict(raw)
-    full = _by_layer_type(raw, "full_attention")
-    local = _by_layer_type(raw, "sliding_attention") if _nested(raw) else None
-    if full is not None:
-        # From the new spelling to the old one.
-        out |= _old_spelling(full)
-        if local is not None and "rope_theta" in local:
-            out["rope_local_base_freq"] = local["rope_theta"]
-        return out
-    scaling, theta = _old_scaling(raw, False), raw.get("rope_theta")
-    if theta is None:
+    full, nested = _new_spelling(raw, "full_attention"), _is_nested(raw)
+    if full is None and raw.get("rope_theta") is None:
         # The class's own defaults, on which both versions agree.
-        return out
-    full = {"rope_theta": theta, **_with_type(scaling or {})}
-    if "rope_local_base_freq" in raw:
-        local = {"rope_theta": raw["rope_local_base_freq"], "rope_type": "default"}
-        return out | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
-    return out | {"rope_parameters": full}
-
-
-def _old_spelling(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = {key: value for key, value in _with_type(parameters).items() if key != "rope_theta"}
-    theta = {"rope_theta": parameters["rope_theta"]} if "rope_theta" in parameters else {}
-    return {**theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+        return dict(raw)
+    if full is None:
+        full = _with_type(_old_spelling(raw, local=False))
+        local = {"rope_type": "default", **_old_spelling(raw, local=True)}
+        return {**raw, "rope_parameters": {"full_attention": full, "sliding_attention": local} if nested else full}
+    scaling = _with_type(full)
+    theta = {name: scaling.pop(name) for name in ("rope_theta",) if name in scaling}
+    local = _new_spelling(raw, "sliding_attention") if nested else None
+    local_theta = {"rope_local_base_freq": local["rope_theta"]} if local and "rope_theta" in local else {}
+    return {**raw, **theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling, **local_theta}
 
 
 def _with_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,44 +100,33 @@ def _with_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(given: Mapping[str, Any], max_length: int) -> Rope:
     """One record of rope parameters, every key of which must be honoured."""
-    left = dict(given)
-    kind = left.pop("rope_type", None)
-    legacy = left.pop("type", None)
-    kind = kind or legacy or "default"
-    theta = _number(left, "rope_theta")
-    if left.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
+    left = _with_type(given)
+    left.pop("type", None)
+    kind, theta = left.pop("rope_type") or "default", _number(left, "rope_theta")
+    if left.pop("partial_rotary_factor", None) not in (None, 1):
         raise UserError(
             f"config.json: partial_rotary_factor={given['partial_rotary_factor']!r} is not implemented; supported: 1"
         )
+    # transformers ignores it for ropes that need none; some published files carry it.
+    original = int(left.pop("original_max_position_embeddings", None) or max_length)
     if kind == "default":
-        # transformers ignores lengths and factors of an unscaled rope; some published files carry them.
-        for name in ("original_max_position_embeddings",):
-            left.pop(name, None)
-        rope = Rope(theta)
+        scaling = None
     elif kind == "linear":
-        rope = Rope(theta, LinearScaling(_number(left, "factor")))
+        scaling = LinearScaling(_number(left, "factor"))
     elif kind == "llama3":
-        rope = Rope(
-            theta,
-            Llama3Scaling(
-                factor=_number(left, "factor"),
-                low_freq_factor=_number(left, "low_freq_factor"),
-                high_freq_factor=_number(left, "high_freq_factor"),
-                original_length=_original_length(left, max_length),
-            ),
-        )
+        low, high = _number(left, "low_freq_factor"), _number(left, "high_freq_factor")
+        scaling = Llama3Scaling(_number(left, "factor"), low, high, original)
     elif kind == "yarn":
-        rope = Rope(theta, _yarn(left, max_length))
+        scaling = _yarn(left, original, max_length)
     else:
         raise UserError(f"config.json: rope_type={kind!r} is not implemented; supported: default, linear, llama3, yarn")
     if left:
         raise UserError(f"config.json: {', '.join(sorted(left))} of rope type {kind!r} is not implemented")
-    return rope
+    return Rope(theta, scaling)
 
 
-def _yarn(left: dict[str, Any], max_length: int) -> YarnScaling:
+def _yarn(left: dict[str, Any], original: int, max_length: int) -> YarnScaling:
     """YaRN as transformers reads it (modeling_rope_utils.py, _compute_yarn_parameters)."""
-    original = _original_length(left, max_length)
     factor = max_length / original if left.get("factor") is None else _number(left, "factor")
     left.pop("factor", None)
     mscale, mscale_all = left.pop("mscale", None), left.pop("mscale_all_dim", None)
@@ -178,11 +149,6 @@ def _yarn(left: dict[str, Any], max_length: int) -> YarnScaling:
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _original_length(left: dict[str, Any], max_length: int) -> int:
-    length = left.pop("original_max_position_embeddings", None)
-    return int(max_length if length is None else length)
 
 
 def _number(left: dict[str, Any], name: str) -> float:

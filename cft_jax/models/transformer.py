@@ -157,7 +157,7 @@ class Transformer(nnx.Module):
         Returns:
           hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with subtree_end > 0).
         """
-        x, visible, ropes = self.begin(tokens, positions, subtree_end)
+        x, visible, ropes = self._begin(tokens, positions, subtree_end)
         keys, values = [], []
         for s, (blocks, (repeats, pattern)) in enumerate(zip(self.stacks, self.config.stacks, strict=True)):
             graphdef, state = nnx.split(blocks)
@@ -185,7 +185,7 @@ class Transformer(nnx.Module):
         cache = KVCache(tuple(keys), tuple(values), positions, (subtree_end > 0)[:, None, :])
         return self.final_norm(x), cache
 
-    def begin(
+    def _begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], subtree_end: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T T"], dict[Rope, tuple[Array, Array]]]:
         """What the first layer takes: embeddings, which token sees which, cos and sin of every rope."""
