@@ -46,14 +46,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```"""
-_ASK = """```python
+_ASK = """{fence}python
 prompt = {prompt!r}
 inputs = tokenizer.apply_chat_template(
     [{{"role": "user", "content": prompt}}], add_generation_prompt=True, return_tensors="pt", return_dict=True{options}
 )
 output = model.generate(**inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens={tokens})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```"""
+{fence}"""
 
 
 def card_of_run(config: Config, *, form: str, base: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -121,7 +121,9 @@ def _introduction(base: str, adapter: bool) -> str:
 
 def _ask(config: Config, prompt: str) -> str:
     options = "" if config.data.chat.enable_thinking else ",\n    enable_thinking=False"
-    text = _ASK.format(prompt=prompt, options=options, tokens=config.eval.max_new_tokens)
+    # Longer than any in the prompt, which would end the block.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", prompt)), default=0))
+    text = _ASK.format(fence=fence, prompt=prompt, options=options, tokens=config.eval.max_new_tokens)
     return (
         f"{text}\n\nSample at temperature 1 without top-p or top-k: any other setting changes the distribution. "
         f"Chat templates that print a date were given {config.data.chat.date} in training."

@@ -36,6 +36,13 @@ def test_adapter_and_merged_say_how_to_load():
             ast.parse(block)
 
 
+@pytest.mark.parametrize("prompt", ["Write ``` and `one`", "````\nfour\n````", "none"])
+def test_a_prompt_with_fences_stays_inside_its_block(prompt):
+    fence, block = re.findall(r"^(`{3,})python\n(prompt = .*?)^\1$", card(prompt=prompt), re.DOTALL | re.MULTILINE)[0]
+    assert fence not in block
+    assert ast.literal_eval(ast.parse(block).body[0].value) == prompt
+
+
 def test_figures_are_those_measured():
     text = card(summaries={"before": {"splits": {}}, "after": SUMMARY})
     assert "| exact KL, nats | – | 0.0302 |" in text
