@@ -11,7 +11,8 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 from cft_jax.common.mirror import local_workdir
 from cft_jax.common.stores import is_remote, reaching
-from cft_jax.evaluate.report.comparison import read_runs, render_comparison
+from cft_jax.evaluate.report.page import render_page
+from cft_jax.evaluate.report.runs import read_runs
 
 
 def start(output: str, places: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def start(output: str, places: Sequence[str]) -> None:
         raise UserError(f"--output={output} is a directory; name a file in it, as in {output}/comparison.html")
     with contextlib.ExitStack() as mirrors:
         runs = [mirrors.enter_context(local_workdir(place, write=False, flag="RUN")) for place in places]
-        page = render_comparison(read_runs(runs))
+        page = render_page(read_runs(runs))
     if is_remote(output):
         with reaching(output, "--output"):
             file.write_text(page)

@@ -14,8 +14,9 @@ from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.mirror import local_workdir
 from cft_jax.config import Config, validate
 from cft_jax.evaluate.backends.load import load_measured_model
-from cft_jax.evaluate.report.comparison import read_runs, render_comparison
-from cft_jax.evaluate.report.overview import all_summary, headline_figures
+from cft_jax.evaluate.report.overview import all_summary, headline_metrics
+from cft_jax.evaluate.report.page import render_page
+from cft_jax.evaluate.report.runs import read_runs
 from cft_jax.evaluate.results import SUMMARY
 from cft_jax.evaluate.suites.runner import run_suite, run_suites, selected_suites
 from cft_jax.runs.workdir import setting_up
@@ -32,7 +33,7 @@ def start(config: Config, place: str) -> None:
     use_compilation_cache()
     with local_workdir(place, write=jax.process_index() == 0) as workdir:
         summary = run(config, workdir)
-    suites = summary.get("suites", {summary["suite"]: {"figures": headline_figures(summary)}})
+    suites = summary.get("suites", {summary["suite"]: {"figures": headline_metrics(summary)}})
     for suite, entry in suites.items():
         shown = ", ".join(f"{title} {value:.4g}" for title, value in entry.get("figures", {}).items())
         logging.info("%s: %s", suite, entry.get("missing", shown))
@@ -65,7 +66,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         if writes:
             write_json(workdir / SUMMARY, summary)
     if writes:
-        write_atomically(workdir / "report.html", render_comparison(read_runs([workdir])))
+        write_atomically(workdir / "report.html", render_page(read_runs([workdir])))
     if "incomplete" in summary:
         raise UserError(summary["incomplete"])
     return summary

@@ -9,7 +9,7 @@ from cft_jax.checkpoints.directories import check_free
 from cft_jax.common.mirror import local_workdir
 from cft_jax.config import from_config_dict, read_config
 from cft_jax.evaluate.report.model_card import card_of_run
-from cft_jax.evaluate.report.page import STAGES
+from cft_jax.evaluate.report.runs import STAGES
 from cft_jax.evaluate.suites.structured.suite import SUITE, read_results
 from cft_jax.runs.trained import load_trained
 from cft_jax.sharding import distributed

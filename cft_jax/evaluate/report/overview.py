@@ -1,102 +1,93 @@
-"""The headline figures of all suites in one table, and why some are missing."""
+"""The headline metrics of all suites: as `summary.json` has them, and as a table of a page."""
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cft_jax.evaluate.report.side_by_side import Run, figure_of, head_row, table, value_cells
+from cft_jax.evaluate.report.runs import Run
+from cft_jax.evaluate.report.tables import Cell, Row, Table, flat, metric_table, section_at, value_at
 from cft_jax.evaluate.results import ALL
 from cft_jax.evaluate.suites.protocol import Headline
 from cft_jax.evaluate.suites.registry import SUITES
 
 
+def suites_of(runs: Sequence[Run]) -> list[str]:
+    """The suites of these runs in the registry's order, unknown ones last."""
+    names = dict.fromkeys(run.summary["suite"] for run in runs)
+    return [*(name for name in SUITES if name in names), *(name for name in names if name not in SUITES)]
+
+
+def suite_title(suite: str) -> str:
+    """A suite's name for readers."""
+    return SUITES[suite].title if suite in SUITES else suite
+
+
 def headlines_of(suite: str, summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
     """A suite's headlines: fixed ones, and those of the lm-eval tasks that somebody named."""
-    named = {name for summary in summaries for name in summary.get("settings", {}).get("tasks", ())}
-    of_tasks = task_headlines(summaries) if suite == "retention" else []
+    named = {name for summary in summaries for name in section_at(summary, ("settings",)).get("tasks", ())}
+    of_tasks = task_headlines(summaries)
     # A tag stands for tasks of other names, so that all there are count.
-    chosen = [headline for headline in of_tasks if headline.path[2] in named] or of_tasks
-    return [*SUITES[suite].headlines, *chosen]
+    fixed = SUITES[suite].headlines if suite in SUITES else ()
+    return [*fixed, *([task for task in of_tasks if task.path[2] in named] or of_tasks)]
 
 
 def task_headlines(summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
     """A headline for every metric of every lm-eval task in these summaries."""
-    found: dict[tuple[str, str], Headline] = {}
+    headlines: dict[tuple[str, ...], Headline] = {}
     for summary in summaries:
-        section = summary.get("lm_eval", {"tasks": {}})
-        for task, figures in section["tasks"].items():
-            for key in figures:
-                metric, _, chosen = key.partition(",")
-                higher = section["higher_is_better"].get(task, {}).get(metric)
-                if metric.endswith("_stderr") or higher is None:
-                    continue
-                title = ", ".join([task, metric] + ([] if chosen == "none" else [chosen]))
+        section = section_at(summary, ("lm_eval",))
+        for task, key in flat(section.get("tasks", {})):
+            metric, _, variant = key.partition(",")
+            higher = section["higher_is_better"].get(task, {}).get(metric)
+            if higher is not None and not metric.endswith("_stderr"):
+                title = ", ".join([task, metric] + ([] if variant in ("", "none") else [variant]))
                 is_share = metric.startswith(("acc", "exact_match"))
-                path = ("lm_eval", "tasks", task, key)
-                found[task, key] = Headline(title, path, 1 if higher else -1, is_share)
-    return list(found.values())
+                headlines[task, key] = Headline(title, ("lm_eval", "tasks", task, key), 1 if higher else -1, is_share)
+    return list(headlines.values())
 
 
-def headline_figures(summary: Mapping[str, Any]) -> dict[str, float | int]:
-    """A suite's headline figures by title; those that were not computed are absent."""
-    found = {h.title: figure_of(summary, h.path) for h in headlines_of(summary["suite"], [summary])}
-    return {title: value for title, value in found.items() if value is not None}
+def headline_metrics(summary: Mapping[str, Any]) -> dict[str, float | int]:
+    """A suite's headline metrics by title; those that were not computed are absent."""
+    values = {
+        headline.title: value_at(summary, headline.path) for headline in headlines_of(summary["suite"], [summary])
+    }
+    return {title: value for title, value in values.items() if value is not None}
 
 
 def all_summary(summaries: Mapping[str, Mapping[str, Any]], *, checkpoint: str) -> dict[str, Any]:
-    """The contents of `summary.json` over several suites: by suite its headline figures, or why they are missing."""
+    """The contents of `summary.json` over several suites: by suite its headline metrics, or why they are missing."""
     return {
         "suite": ALL,
         "checkpoint": checkpoint,
         "suites": {
             name: {"missing": summary["missing"]}
             if "missing" in summary
-            else {"figures": headline_figures(summary)}
+            else {"figures": headline_metrics(summary)}
             | {key: summary[key] for key in ("incomplete",) if key in summary}
             for name, summary in summaries.items()
         },
     }
 
 
-def overview_table(runs: Sequence[Run], styles: Mapping[str, int]) -> str:
-    """A column per model, rows by suite; below it the reasons for what is missing. Empty for a single suite."""
-    suites = [suite for suite in SUITES if any(run.summary["suite"] == suite for run in runs)]
+def overview_table(runs: Sequence[Run]) -> Table | None:
+    """A column per model, rows by suite; None for a single suite."""
+    suites, models = suites_of(runs), models_of(runs)
     if len(suites) < 2:
-        return ""
-    of = {(run.name, run.summary["suite"]): run.summary for run in runs}
-    # The first run of every model stands for it in the head.
-    models = list({run.name: run for run in reversed(runs)}.values())[::-1]
-    rows = "".join(_suite_rows(suite, [of.get((model.name, suite)) for model in models]) for suite in suites)
-    return f"<h2>All suites</h2>{table(head_row(models, '', styles), rows)}{_reasons(runs)}"
+        return None
+    by_name = {(run.name, run.summary["suite"]): run for run in runs}
+    rows: list[Row] = []
+    for suite in suites:
+        of_suite = [by_name.get((model.name, suite), Run(model.name, {}, style=model.style)) for model in models]
+        rows.append(Row(suite_title(suite), [Cell(_status(run)) for run in of_suite], is_heading=True))
+        summaries = [run.summary for run in of_suite if "missing" not in run.summary]
+        table = metric_table(of_suite, headlines_of(suite, summaries))
+        rows += table.rows if table is not None else []
+    return Table(models, [""], rows)
 
 
-def _suite_rows(suite: str, summaries: Sequence[Mapping[str, Any] | None]) -> str:
-    there = [summary for summary in summaries if summary is not None and "missing" not in summary]
-    notes = [
-        "not run" if summary is None else next((key for key in ("missing", "incomplete") if key in summary), "")
-        for summary in summaries
-    ]
-    cells = "".join(f'<td style="text-align:right">{note}</td>' for note in notes)
-    rows = f'<tr class="head"><td>{SUITES[suite].title}</td>{cells}</tr>'
-    for headline in headlines_of(suite, there):
-        values = [figure_of(summary or {}, headline.path) for summary in summaries]
-        if any(value is not None for value in values):
-            shown = value_cells(values, headline.is_share, headline.better)
-            rows += f"<tr><td>{html.escape(headline.title)}</td>{shown}</tr>"
-    return rows
+def models_of(runs: Sequence[Run]) -> list[Run]:
+    """The first run of every model, which stands for it."""
+    return list({run.name: run for run in reversed(runs)}.values())[::-1]
 
 
-def _reasons(runs: Sequence[Run]) -> str:
-    """Why something is missing, said once for all models that lack it."""
-    lacking: dict[tuple[str, str], list[str]] = {}
-    for run in runs:
-        for key in ("missing", "incomplete"):
-            if key in run.summary:
-                lacking.setdefault((run.summary["suite"], run.summary[key]), []).append(run.name)
-    if not lacking:
-        return ""
-    items = "".join(
-        f"<li><b>{SUITES[suite].title}</b> ({html.escape(', '.join(names))}): {html.escape(reason)}</li>"
-        for (suite, reason), names in lacking.items()
-    )
-    return f'<p class="note">Missing:</p><ul class="note">{items}</ul>'
+def _status(run: Run) -> str:
+    return next((key for key in ("missing", "incomplete") if key in run.summary), "" if run.summary else "not run")

@@ -1,75 +1,82 @@
-"""Which prompts a report shows, and their distributions before and after."""
+"""Which prompts a page shows, and their distributions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
-from cft_jax.evaluate.report.plots import Panel
+from cft_jax.evaluate.report.runs import Run
 from cft_jax.evaluate.store import Record
 
 _GREEK = {
     "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "mu": "μ", "mu1": "μ₁", "mu2": "μ₂", "nu": "ν",
     "sigma": "σ", "x0": "x₀", "xm": "xₘ", "d1": "d₁", "d2": "d₂",
 }  # fmt: skip
-# Families in the order in which they are worth seeing: shapes that differ come first.
-_FAMILY_ORDER = (
-    "gaussian", "binomial", "exponential", "triangular", "beta", "poisson", "lognormal", "uniform", "gamma", "skellam",
-    "cauchy", "geometric", "weibull", "beta_binomial", "laplace", "truncnorm", "hypergeometric", "gumbel", "maxwell",
+# The user's own prompts, then families in the order in which they are worth seeing: shapes that differ come first.
+_ORDER = (
+    "custom", "gaussian", "binomial", "exponential", "triangular", "beta", "poisson", "lognormal", "uniform", "gamma",
+    "skellam", "cauchy", "geometric", "weibull", "beta_binomial", "laplace", "truncnorm", "hypergeometric", "gumbel",
+    "maxwell",
 )  # fmt: skip
 _TITLE_LENGTH = 48
 
 Key = tuple[str, str]
 
 
-def figure_key(record: Record) -> Key:
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One prompt's distributions.
+
+    Attributes:
+      title: the family, or the beginning of the prompt.
+      subtitle: its parameters.
+      kind: `continuous`, `discrete` (integers or listed numbers) or `text`.
+      values: the strings.
+      target: their probabilities.
+      models: a model's probabilities of them, not renormalised, by the model's style; the last matters most.
+    """
+
+    title: str
+    subtitle: str
+    kind: str
+    values: tuple[str, ...]
+    target: Float[np.ndarray, "N"]
+    models: Mapping[int, Float[np.ndarray, "N"]]
+
+
+def record_key(record: Record) -> Key:
     """What tells prompts apart."""
     return record["split"], record["task_id"]
 
 
-def choose_panels(
-    records: Mapping[str, Sequence[Record]], styles: Mapping[str, int], splits: Sequence[str], limit: int
-) -> list[tuple[Key, Panel]]:
-    """The prompts to show, at most `limit`, with their keys.
-
-    One prompt per family, by splits in turn as they are given; the user's own prompts come before all families.
+def choose_panels(runs: Sequence[Run], splits: Sequence[str], limit: int) -> list[tuple[Key, Panel]]:
+    """The prompts to show, with their keys: one per family, by splits in turn, and the user's own before all families.
 
     Args:
-      records: by stage (`before` and `after`) or by run; only those with a `distribution` can be shown.
-      styles: by stage or run, as in `Panel`.
+      runs: of the structured suite; only prompts whose records have a `distribution` can be shown.
       splits: the splits, most interesting first.
-      limit: at most so many.
+      limit: at most so many prompts.
     """
-    kept = {
-        stage: {figure_key(record): record for record in rows if "distribution" in record}
-        for stage, rows in records.items()
-    }
-    latest = {key: record for rows in kept.values() for key, record in rows.items()}
-    queues = [
-        sorted((key for key in latest if key[0] == split), key=lambda key: (_rank(latest[key]), key))
-        for split in splits
-    ]
-    chosen, groups = [], set()
+    shown: dict[Key, dict[int, Record]] = {}
+    for run in runs:
+        for record in run.records:
+            if "distribution" in record:
+                shown.setdefault(record_key(record), {})[run.style] = record
+    groups = {key: next(iter(records.values()))["group"] for key, records in shown.items()}
+    rank = {group: _ORDER.index(group) if group in _ORDER else len(_ORDER) for group in groups.values()}
+    queues = [sorted((key for key in shown if key[0] == s), key=lambda key: (rank[groups[key]], key)) for s in splits]
+    chosen: list[Key] = []
     while any(queues) and len(chosen) < limit:
         for queue in queues:
-            while queue and len(chosen) < limit:
-                key = queue.pop(0)
-                if latest[key]["group"] not in groups or latest[key]["group"] == "custom":
-                    groups.add(latest[key]["group"])
-                    chosen.append(key)
-                    break
-    return [(key, _panel({stage: rows[key] for stage, rows in kept.items() if key in rows}, styles)) for key in chosen]
+            taken = {groups[key] for key in chosen} - {"custom"}
+            queue[:] = [key for key in queue if groups[key] not in taken]
+            chosen += [queue.pop(0)] if queue and len(chosen) < limit else []
+    return [(key, _panel(shown[key])) for key in chosen]
 
 
-def _rank(record: Record) -> int:
-    group = record["group"]
-    if group == "custom":
-        return -1
-    return _FAMILY_ORDER.index(group) if group in _FAMILY_ORDER else len(_FAMILY_ORDER)
-
-
-def _panel(stages: Mapping[str, Record], styles: Mapping[str, int]) -> Panel:
-    shown = next(iter(stages.values()))["distribution"]
-    models = {stage: np.array(record["distribution"]["model"], np.float64) for stage, record in stages.items()}
+def _panel(records: Mapping[int, Record]) -> Panel:
+    shown = next(iter(records.values()))["distribution"]
     title = shown["title"].strip()
     return Panel(
         title=title if len(title) <= _TITLE_LENGTH else title[: _TITLE_LENGTH - 1].rstrip() + "…",
@@ -77,6 +84,5 @@ def _panel(stages: Mapping[str, Record], styles: Mapping[str, int]) -> Panel:
         kind=shown["kind"],
         values=tuple(shown["values"]),
         target=np.array(shown["target"], np.float64),
-        models=models,
-        styles=styles,
+        models={style: np.array(r["distribution"]["model"], np.float64) for style, r in records.items()},
     )

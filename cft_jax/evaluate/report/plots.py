@@ -1,8 +1,8 @@
-"""Plots of evaluations: the target against the model before and after, calibration, the loss.
+"""Plots of evaluations: the target against the models, calibration, bars of metrics, the loss.
 
 Functions draw on given axes and know nothing of files; `svg` and `png` turn a figure into bytes. Colours are the same
-everywhere (target grey, before orange, after blue: told apart by colour-blind readers too), and before is dashed, so
-that a grey print still tells them apart.
+everywhere (target grey, the first model orange, the second blue: told apart by colour-blind readers too), and the first
+is dashed, so that a grey print still tells them apart.
 """
 
 import contextlib
@@ -11,12 +11,10 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,22 +22,16 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from cft_jax.evaluate.metrics.exact import as_numbers
+from cft_jax.evaluate.report.panels import Panel
 
-# Each colour stands for a CSS variable of the report, which has a light, a dark and a printed value of it.
-INK, MUTED, GRID = "#1b1f29", "#667085", "#e4e7ed"
-TARGET, BEFORE, AFTER = "#d3d8e0", "#d9730d", "#1f6feb"
-GREEN, PURPLE, RED, TEAL = "#0f8a5f", "#8b46c8", "#cf3341", "#0e8ea8"
-_CSS_VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "grid",
-    TARGET: "target",
-    BEFORE: "before",
-    AFTER: "after",
-    GREEN: "green",
-    PURPLE: "purple",
-    RED: "red",
-    TEAL: "teal",
+# Each colour stands for a CSS variable of the page, which has a light and a dark value of it.
+INK, MUTED, GRID, TARGET = "#1b1f29", "#667085", "#e4e7ed", "#d3d8e0"
+# Colour, dashes and dot by number of a style; style.html has the same colours in the same order.
+COLOURS = BEFORE, AFTER, *_ = ("#d9730d", "#1f6feb", "#0f8a5f", "#8b46c8", "#cf3341", "#0e8ea8")
+_DASHES = ((0, (3.2, 1.6)), "solid", (0, (6, 1.5, 1.2, 1.5)), (0, (1.2, 1.2)), (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)))
+_MARKERS = ("D", "o", "s", "^", "v", "P")
+_CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", TARGET: "target"} | {
+    colour: f"run{style}" for style, colour in enumerate(COLOURS)
 }
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -49,9 +41,7 @@ _STYLE: dict[Any, Any] = {
     "axes.labelcolor": MUTED,
     "axes.labelsize": 8.5,
     "axes.linewidth": 0.8,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 9.5,
@@ -64,66 +54,18 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
     "legend.labelcolor": INK,
     "svg.fonttype": "none",
-    "xtick.color": MUTED,
+    **dict.fromkeys(("xtick.color", "ytick.color"), MUTED),
     "xtick.major.size": 3,
-    "ytick.color": MUTED,
     "ytick.major.size": 0,
 }
 _CAPTION: dict[str, Any] = {"fontsize": 8, "color": MUTED, "pad": 4}
 _MAX_BARS = 45
 _DENSITY_BINS = 44
 _MAX_STEPS = 160
-# Labels of text values stand upright while they have no more characters than this in all.
+# Labels below a plot are slanted where they have more characters than this in all.
 _LABEL_CHARACTERS = 80
 # Where continuous targets are cut in plots: a heavy tail would leave nothing to see of the middle.
 _SHOWN_QUANTILES = (0.01, 0.99)
-
-
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """One prompt's distributions.
-
-    Attributes:
-      title: the family, or the beginning of the prompt.
-      subtitle: its parameters.
-      kind: `continuous`, `discrete` (integers or listed numbers) or `text`.
-      values: the strings.
-      target: their probabilities.
-      models: name → a model's probabilities of them, not renormalised; the last is the one that matters most.
-      styles: name → number of a model's style, the same in every plot of a page.
-    """
-
-    title: str
-    subtitle: str
-    kind: str
-    values: tuple[str, ...]
-    target: Float[np.ndarray, "N"]
-    models: Mapping[str, Float[np.ndarray, "N"]]
-    styles: Mapping[str, int]
-
-
-# Colour, line and dot by number of a style.
-COLOURS = (BEFORE, AFTER, GREEN, PURPLE, RED, TEAL)
-_DASHES = ((0, (3.2, 1.6)), "solid", (0, (6, 1.5, 1.2, 1.5)), (0, (1.2, 1.2)), (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)))
-_MARKERS = ("D", "o", "s", "^", "v", "P")
-STAGE_STYLES = {"before": 0, "after": 1}
-
-
-def colour_variable(style: int) -> str:
-    """The CSS variable of a style's colour."""
-    return _CSS_VARIABLES[COLOURS[style % len(COLOURS)]]
-
-
-def line_style(style: int) -> dict[str, Any]:
-    """How matplotlib draws a style's line."""
-    style %= len(COLOURS)
-    return {"color": COLOURS[style], "linestyle": _DASHES[style], "linewidth": 1.7 if style else 1.5}
-
-
-def _dot(style: int) -> dict[str, Any]:
-    style %= len(COLOURS)
-    size = {"markersize": 3.8} if style else {"markersize": 3.2, "fillstyle": "none", "markeredgewidth": 1.1}
-    return {"color": COLOURS[style], "marker": _MARKERS[style], "linestyle": "none", **size}
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -136,14 +78,12 @@ def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Fi
 
 def panel_figure(panel: Panel) -> Figure:
     """One prompt: probabilities beside their cumulative sums; text values have no order, so only the former."""
-    if panel.kind == "text":
-        figure, axes = new_figure(5.6, 1.95, 1, 1)
-    else:
-        figure, axes = new_figure(5.6, 1.95, 1, 2)
-        draw_cumulative(axes[1], panel)
-        axes[1].set_title("cumulative probability", **_CAPTION)
+    figure, axes = new_figure(5.6, 1.95, 1, 1 if panel.kind == "text" else 2)
     draw_probabilities(axes[0], panel)
     axes[0].set_title("density" if panel.kind == "continuous" else "probability", **_CAPTION)
+    if panel.kind != "text":
+        draw_cumulative(axes[1], panel)
+        axes[1].set_title("cumulative probability", **_CAPTION)
     return figure
 
 
@@ -157,8 +97,9 @@ def gallery_figure(panels: Sequence[Panel], columns: int) -> Figure:
         ax.text(0, 1.03, panel.subtitle, transform=ax.transAxes, color=MUTED, fontsize=8, va="bottom")
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
+    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **_line(style)) for style in (0, 1))]
     with matplotlib.rc_context(_STYLE):
-        figure.legend(*_legend_entries(), loc="outside upper right", ncols=3)
+        figure.legend(handles, ["target", "before training", "after training"], loc="outside upper right", ncols=3)
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.set(w_pad=0.12, h_pad=0.14)  # type: ignore[call-arg]
@@ -183,37 +124,33 @@ def draw_cumulative(ax: Axes, panel: Panel) -> None:
     # Thousands of steps would only weigh down the page.
     inside = np.flatnonzero((numbers >= low) & (numbers <= high))
     taken = inside[np.unique(np.linspace(0, inside.size - 1, _MAX_STEPS).astype(int))]
-    places = np.concatenate([[low], numbers[taken], [high]])
+    edges = np.concatenate([[low], numbers[taken], [high]])
 
     def heights(masses: np.ndarray) -> np.ndarray:
         cumulative = np.append(0.0, np.cumsum(masses))
         return cumulative[np.concatenate([[taken[0]], taken + 1, [taken[-1] + 1]])]
 
-    ax.fill_between(places, heights(target), step="post", color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.step(places, heights(q), where="post", **line_style(panel.styles[name]))
-    ax.set_xlim(low, high)
-    ax.set_ylim(0, 1.02)
-    ax.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    ax.fill_between(edges, heights(target), step="post", color=TARGET, linewidth=0)
+    for style, q in models.items():
+        ax.step(edges, heights(q), where="post", **_line(style))
+    ax.set(xlim=(low, high), ylim=(0, 1.02), yticks=[0, 0.25, 0.5, 0.75, 1.0])
     if panel.kind == "discrete":
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def calibration_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], styles: Mapping[str, int]) -> Figure:
+def calibration_figure(curves: Mapping[int, Mapping[str, Sequence[float]]]) -> Figure:
     """The model's share below the target's quantiles, averaged over families; the diagonal is perfect.
 
     Args:
-      curves: by model, the `calibration` section of a split's summary.
-      styles: by model, as in `Panel`.
+      curves: by a model's style, the `calibration` section of a split's summary.
     """
     figure, (ax,) = new_figure(4.1, 3.6, 1, 1)
     levels = np.linspace(0, 1, len(next(iter(curves.values()))["model"]) + 1)
     ax.plot([0, 1], [0, 1], color=TARGET, linewidth=5, solid_capstyle="round")
-    for name, curve in curves.items():
-        line = line_style(styles[name])
+    for style, curve in curves.items():
         low, high = (np.append(0.0, curve[key]) for key in ("cumulative_p10", "cumulative_p90"))
-        ax.fill_between(levels, low, high, color=line["color"], alpha=0.16, linewidth=0)
-        ax.plot(levels, np.append(0.0, np.cumsum(curve["model"])), **line)
+        ax.fill_between(levels, low, high, color=_line(style)["color"], alpha=0.16, linewidth=0)
+        ax.plot(levels, np.append(0.0, np.cumsum(curve["model"])), **_line(style))
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="target's share", ylabel="model's share", aspect="equal")
     ax.grid(True, axis="both")
     for axis in (ax.xaxis, ax.yaxis):
@@ -228,10 +165,8 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float]) -> Figure:
     window = max(1, len(values) // 40)
     ax.plot(steps, values, color=AFTER, linewidth=0.9 if window > 1 else 1.6, alpha=0.35 if window > 1 else 1.0)
     if window > 1:
-        smooth = np.convolve(
-            np.pad(values, (window // 2, (window - 1) // 2), mode="edge"), np.ones(window) / window, "valid"
-        )
-        ax.plot(steps, smooth, color=AFTER, linewidth=1.8)
+        padded = np.pad(values, (window // 2, (window - 1) // 2), mode="edge")
+        ax.plot(steps, np.convolve(padded, np.ones(window) / window, "valid"), color=AFTER, linewidth=1.8)
     if values.min() > 0 and values.max() > 20 * values.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 1000 * values.min() else (1,)))
@@ -240,6 +175,39 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float]) -> Figure:
     else:
         ax.set_ylim(bottom=0)
     ax.set(xlabel="step", ylabel="loss")
+    return figure
+
+
+def bars_figure(
+    labels: Sequence[str],
+    heights: Mapping[int, Sequence[float]],
+    *,
+    percent: bool,
+    uniform: bool = False,
+) -> Figure:
+    """Groups of bars, a bar per model; logarithmic where they differ much.
+
+    Args:
+      labels: of the groups.
+      heights: by a model's style; no bar where one is NaN.
+      percent: whether heights are shares.
+      uniform: whether a dotted line is drawn where all groups would be alike.
+    """
+    figure, (ax,) = new_figure(5.6, 2.6, 1, 1)
+    width = 0.8 / len(heights)
+    for index, (style, values) in enumerate(heights.items()):
+        centres = np.arange(len(labels)) - 0.4 + (index + 0.5) * width
+        ax.bar(centres, values, 0.92 * width, color=_line(style)["color"], linewidth=0)
+    if uniform:
+        ax.axhline(1 / len(labels), color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+    known = np.concatenate([np.asarray(values)[~np.isnan(values)] for values in heights.values()])
+    if known.min() > 0 and known.max() > 50 * known.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _label_bars(ax, labels)
     return figure
 
 
@@ -256,10 +224,13 @@ def svg(figure: Figure, name: str, description: str) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     element = text.getvalue()
     element = element[element.index("<svg") :]
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(r"<style type.*?</style>", "", element, flags=re.DOTALL)
-    element = re.sub(r' id="(figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend)[^"]*"', "", element)
-    element = re.sub(r"font-family: [^;\"]*;? ?", "", element)
+    for left_out in (
+        r"(?s)<metadata>.*?</metadata>",
+        r"(?s)<style type.*?</style>",
+        r' id="(figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend)[^"]*"',
+        r"font-family: [^;\"]*;? ?",
+    ):
+        element = re.sub(left_out, "", element)
     label = f'role="img" aria-label="{html.escape(description)}"'
     element = re.sub(r'(?<=<svg )([^>]*?)width="[^"]*" height="[^"]*"', lambda m: m[1] + label, element, count=1)
     for colour, variable in _CSS_VARIABLES.items():
@@ -283,22 +254,35 @@ def _any_script() -> Iterator[None]:
         yield
 
 
-def _legend_entries() -> tuple[list[Any], list[str]]:
-    handles = [Patch(facecolor=TARGET), *(Line2D([], [], **line_style(style)) for style in STAGE_STYLES.values())]
-    return handles, ["target", "before training", "after training"]
+def _line(style: int) -> dict[str, Any]:
+    """How matplotlib draws a model's line."""
+    style %= len(COLOURS)
+    return {"color": COLOURS[style], "linestyle": _DASHES[style], "linewidth": 1.7 if style else 1.5}
 
 
-def _sorted(panel: Panel) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.ndarray]]]:
+def _dot(style: int) -> dict[str, Any]:
+    style %= len(COLOURS)
+    size = {"markersize": 3.8} if style else {"markersize": 3.2, "fillstyle": "none", "markeredgewidth": 1.1}
+    return {"color": COLOURS[style], "marker": _MARKERS[style], "linestyle": "none", **size}
+
+
+def _label_bars(ax: Axes, labels: Sequence[str]) -> None:
+    fits = sum(len(label) + 2 for label in labels) < _LABEL_CHARACTERS
+    ax.set_xticks(
+        range(len(labels)), labels, rotation=0 if fits else 40, ha="center" if fits else "right", parse_math=False
+    )
+
+
+def _sorted(panel: Panel) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     numbers = as_numbers(panel.values)
     assert numbers is not None
     order = np.argsort(numbers, kind="stable")
-    return numbers[order], panel.target[order], [(name, q[order]) for name, q in panel.models.items()]
+    return numbers[order], panel.target[order], {style: q[order] for style, q in panel.models.items()}
 
 
 def _shown_range(numbers: np.ndarray, target: np.ndarray, kind: str) -> tuple[float, float]:
     """The range of a plot: where the target is, without its far tails."""
-    cumulative = np.cumsum(target)
-    low, high = np.searchsorted(cumulative, _SHOWN_QUANTILES)
+    low, high = np.searchsorted(np.cumsum(target), _SHOWN_QUANTILES)
     first, last = numbers[low], numbers[min(high, numbers.size - 1)]
     if kind == "discrete":
         return float(first) - 0.55, float(last) + 0.55
@@ -323,9 +307,9 @@ def _draw_density(ax: Axes, panel: Panel) -> None:
         return np.add.reduceat(masses[:end], starts) / np.diff(bounds)
 
     ax.stairs(density(target), bounds, fill=True, color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.stairs(density(q), bounds, baseline=None, **line_style(panel.styles[name]))
-    _limit_height(ax, density(target), [density(q) for _, q in models])
+    for style, q in models.items():
+        ax.stairs(density(q), bounds, baseline=None, **_line(style))
+    _limit_height(ax, density(target), [density(q) for q in models.values()])
     ax.set_xlim(low, high)
 
 
@@ -347,25 +331,24 @@ def _limit_height(ax: Axes, target: np.ndarray, models: Sequence[np.ndarray]) ->
 def _draw_bars(ax: Axes, panel: Panel) -> None:
     if panel.kind == "text":
         order = np.argsort(-panel.target, kind="stable")[:_MAX_BARS]
-        places, labels = np.arange(order.size, dtype=np.float64), [panel.values[i] for i in order]
-        fits = sum(len(label) + 2 for label in labels) < _LABEL_CHARACTERS
-        ax.set_xticks(places, labels, rotation=0 if fits else 40, ha="center" if fits else "right", parse_math=False)
-        target, models = panel.target[order], [(name, q[order]) for name, q in panel.models.items()]
+        centres, target = np.arange(order.size, dtype=np.float64), panel.target[order]
+        models = {style: q[order] for style, q in panel.models.items()}
+        _label_bars(ax, [panel.values[i] for i in order])
     else:
-        places, target, models = _sorted(panel)
-        ax.set_xlim(*_shown_range(places, target, panel.kind))
+        centres, target, models = _sorted(panel)
+        ax.set_xlim(*_shown_range(centres, target, panel.kind))
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    width = 0.8 * float(np.diff(places).min()) if places.size > 1 else 0.8
-    ax.bar(places, target, width, color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.plot(places, q, **_dot(panel.styles[name]))
-    _limit_height(ax, target, [q for _, q in models])
+    width = 0.8 * float(np.diff(centres).min()) if centres.size > 1 else 0.8
+    ax.bar(centres, target, width, color=TARGET, linewidth=0)
+    for style, q in models.items():
+        ax.plot(centres, q, **_dot(style))
+    _limit_height(ax, target, list(models.values()))
 
 
 def _draw_mass_lines(ax: Axes, panel: Panel) -> None:
     numbers, target, models = _sorted(panel)
     ax.fill_between(numbers, target, step="mid", color=TARGET, linewidth=0)
-    for name, q in models:
-        ax.step(numbers, q, where="mid", **line_style(panel.styles[name]))
+    for style, q in models.items():
+        ax.step(numbers, q, where="mid", **_line(style))
     ax.set_xlim(*_shown_range(numbers, target, panel.kind))
-    _limit_height(ax, target, [q for _, q in models])
+    _limit_height(ax, target, list(models.values()))

@@ -8,7 +8,8 @@ import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions import SpaceSettings, build_splits, task_from_spec
-from cft_jax.evaluate.report.comparison import read_runs, render_comparison
+from cft_jax.evaluate.report.page import render_page
+from cft_jax.evaluate.report.runs import read_runs
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.suites.structured.plan import Resolution
 from cft_jax.evaluate.suites.structured.settings import StructuredSettings
@@ -40,21 +41,21 @@ def test_runs_of_the_main_job_come_with_both_stages(root):
     assert [run.name for run in again] == ["base<1> (1)", "base<1> (2)"]
 
 
-def test_figures_and_differences(root):
-    page = render_comparison(read_runs([root / "base<1>", root / "soft/eval/structured/after"]))
+def test_metrics_and_differences(root):
+    page = render_page(read_runs([root / "base<1>", root / "soft/eval/structured/after"]))
     row = page[page.index("<td>total variation</td>") :].partition("</tr>")[0]
     # A share `off` of the mass is off the support: 0.8 and 0.1.
     assert "0.800" in row and "<b>0.100</b>" in row and "−0.700" in row
     assert "base&lt;1&gt;" in page and "base<1>" not in page
     assert page.count("<svg") == 2 + 1
     assert "http" not in page.replace("http://www.w3.org", "")
-    assert page == render_comparison(read_runs([root / "base<1>", root / "soft/eval/structured/after"]))
+    assert page == render_page(read_runs([root / "base<1>", root / "soft/eval/structured/after"]))
 
 
 def test_one_run_and_other_suites(root, tmp_path):
-    assert "differences to" not in render_comparison(read_runs([root / "base<1>"]))
+    assert "differences to" not in render_page(read_runs([root / "base<1>"]))
     (tmp_path / "summary.json").write_text(json.dumps({"suite": "mcq", "parse_rate": 0.75, "more": {"x": 0.25}}))
-    page = render_comparison(read_runs([root / "base<1>", tmp_path]))
+    page = render_page(read_runs([root / "base<1>", tmp_path]))
     assert "more x" in page and "75.0 %" in page and "not run" in page
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits, task_from_spec
 from cft_jax.evaluate.report import plots
-from cft_jax.evaluate.report.page import ReportData, read_report_data, render_report, write_report
-from cft_jax.evaluate.report.panels import choose_panels
+from cft_jax.evaluate.report.page import render_page, write_report
+from cft_jax.evaluate.report.panels import Panel, choose_panels
+from cft_jax.evaluate.report.runs import STAGES, Run, Training, read_training
 from cft_jax.evaluate.report.tables import number, percent
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.suites.structured.plan import Resolution
@@ -84,11 +85,11 @@ def workdir(tmp_path_factory, character_model, character_codec):
 def test_the_page_is_whole(workdir):
     page = checked(write_report(workdir).read_text(encoding="utf-8"))
     text = " ".join(page.text)
-    assert page.tags.count("svg") == 6 + 2
+    assert page.tags.count("svg") == 6 + 3
     assert "org/<model>" in text
-    for heading in ("What the model would answer", "By family", "Calibration and training", "Sampled answers"):
+    for heading in ("What the model would answer", "Metrics", "By family", "Calibration and training"):
         assert heading in text
-    # Exact figures of the two models: a share `off` of the mass is off the support.
+    # Exact metrics of the two models: a share `off` of the mass is off the support.
     assert re.search(r"total variation\s+0\.900\s+→\s+0\.0500", text)
     assert "5.00 %" not in text and "95.0 %" in text
     assert "script" not in page.tags and "alert(1)" in text
@@ -96,17 +97,44 @@ def test_the_page_is_whole(workdir):
 
 
 def test_the_same_data_give_the_same_bytes(workdir):
-    data = read_report_data(workdir)
-    assert render_report(data) == render_report(read_report_data(workdir))
+    assert render_page(*read_training(workdir)) == render_page(*read_training(workdir))
 
 
 @pytest.mark.parametrize("stages", [(), ("before",), ("after",)])
 def test_missing_stages(workdir, stages):
-    data = read_report_data(workdir)
-    part = ReportData("part", {stage: data.results[stage] for stage in stages}, data.metrics[:1], {})
-    text = " ".join(checked(render_report(part)).text)
+    runs, training = read_training(workdir)
+    part = Training("part", training.metrics[:1], {})
+    text = " ".join(checked(render_page([run for run in runs if run.name in stages], part)).text)
     assert ("No evaluation has finished" in text) == (not stages)
     assert "NaN" not in text and "None" not in text
+
+
+NAME = """<script>alert("&'")</script>"""
+
+
+def test_names_out_of_files_stay_text():
+    """Whatever a summary, a record or a configuration calls its parts, the page has them as text."""
+    sampled = {"num_prompts": 1, "sampled": {"valid_rate": 0.5}, "exact": {"total_variation": 0.5}}
+    split = sampled | {"left_out": {NAME: {NAME: 1}}, "lenient_parses": {NAME: 2}, "families": {NAME: sampled}}
+    curve = {"target": [1.0], "model": [0.5], "cumulative_p10": [0.5], "cumulative_p90": [0.5]}
+    shown = {"title": NAME, "parameters": {NAME: 1.0}, "kind": "text", "values": [NAME], "target": [1], "model": [1]}
+    record = {"split": NAME, "task_id": NAME, "group": NAME, "distribution": shown}
+    head = {"checkpoint": NAME, "fingerprint": NAME, "settings": {NAME: NAME}}
+    lm_eval = {"tasks": {NAME: {"acc": 0.5}}, "higher_is_better": {NAME: {"acc": True}}}
+    summaries = [
+        {"suite": "structured", "splits": {NAME: split | {"calibration": curve}}},
+        {"suite": "retention", "lm_eval": lm_eval},
+        {"suite": "perplexity", "slices": {NAME: {"covering": {"bits_per_byte": 1.0}}}},
+        {"suite": "noveltybench", "missing": NAME},
+        {"suite": NAME, NAME: 1.0},
+    ]
+    runs = [Run(f"{NAME} {style}", head | s, [record], style) for style in (0, 1) for s in summaries]
+    config = {"config": {NAME: NAME, "model": {"checkpoint": NAME}}, "revision": NAME, "devices": NAME}
+    for page in (render_page(runs), render_page(runs[:5]), render_page(runs, Training(NAME, [], config))):
+        checker = checked(page)
+        assert "script" not in checker.tags
+        for section in ("What the model would answer", "By family", "Calibration", "All suites", "What was left out"):
+            assert section in " ".join(checker.text)
 
 
 def test_an_empty_directory_has_a_page(tmp_path):
@@ -114,21 +142,21 @@ def test_an_empty_directory_has_a_page(tmp_path):
 
 
 def test_panels_show_every_family_once_and_custom_first(workdir):
-    results = {stage: result.records for stage, result in read_report_data(workdir).results.items()}
-    chosen = choose_panels(results, plots.STAGE_STYLES, ["test_unseen_params", "test_ood_family"], 10)
+    runs, _ = read_training(workdir)
+    chosen = choose_panels(runs, ["test_unseen_params", "test_ood_family"], 10)
     titles = [panel.title for _, panel in chosen]
     assert titles[0].startswith("Pick <script>")
     assert sorted(titles[1:]) == ["Binomial", "Cauchy", "Exponential", "Gaussian", "Poisson"]
-    assert len(choose_panels(results, plots.STAGE_STYLES, ["test_unseen_params", "test_ood_family"], 3)) == 3
+    assert len(choose_panels(runs, ["test_unseen_params", "test_ood_family"], 3)) == 3
     gaussian = next(panel for _, panel in chosen if panel.title == "Gaussian")
     assert gaussian.subtitle.startswith("μ = ") and gaussian.kind == "continuous"
-    assert list(gaussian.models) == ["before", "after"]
-    assert gaussian.models["before"].sum() == pytest.approx(0.1, abs=1e-4)
+    assert list(gaussian.models) == [0, 1]
+    assert gaussian.models[0].sum() == pytest.approx(0.1, abs=1e-4)
 
 
 def panel(kind, values, target, **models):
-    arrays = {name: np.array(q) for name, q in models.items()}
-    return plots.Panel("Title", "", kind, tuple(map(str, values)), np.array(target), arrays, plots.STAGE_STYLES)
+    arrays = {STAGES.index(name): np.array(q) for name, q in models.items()}
+    return Panel("Title", "", kind, tuple(map(str, values)), np.array(target), arrays)
 
 
 def drawn(shown):
@@ -182,8 +210,7 @@ def test_degenerate_and_long_panels_draw():
 
 
 def test_gallery_is_a_png(workdir):
-    results = {stage: result.records for stage, result in read_report_data(workdir).results.items()}
-    panels = [panel for _, panel in choose_panels(results, plots.STAGE_STYLES, ["test_unseen_params"], 4)]
+    panels = [panel for _, panel in choose_panels(read_training(workdir)[0], ["test_unseen_params"], 4)]
     assert plots.png(plots.gallery_figure(panels, 3), 40).startswith(b"\x89PNG")
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.evaluate.__main__ import run
-from cft_jax.evaluate.report.comparison import read_runs, render_comparison
-from cft_jax.evaluate.report.overview import all_summary, headline_figures
-from cft_jax.evaluate.report.side_by_side import Run
+from cft_jax.evaluate.report.overview import all_summary, headline_metrics
+from cft_jax.evaluate.report.page import render_page
+from cft_jax.evaluate.report.runs import Run, read_runs
 from cft_jax.evaluate.suites.registry import SUITES
 from cft_jax.main import run as train
 
@@ -51,13 +51,13 @@ def test_those_that_lack_something_are_named(measured):
     assert "suite.noveltybench.data" in summary["suites"]["noveltybench"]["missing"]
     for name in there:
         whole = json.loads((measured / "base" / name / "summary.json").read_text())
-        assert summary["suites"][name]["figures"] == headline_figures(whole) != {}
+        assert summary["suites"][name]["figures"] == headline_metrics(whole) != {}
     page = (measured / "base/report.html").read_text(encoding="utf-8")
     assert "suite.perplexity.data" in page and "unique answers" in page and "missing" in page
 
 
 def test_compared(measured):
-    page = render_comparison(read_runs([measured / "base", measured / "soft"]))
+    page = render_page(read_runs([measured / "base", measured / "soft"]))
     table = page[page.index("All suites") :].partition("</table>")[0]
     assert table.count('<tr class="head">') == 6 and table.count(">missing</td>") == 6
     assert table.count(">base</th>") == table.count(">soft</th>") == 1
@@ -65,9 +65,9 @@ def test_compared(measured):
     assert page.count("config.suite.perplexity.data is empty") == 1 and "(base, soft)" in page
     # The same weights twice: no differences anywhere.
     assert "±0" in page and "+" not in "".join(page[page.index("<body>") :].split("±")[1:3])
-    assert page == render_comparison(read_runs([measured / "base", measured / "soft"]))
+    assert page == render_page(read_runs([measured / "base", measured / "soft"]))
     # Directories of single suites make the same rows.
-    single = render_comparison(read_runs([measured / "base/open_random", measured / "soft/open_random"]))
+    single = render_page(read_runs([measured / "base/open_random", measured / "soft/open_random"]))
     assert "unique answers" in single and "All suites" not in single and single.count("<svg") == 1
 
 
@@ -83,16 +83,16 @@ def test_a_table_without_a_model_by_hand():
 
 
 def test_tasks_of_lm_eval_have_rows_too():
-    def run_of(name, **tasks):
+    def run_of(name, style, **tasks):
         better = {"arc": {"acc": True, "alias": None}, "wiki": {"bits": False}}
         section = {"version": "0", "tasks": tasks, "higher_is_better": better}
         summary = {"suite": "retention", "settings": {"tasks": ["arc", "wiki"]}, "lm_eval": section}
-        return [Run(name, summary, []), Run(name, {"suite": "mcq", "missing": "no prompt"}, [])]
+        return [Run(name, summary, (), style), Run(name, {"suite": "mcq", "missing": "no prompt"}, (), style)]
 
-    base = run_of("base", arc={"acc,none": 0.5, "acc_stderr,none": 0.1}, wiki={"bits,none": 2.0})
-    soft = run_of("soft", arc={"acc,none": 0.25, "acc_stderr,none": 0.1})
-    assert headline_figures(base[0].summary) == {"arc, acc": 0.5, "wiki, bits": 2.0}
-    page = render_comparison([*base, *soft])
+    base = run_of("base", 0, arc={"acc,none": 0.5, "acc_stderr,none": 0.1}, wiki={"bits,none": 2.0})
+    soft = run_of("soft", 1, arc={"acc,none": 0.25, "acc_stderr,none": 0.1})
+    assert headline_metrics(base[0].summary) == {"arc, acc": 0.5, "wiki, bits": 2.0}
+    page = render_page([*base, *soft])
     table = page[page.index("All suites") :].partition("</table>")[0]
     assert "<td>arc, acc</td><td><b>50.0 %</b></td><td>25.0 %<br><small>−25.0 points</small></td>" in table
     assert "wiki, bits" in table and "stderr" not in table and "TinyBenchmarks" not in page

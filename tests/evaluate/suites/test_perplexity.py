@@ -16,7 +16,8 @@ from cft_jax.config.suites import PerplexityConfig
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.metrics import Window, covering_windows, sliding_windows
-from cft_jax.evaluate.report.comparison import read_runs, render_comparison
+from cft_jax.evaluate.report.page import render_page
+from cft_jax.evaluate.report.runs import read_runs
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.suites.perplexity import run_perplexity
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
@@ -226,6 +227,6 @@ def test_the_command(data, checkpoint, configured, tmp_path):
 def test_models_side_by_side(data, checkpoint, tmp_path):
     for name in ("base", "soft"):
         run_perplexity(Uniform(), checkpoint[1], settings(data), Results(tmp_path / name, name, write=True))
-    page = render_comparison(read_runs([tmp_path / "base", tmp_path / "soft"]))
+    page = render_page(read_runs([tmp_path / "base", tmp_path / "soft"]))
     assert "Bits per byte" in page and page.count("<svg") == 1
     assert "perplexity, with BOS, every token" in page

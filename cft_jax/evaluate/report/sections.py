@@ -1,0 +1,254 @@
+"""What a page has: its tables, its plots and the words that depend on the runs, for the template `page.html`."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
+from cft_jax.evaluate.report import plots
+from cft_jax.evaluate.report.overview import (
+    headlines_of,
+    models_of,
+    overview_table,
+    suite_title,
+    suites_of,
+    task_headlines,
+)
+from cft_jax.evaluate.report.panels import choose_panels, record_key
+from cft_jax.evaluate.report.runs import Run, Training
+from cft_jax.evaluate.report.tables import (
+    METRICS,
+    at,
+    families_table,
+    flat,
+    metric_table,
+    number,
+    numbers_table,
+    section_at,
+    shown,
+    split_table,
+    split_title,
+    tests_table,
+    value_at,
+)
+from cft_jax.evaluate.suites.protocol import Headline
+from cft_jax.evaluate.suites.structured.suite import SUITE
+
+_MAX_PANELS = 10
+# The split whose metrics come first: what the method is for.
+_SPLIT_ORDER = (UNSEEN, OOD, TRAIN)
+_CARDS = ("exact KL, nats", "total variation", "valid answers", "Wasserstein-1 / IQR, exact")
+# Metrics of a suite beside its headlines. One whose path has a * stands for those of all names there are in its stead,
+# and has a plot with bars of them.
+_FURTHER: Mapping[str, Sequence[Headline]] = {
+    "open_random": (
+        Headline("prompts", ("num_prompts",), 0),
+        Headline("samples per prompt", ("settings", "num_samples"), 0),
+        Headline("empty answers", ("mean_empty_rate",), -1, is_share=True),
+        Headline("next tokens that hold this probability, median", ("median_support_sizes", "*"), 1),
+    ),
+    "mcq": (
+        Headline("questions", ("num_samples",), 0),
+        Headline("chi-square, 3 degrees of freedom", ("chi_square_statistic",), -1),
+        Headline("its p-value", ("chi_square_pvalue",), 0),
+        Headline("largest deviation from uniform", ("max_abs_deviation_from_uniform",), -1),
+        Headline("right answers", ("freq_*",), 0, is_share=True),
+    ),
+    "noveltybench": (
+        Headline("prompts", ("overall", "num_prompts"), 0),
+        Headline("distinct answers", ("splits", "*", "mean_distinct"), 1),
+        Headline("utility", ("splits", "*", "mean_utility"), 1),
+    ),
+    "perplexity": (
+        Headline("documents", ("total", "num_documents"), 0),
+        Headline("perplexity, with BOS, every token", ("total", "covering", "perplexity"), -1),
+        Headline("bits per byte, the paper's", ("total", "paper", "bits_per_byte"), -1),
+        Headline("bits per byte", ("slices", "*", "covering", "bits_per_byte"), -1),
+    ),
+    "retention": (
+        Headline("accuracy", ("tinybenchmarks", "tasks", "tiny_*", "accuracy"), 1, is_share=True),
+        Headline("gp-IRT", ("tinybenchmarks", "tasks", "tiny_*", "gpirt"), 1, is_share=True),
+    ),
+}
+
+
+def page_sections(runs: Sequence[Run], training: Training | None) -> dict[str, Any]:
+    """Everything that the template shows, by the names it has there."""
+    measured = [run for run in runs if "missing" not in run.summary]
+    structured = [run for run in measured if run.summary["suite"] == SUITE]
+    names = {name for run in structured for name in run.summary["splits"]}
+    splits = sorted(names, key=lambda name: (_SPLIT_ORDER.index(name) if name in _SPLIT_ORDER else 9, name))
+    return {
+        "training": training,
+        "trained": _trained(training) if training is not None else "",
+        "models": models_of(runs),
+        "heading": _heading(suites_of(runs), training),
+        "num_prompts": max((_num_prompts(run) for run in structured), default=0),
+        "missing": _missing(runs),
+        "overview": overview_table(runs),
+        "cards": list(_cards(structured, splits[0])) if splits and len(structured) <= 2 else [],
+        "split_tables": {split: split_table(structured, split) for split in splits},
+        "panels": _panels(structured, splits),
+        "family_tables": {split: families_table(structured, split) for split in splits},
+        "calibration": _calibration(structured, splits),
+        "loss": _loss(training),
+        "tests": tests_table(structured, splits),
+        "suites": [_suite(measured, suite) for suite in suites_of(measured) if suite != SUITE],
+        "left_out": [line for run in structured for line in _left_out(run, splits)],
+        "configuration": {".".join(path): value for path, value in flat(training.config).items()} if training else {},
+        "footer": _footer(runs, training),
+    }
+
+
+def _heading(suites: Sequence[str], training: Training | None) -> str:
+    if training is not None:
+        return "Does the model sample what it is asked for?"
+    if suites == [SUITE]:
+        return "How closely do answers follow the distribution?"
+    return (
+        f"Evaluation: {suite_title(suites[0])}"
+        if len(suites) == 1
+        else "Does the skill transfer, and what does it cost?"
+    )
+
+
+def _trained(training: Training) -> str:
+    model = section_at(training.config, ("config", "model"))
+    is_scratch = model.get("scratch", {}).get("enabled")
+    return "A small model trained from scratch" if is_scratch else model.get("checkpoint") or training.name
+
+
+def _footer(runs: Sequence[Run], training: Training | None) -> list[str]:
+    """What was measured, by which code, on which devices."""
+    config = training.config if training else {}
+    code = f"code {config['revision'][:12]}" if config.get("revision") else ""
+    about = [[run.name, run.summary.get("checkpoint"), run.summary.get("fingerprint")] for run in models_of(runs)]
+    parts = ["Calibration Fine-Tuning, arXiv 2605.11845", code, config.get("devices", "")]
+    return [str(part) for part in (*parts, *(": ".join(filter(None, known)) for known in about)) if part]
+
+
+def _num_prompts(run: Run) -> int:
+    return sum(split["num_prompts"] for split in run.summary["splits"].values())
+
+
+def _missing(runs: Sequence[Run]) -> dict[tuple[str, str], list[str]]:
+    """The models that lack something, by the title of the suite and the reason."""
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for key in ("missing", "incomplete"):
+            if key in run.summary:
+                lacking.setdefault((suite_title(run.summary["suite"]), run.summary[key]), []).append(run.name)
+    return lacking
+
+
+def _cards(runs: Sequence[Run], split: str) -> Iterator[dict[str, str]]:
+    """The headline metrics of a split: what they are, what they were, and how much of an error is gone."""
+    for metric in (metric for metric in METRICS if metric.title in _CARDS):
+        path = at([run.summary for run in runs], ("splits", split), metric).path
+        was, now = ([None] + [value_at(run.summary, path) for run in runs])[-2:]
+        if now is None:
+            continue
+        card = {"title": f"{metric.title}, {split_title(split).lower()}", "value": shown(now, metric)}
+        if was is not None:
+            card["was"] = shown(was, metric)
+            # Only said where most of it is gone.
+            if metric.better < 0 and was > 0 and now <= 0.5 * was:
+                card["change"] = f"−{100 * (1 - now / was):.{1 if now < 0.1 * was else 0}f} %"
+        yield card
+
+
+def _panels(runs: Sequence[Run], splits: Sequence[str]) -> list[dict[str, Any]]:
+    """Plots of prompts, with the total variation by a model's style."""
+    gallery = []
+    names = ", ".join(run.name for run in runs)
+    variation = next(metric for metric in METRICS if metric.title == "total variation")
+    for index, (key, panel) in enumerate(choose_panels(runs, splits, _MAX_PANELS)):
+        of_prompt = {run.style: record for run in runs for record in run.records if record_key(record) == key}
+        path = at(of_prompt.values(), (), variation).path
+        image = _image(
+            plots.panel_figure(panel), f"panel{index}", f"{panel.title} {panel.subtitle}: target and {names}"
+        )
+        variations = {style: number(value_at(record, path)) for style, record in of_prompt.items()}
+        gallery.append({"title": panel.title, "subtitle": panel.subtitle, "image": image, "variations": variations})
+    return gallery
+
+
+def _calibration(runs: Sequence[Run], splits: Sequence[str]) -> list[dict[str, Any]]:
+    gallery = []
+    for index, split in enumerate(splits):
+        sections = {run.style: section_at(run.summary, ("splits", split, "calibration")) for run in runs}
+        if curves := {style: section for style, section in sections.items() if section}:
+            title = split_title(split)
+            image = _image(plots.calibration_figure(curves), f"calibration{index}", f"calibration, {title}")
+            gallery.append({"title": "Calibration", "subtitle": title, "image": image})
+    return gallery
+
+
+def _loss(training: Training | None) -> list[dict[str, Any]]:
+    rows = [row for row in training.metrics if row.get("loss") is not None] if training else []
+    if len(rows) < 2:
+        return []
+    figure = plots.loss_figure([row["step"] for row in rows], [row["loss"] for row in rows])
+    image = _image(figure, "loss", "training loss")
+    return [{"title": "Training loss", "subtitle": f"{rows[-1]['step']:,} steps", "image": image}]
+
+
+def _left_out(run: Run, splits: Sequence[str]) -> Iterator[str]:
+    for split in splits:
+        where = f"{split_title(split)}, {run.name}"
+        for path, count in flat(section_at(run.summary, ("splits", split, "left_out"))).items():
+            yield f"{where}: {' '.join(path)} of {count} prompts"
+        for kind, count in section_at(run.summary, ("splits", split, "lenient_parses")).items():
+            yield f"{where}: {count} answers that only the paper's parser takes ({kind.replace('_', ' ')})"
+
+
+def _suite(measured: Sequence[Run], suite: str) -> dict[str, Any]:
+    """The section of a suite beside structured sampling: headlines and further metrics, bars, every number."""
+    runs = [run for run in measured if run.summary["suite"] == suite]
+    summaries = [run.summary for run in runs]
+    headlines = headlines_of(suite, summaries)
+    groups = {metric.title: _expanded(metric, summaries) for metric in _FURTHER.get(suite, ())}
+    # Tasks in a group come after the groups that were asked for.
+    metrics = [*headlines, *task_headlines(summaries), *itertools.chain(*groups.values())]
+    bars = {title: group for title, group in groups.items() if len(group) > 1}
+    bars["lm-eval"] = [headline for headline in headlines if headline.path[0] == "lm_eval" and headline.is_share]
+    gallery = []
+    for index, (title, group) in enumerate(bars.items()):
+        heights = {run.style: [_height(run, metric) for metric in group] for run in runs}
+        heights = {style: values for style, values in heights.items() if not all(map(math.isnan, values))}
+        if heights:
+            labels = [metric.title.removeprefix(f"{title}, ") for metric in group]
+            figure = plots.bars_figure(labels, heights, percent=group[0].is_share, uniform=suite == "mcq")
+            gallery.append({"title": title, "subtitle": "", "image": _image(figure, f"{suite}{index}", title)})
+    unique = {metric.path: metric for metric in reversed(metrics)}.values()
+    table = metric_table(runs, list(unique)[::-1])
+    return {"title": suite_title(suite), "table": table, "plots": gallery, "numbers": numbers_table(runs)}
+
+
+def _expanded(metric: Headline, summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
+    """What a metric stands for: itself, or one for every name that the summaries have in place of its path's *."""
+    index = next((index for index, name in enumerate(metric.path) if name.endswith("*")), None)
+    if index is None:
+        return [metric]
+    before, after, prefix = metric.path[:index], metric.path[index + 1 :], metric.path[index][:-1]
+    names = dict.fromkeys(
+        name for summary in summaries for name in section_at(summary, before) if name.startswith(prefix)
+    )
+    return [
+        replace(metric, title=f"{metric.title}, {name.removeprefix(prefix)}", path=(*before, name, *after))
+        for name in names
+    ]
+
+
+def _height(run: Run, metric: Headline) -> float:
+    value = value_at(run.summary, metric.path)
+    return math.nan if value is None else float(value)
+
+
+def _image(figure: Figure, name: str, description: str) -> Markup:
+    return Markup(plots.svg(figure, name, description))
