@@ -6,12 +6,14 @@ weight of a step at prefix n is Σ weight(s) / T(s) over the block's strings s t
 tokens of s and its terminator (arXiv 2605.11845: mean over steps); or Σ weight(s) for the divergence of sequences.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
+from cft_jax.text.tree_rows import cut_tree, ranges
 from cft_jax.text.trie import Forest, Trie
 
 
@@ -174,8 +176,8 @@ def joined_examples(parts: Sequence[TrieExamples], tasks: Sequence[Int64[np.ndar
 def split_examples(blocks: TrieExamples, max_nodes: int) -> TrieExamples:
     """Blocks of at most `max_nodes` prefixes beside the empty one; longer blocks become several over the same prompt.
 
-    Each part continues the block where the part before stopped and repeats the ancestors of its first prefix, whose
-    steps, like the empty prefix's, are counted in the part that has them first. Only the first part has the block's
+    Each part continues the block where the part before stopped and repeats the ancestors of its first prefix; these
+    are target positions only in the part that has them first. Only the first part has the block's
     weight in the mean, so sums over blocks stay the same.
 
     Raises:
@@ -184,15 +186,19 @@ def split_examples(blocks: TrieExamples, max_nodes: int) -> TrieExamples:
     longest = int(blocks.depth.max(initial=0))
     if max_nodes <= longest:
         raise ValueError(f"max_nodes={max_nodes} must be greater than {longest}, the tokens of the longest string")
-    parts = [part for block in range(len(blocks)) for part in _parts(blocks, block, max_nodes)]
+    rows = [
+        (block, start, row)
+        for block, (start, stop) in enumerate(itertools.pairwise(blocks.node_starts.tolist()))
+        for row in cut_tree(blocks.subtree_end[start:stop], max_nodes + 1)
+    ]
     return _gathered(
         blocks,
-        np.array([part.block for part in parts]),
-        np.array([part.nodes.size for part in parts]),
-        np.concatenate([part.nodes for part in parts]),
-        np.concatenate([part.subtree_end for part in parts]),
-        np.concatenate([part.counted for part in parts]),
-        np.array([blocks.mean_weight[part.block] if part.is_first else 0.0 for part in parts]),
+        np.array([block for block, _, _ in rows]),
+        np.array([row.nodes.size for _, _, row in rows]),
+        np.concatenate([start + row.nodes for _, start, row in rows]),
+        np.concatenate([row.subtree_end for _, _, row in rows]),
+        np.concatenate([np.arange(row.nodes.size) >= row.num_ancestors for _, _, row in rows]),
+        np.array([0.0 if row.num_ancestors else blocks.mean_weight[block] for block, _, row in rows]),
     )
 
 
@@ -225,38 +231,3 @@ def _gathered(
         mean_weight=mean_weight,
         task=blocks.task[source],
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A part of a split block; `nodes` index the arrays of all blocks, `subtree_end` counts from the part's first."""
-
-    block: int
-    nodes: np.ndarray
-    subtree_end: np.ndarray
-    counted: np.ndarray
-    is_first: bool
-
-
-def _parts(blocks: TrieExamples, block: int, max_nodes: int) -> list[_Part]:
-    start, stop = blocks.node_starts[block : block + 2].tolist()
-    ends = blocks.subtree_end[start:stop]
-    parts = []
-    first = 1
-    while first == 1 or first < ends.size:
-        # Without the empty prefix, whose place is the prompt's last token in every part.
-        ancestors = 1 + np.flatnonzero(ends[1:first] > first)
-        last = min(ends.size, first + max_nodes - ancestors.size)
-        nodes = np.concatenate([[0], ancestors, np.arange(first, last)])
-        # A repeated ancestor goes on to the end of its subtree or of the part, whichever comes first.
-        subtree_end = 1 + ancestors.size + np.minimum(ends[nodes], last) - first
-        is_first = first == 1
-        parts.append(_Part(block, start + nodes, subtree_end, (nodes >= first) | is_first, is_first))
-        first = max(last, 2)
-    return parts
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., start + count - 1 of every pair, one after another."""
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))

@@ -4,24 +4,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from cft_jax.data.batch import TargetBatch
-from cft_jax.data.blocks import TrieExamples, ranges
-
-
-def packed_rows(lengths: Int64[np.ndarray, "B"], capacity: int) -> Int64[np.ndarray, "B"]:
-    """The row that each block goes to, so that few rows of `capacity` tokens hold all: first fit, longest first.
-
-    A block longer than the capacity has a row of its own.
-    """
-    rows = np.zeros(lengths.size, dtype=np.int64)
-    left: list[int] = []
-    for block in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[block])
-        row = next((row for row, room in enumerate(left) if length <= room), len(left))
-        if row == len(left):
-            left.append(capacity)
-        left[row] -= length
-        rows[block] = row
-    return rows
+from cft_jax.data.blocks import TrieExamples
+from cft_jax.text.tree_rows import ranges
 
 
 def row_sizes(sizes: Int64[np.ndarray, "B 3"], rows: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "3"]:

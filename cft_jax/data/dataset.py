@@ -10,9 +10,10 @@ from jaxtyping import Float64, Int32, Int64
 
 from cft_jax.data.batch import TargetBatch
 from cft_jax.data.blocks import TrieExamples, joined_examples
-from cft_jax.data.collate import collate, packed_rows, row_sizes
+from cft_jax.data.collate import collate, row_sizes
 from cft_jax.data.order import epoch_order, uniform_draws
 from cft_jax.data.shapes import Shape, fitting_shape, shape_levels
+from cft_jax.text.tree_rows import first_fit
 
 # Tasks whose blocks are made at once: enough to make NumPy's overhead small, few enough for some tens of MiB.
 _TASKS_AT_ONCE = 2048
@@ -176,7 +177,7 @@ class Dataset:
             rows = np.arange(chosen.size)
             num_rows = self._layout.tasks_per_step
         else:
-            rows = packed_rows(sizes[:, 0], max(self._layout.row_tokens, self._longest_block))
+            rows = first_fit(sizes[:, 0], max(self._layout.row_tokens, self._longest_block))
             order = np.argsort(rows, kind="stable")
             chosen, rows, sizes = chosen[order], rows[order], sizes[order]
             num_rows = int(rows[-1]) + 1

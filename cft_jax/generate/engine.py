@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.generate.decode import MAX_STEPS, Rows, decode, move_rows, replace_prompts
-from cft_jax.generate.prefill import bucket, cache_bytes_per_token, check_prompts, empty_cache, prefill
+from cft_jax.generate.prefill import cache_bytes_per_token, check_prompts, empty_cache, prefill
 from cft_jax.generate.prefixes import Completion, DecodeBranch, Limits, Request, advance
 from cft_jax.generate.rows import Grid, Slot
 from cft_jax.generate.sampling import SamplingSettings, request_key, uniforms
@@ -19,6 +19,7 @@ from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.stops import StopStrings, model_stop_ids
 from cft_jax.models.transformer import Transformer
 from cft_jax.text.chat import ChatOptions, Messages, encode_chats
+from cft_jax.text.tree_rows import bucket
 
 # Tokens of prompts in one forward pass.
 _PREFILL_TOKENS = 8192

@@ -21,14 +21,6 @@ from cft_jax.sharding.rules import constrain
 PIECE = 1024
 
 
-def bucket(count: int, *, least: int, factor: int = 2) -> int:
-    """The smallest of least, least * factor, least * factor^2, ... that holds `count`: few sizes are compiled."""
-    size = least
-    while size < count:
-        size *= factor
-    return size
-
-
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Refuses what cannot be continued.
 

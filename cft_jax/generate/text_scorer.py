@@ -1,30 +1,32 @@
-"""Log-likelihoods of given texts: continuations of contexts, and whole rows of tokens.
+"""Log-likelihoods of given texts (continuations of contexts, whole rows of tokens), and whole next-token distributions.
 
-Texts are packed one behind the other into rows of few lengths. Texts with a common beginning (the answers to a
+Texts are packed one behind the other into rows of few lengths. Texts with a common prefix (the answers to a
 question, the questions behind the same examples) stand as a tree in depth-first order: each token sees those above it,
 at the positions it would have alone, so what is shared is computed once.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from cft_jax.generate.prefill import bucket, check_prompts
+from cft_jax.generate.prefill import check_prompts
 from cft_jax.generate.split_model import SplitModel
-from cft_jax.generate.vocabulary import ROWS, Tiling, log_sum_exp, map_rows, of_tiles, token_scores
+from cft_jax.generate.vocabulary import Tiling, log_sum_exp, of_tiles, target_scores
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding.rules import constrain
+from cft_jax.text.tree_rows import TokenTree, bucket, first_fit, padded_rows
 
 # Texts of at most so many tokens share rows with others; longer ones get rows of the next power of two.
 ROW_LENGTH = 2048
 _LEAST_ROW = 64
 # Texts that share fewer tokens, and less than half of themselves, are packed wherever there is room.
 _LEAST_SHARED = 32
+# Prompts in one forward pass for whole next-token distributions, for each of the mesh's shards of the batch.
+_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -38,67 +40,6 @@ class Likelihood:
 
     log_prob: float
     greedy: bool
-
-
-@dataclass(frozen=True, eq=False)
-class TextTree:
-    """A text with branches in the form of `Transformer.hidden`, and the tokens asked about.
-
-    Attributes:
-      tokens, positions: of the block's tokens.
-      subtree_end: where in the block a token's visibility ends.
-      places: the token whose hidden state predicts the one asked about.
-      targets: the tokens asked about.
-    """
-
-    tokens: Int[np.ndarray, "T"]
-    positions: Int[np.ndarray, "T"]
-    subtree_end: Int[np.ndarray, "T"]
-    places: Int[np.ndarray, "Q"]
-    targets: Int[np.ndarray, "Q"]
-
-    @classmethod
-    def of_text(cls, tokens: Sequence[int]) -> "TextTree":
-        """Asks about every token but the first."""
-        size = max(len(tokens) - 1, 0)
-        given, index = np.asarray(tokens, np.int32), np.arange(size)
-        return cls(given[:size], index, np.full(size, size), index, given[1:])
-
-    @classmethod
-    def of_tree(cls, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> "TextTree":
-        """Asks about the tokens of every row from its start on, one row after the other.
-
-        Args:
-          rows: token ids, in lexicographic order, which is the depth-first order of their tree.
-          starts: first token asked about, at least 1.
-        """
-        tokens: list[int] = []
-        positions: list[int] = []
-        subtree_end: list[int] = []
-        # Places of the current row's tokens in the block.
-        path: list[int] = []
-        places, previous = [], ()
-        for row, start in zip(rows, starts, strict=True):
-            shared = _common(previous, row)
-            for node in path[shared:]:
-                subtree_end[node] = len(tokens)
-            # The last token predicts nothing that is asked.
-            added = range(shared, len(row) - 1)
-            path = [*path[:shared], *range(len(tokens), len(tokens) + len(added))]
-            tokens += [row[depth] for depth in added]
-            positions += added
-            subtree_end += [0] * len(added)
-            places.append(np.array(path[start - 1 :]))
-            previous = row[:-1]
-        for node in path:
-            subtree_end[node] = len(tokens)
-        return cls(
-            np.array(tokens),
-            np.array(positions),
-            np.array(subtree_end),
-            np.concatenate(places),
-            np.concatenate([np.asarray(row[start:]) for row, start in zip(rows, starts, strict=True)]),
-        )
 
 
 class TextScorer:
@@ -130,9 +71,9 @@ class TextScorer:
         texts = [(*context, *continuation) for context, continuation in requests]
         groups = list(_groups([text if requests[i][1] else () for i, text in enumerate(texts)]))
         starts = [len(context) for context, _ in requests]
-        blocks = [TextTree.of_tree([texts[i] for i in group], [starts[i] for i in group]) for group in groups]
+        trees = [_text_tree([texts[i] for i in group], [starts[i] for i in group]) for group in groups]
         found = [Likelihood(0.0, True)] * len(requests)
-        for indices, (log_probs, best) in zip(groups, self._answers(blocks), strict=True):
+        for indices, (log_probs, best) in zip(groups, self._scores(trees), strict=True):
             ends = np.cumsum([len(requests[i][1]) for i in indices])
             for i, end in zip(indices, ends, strict=True):
                 own = slice(end - len(requests[i][1]), end)
@@ -146,26 +87,80 @@ class TextScorer:
           UserError: a row is empty, or a token is not in the model's vocabulary.
         """
         check_prompts(rows, self._vocab_size)
-        return [log_probs for log_probs, _ in self._answers([TextTree.of_text(row) for row in rows])]
+        return [log_probs for log_probs, _ in self._scores([_text_tree([row], [1]) for row in rows])]
 
-    def _answers(self, blocks: Sequence[TextTree]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
-        """For each block the log-probabilities of what it asks about, and whether these are the most probable."""
-        found = [(np.zeros(0, np.float32), np.zeros(0, bool)) for _ in blocks]
+    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
+        """Log-probabilities of every token after each prompt, at temperature 1, computed in float32.
+
+        Raises:
+          UserError: a prompt is empty, or a token is not in the model's vocabulary.
+        """
+        check_prompts(prompts, self._vocab_size)
+        found = np.zeros((len(prompts), self._vocab_size), np.float32)
+        lengths: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            lengths.setdefault(bucket(len(prompt), least=32), []).append(index)
+        rows = _PROMPTS * self._shards
+        for length, indices in lengths.items():
+            for start in range(0, len(indices), rows):
+                chosen = indices[start : start + rows]
+                tokens, sizes = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+                for row, index in enumerate(chosen):
+                    sizes[row] = len(prompts[index])
+                    tokens[row, : sizes[row]] = prompts[index]
+                found[chosen] = np.asarray(_next_token_log_probs(self._split, tokens, sizes))[: len(chosen)]
+        return found
+
+    def _scores(self, trees: Sequence[TokenTree]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
+        """For each tree the log-probabilities of its targets, and whether these are the most probable tokens."""
+        found = [(np.zeros(0, np.float32), np.zeros(0, bool)) for _ in trees]
         sent = []
-        for length, rows in _rows(blocks):
+        for length, rows in _rows([tree.tokens.size for tree in trees]):
             most = max(self._tokens_per_call // length, 1) * self._shards
             count = min(bucket(len(rows), least=self._shards, factor=4), most)
             for start in range(0, len(rows), count):
                 part = rows[start : start + count]
-                arrays = _pack([[blocks[i] for i in row] for row in part], rows=count, length=length)
-                # All calls are sent before the first answer is read.
-                sent.append(([i for row in part for i in row], _log_probs(self._split, **arrays)))
+                arrays = padded_rows([[trees[i] for i in row] for row in part], num_rows=count, length=length)
+                # All calls are sent before the first result is read.
+                sent.append(([i for row in part for i in row], _target_log_probs(self._split, **arrays)))
         for indices, (log_probs, best) in sent:
-            ends = np.cumsum([blocks[i].targets.size for i in indices])
+            ends = np.cumsum([trees[i].target_ids.size for i in indices])
             parts = zip(*(np.split(np.asarray(x), ends)[:-1] for x in (log_probs, best)), strict=True)
-            for i, (values, greedy) in zip(indices, parts, strict=True):
-                found[i] = (values, greedy)
+            for i, part in zip(indices, parts, strict=True):
+                found[i] = part
         return found
+
+
+def _text_tree(texts: Sequence[Sequence[int]], starts: Sequence[int]) -> TokenTree:
+    """The tree of some texts; its targets are the tokens of each from its start on, one text after the other.
+
+    Args:
+      texts: token ids, in lexicographic order, which is the depth-first order of their tree.
+      starts: first token asked for, at least 1.
+    """
+    tokens, positions, subtree_end = [], [], []
+    # Index in the tree of each of the current text's tokens.
+    path: list[int] = []
+    indices, previous = [], ()
+    for text, start in zip(texts, starts, strict=True):
+        shared = _common(previous, text)
+        for node in path[shared:]:
+            subtree_end[node] = len(tokens)
+        # The last token predicts nothing that is asked.
+        added = range(shared, len(text) - 1)
+        path = [*path[:shared], *range(len(tokens), len(tokens) + len(added))]
+        tokens += text[shared : len(text) - 1]
+        positions += added
+        subtree_end += [0] * len(added)
+        indices.append(np.array(path[start - 1 :], np.int64))
+        previous = text[:-1]
+    for node in path:
+        subtree_end[node] = len(tokens)
+    return TokenTree(
+        *(np.array(x, np.int32) for x in (tokens, positions, subtree_end)),
+        target_index=np.concatenate(indices),
+        target_ids=np.concatenate([np.array(text[n:], np.int32) for text, n in zip(texts, starts, strict=True)]),
+    )
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -174,7 +169,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _groups(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Texts with a common beginning, in lexicographic order, as many as go into one row; empty ones left out."""
+    """Texts with a common prefix, in lexicographic order, as many as go into one row; empty ones left out."""
     group: list[int] = []
     size = 0
     for i in sorted((i for i, text in enumerate(texts) if text), key=lambda i: tuple(texts[i])):
@@ -190,91 +185,54 @@ def _groups(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield group
 
 
-def _rows(blocks: Sequence[TextTree]) -> Iterator[tuple[int, list[list[int]]]]:
-    """Row lengths, each with the blocks that stand in every row: longest first, into the first row with room."""
-    sizes = [block.tokens.size for block in blocks]
-    order = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: -sizes[i])
-    shared = bucket(max((sizes[i] for i in order if sizes[i] <= ROW_LENGTH), default=0), least=_LEAST_ROW)
-    lengths: dict[int, list[list[int]]] = {}
-    room: dict[int, list[int]] = {}
-    for i in order:
-        length = max(bucket(sizes[i], least=_LEAST_ROW), shared)
-        rows, left = lengths.setdefault(length, []), room.setdefault(length, [])
-        place = next((row for row, space in enumerate(left) if space >= sizes[i]), None)
-        if place is None:
-            place = len(rows)
-            rows.append([])
-            left.append(length)
-        rows[place].append(i)
-        left[place] -= sizes[i]
-    yield from lengths.items()
-
-
-def _pack(packed: Sequence[Sequence[TextTree]], *, rows: int, length: int) -> dict[str, Any]:
-    """The arrays of one forward pass.
-
-    Args:
-      packed: the blocks of each row, together at most `length` tokens.
-      rows: of the arrays.
-      length: of a row.
-
-    Returns:
-      tokens, positions, subtree_end: int32[rows, length].
-      places, targets: int32[Q], of all questions in the blocks' order, places in the flattened rows; the first `count`
-        of them count.
-    """
-    tokens, positions, subtree_end = (np.zeros((rows, length), np.int32) for _ in range(3))
-    places, targets = [], []
-    for row, blocks in enumerate(packed):
-        start = 0
-        for block in blocks:
-            own = slice(start, start + block.tokens.size)
-            tokens[row, own], positions[row, own], subtree_end[row, own] = (
-                block.tokens,
-                block.positions,
-                start + block.subtree_end,
-            )
-            places.append(row * length + start + block.places)
-            targets.append(block.targets)
-            start = own.stop
-    asked = np.concatenate(places).astype(np.int32)
-    # Rows have fewer questions than tokens unless many continuations begin behind one context.
-    padding = (0, bucket(asked.size, least=rows * length) - asked.size)
-    return {
-        "tokens": tokens,
-        "positions": positions,
-        "subtree_end": subtree_end,
-        "places": np.pad(asked, padding),
-        "targets": np.pad(np.concatenate(targets).astype(np.int32), padding),
-        "count": np.int32(asked.size),
-    }
+def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, list[list[int]]]]:
+    """Row lengths, each with the trees that stand in every row; trees without tokens are left out."""
+    shared = bucket(max((size for size in sizes if size <= ROW_LENGTH), default=0), least=_LEAST_ROW)
+    trees: dict[int, list[int]] = {}
+    for i, size in enumerate(sizes):
+        if size:
+            trees.setdefault(max(bucket(size, least=_LEAST_ROW), shared), []).append(i)
+    for length, members in sorted(trees.items(), reverse=True):
+        rows = first_fit(np.array([sizes[i] for i in members]), length)
+        yield length, [[members[i] for i in np.flatnonzero(rows == row)] for row in range(rows.max() + 1)]
 
 
 @jax.jit
-def _log_probs(
+def _target_log_probs(
     split: SplitModel,
     *,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     subtree_end: Int[Array, "B T"],
-    places: Int[Array, "Q"],
-    targets: Int[Array, "Q"],
-    count: Int[Array, ""],
-) -> tuple[Float[Array, "Q"], Bool[Array, "Q"]]:
-    """Log-probability of every target, and whether no token has a higher score; arguments as `_pack` makes them."""
+    queries: Int[Array, "Q"],
+    num_queries: Int[Array, ""],
+    target_query: Int[Array, "E"],
+    target_ids: Int[Array, "E"],
+    num_targets: Int[Array, ""],
+) -> tuple[Float[Array, "E"], Bool[Array, "E"]]:
+    """Log-probability of every target, and whether no token has a higher score; arguments as of `padded_rows`."""
     model = split.merge()
     hidden, _ = model.hidden(tokens, positions, subtree_end)
-    asked = constrain(hidden.reshape(-1, hidden.shape[-1])[places], ("batch", "act_embed"), model.mesh)
+    asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
 
     def of_tile(scores: Float[Array, "r S U W"]) -> tuple[Array, Array, Array]:
         return log_sum_exp(scores), jnp.max(scores, axis=-1), jnp.argmax(scores, axis=-1)
 
-    log_sum_exps, max_logits, first = of_tiles(model, asked, count, of_tile)
+    log_sum_exps, max_logits, first = of_tiles(model, asked, num_queries, of_tile)
     tile = jnp.argmax(max_logits, axis=-1)
     ids, _ = Tiling.of(model).tokens(tile)
     best = jnp.take_along_axis(ids, jnp.take_along_axis(first, tile[:, None], axis=1), axis=1)[:, 0]
-    scores = map_rows(
-        lambda h, t: token_scores(model, h, t[:, None])[:, 0], min(ROWS, targets.size), count, asked, targets
-    )
-    found = scores - jax.nn.logsumexp(log_sum_exps, axis=-1)
-    return constrain(found, (None,), model.mesh), constrain(best == targets, (None,), model.mesh)
+    scores = target_scores(model, asked, target_query, target_ids, num_targets)
+    log_probs = scores - jax.nn.logsumexp(log_sum_exps, axis=-1)[target_query]
+    is_best = best[target_query] == target_ids
+    return constrain(log_probs, (None,), model.mesh), constrain(is_best, (None,), model.mesh)
+
+
+@jax.jit
+def _next_token_log_probs(split: SplitModel, tokens: Int[Array, "B T"], sizes: Int[Array, "B"]) -> Float[Array, "B V"]:
+    model = split.merge()
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    subtree_end = jnp.where(positions < sizes[:, None], sizes[:, None], 0)
+    hidden, _ = model.hidden(tokens, positions, subtree_end)
+    last = jnp.take_along_axis(hidden, (sizes - 1)[:, None, None], axis=1)[:, 0]
+    return constrain(jax.nn.log_softmax(model.logits(last), axis=-1), (None, None), model.mesh)

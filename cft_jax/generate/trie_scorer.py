@@ -10,26 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from cft_jax.common.errors import UserError
-from cft_jax.generate.prefill import bucket, check_prompts, prefill
+from cft_jax.generate.prefill import check_prompts, prefill
 from cft_jax.generate.split_model import SplitModel
-from cft_jax.generate.trie_rows import ScoreRequest, pack, spread
-from cft_jax.generate.vocabulary import log_z, token_scores
+from cft_jax.generate.vocabulary import log_z, target_scores
 from cft_jax.models.transformer import KVCache, Transformer
 from cft_jax.sharding.rules import constrain
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
+from cft_jax.text.tree_rows import TokenTree, bucket, cut_tree, padded_rows, ranges
 from cft_jax.text.trie import Trie
 
 # Tokens per row: longer rows repeat fewer ancestors and spend more on attention, which is quadratic in them.
 ROW_LENGTHS = (64, 128, 256, 512)
 # A row is at least so many times as long as the longest value, where it may be: its ancestors are repeated.
 _LONGER = 8
-# Entries whose rows of the head are gathered at a time.
-_ENTRIES = 1024
 
 
 def score_trie(model: Transformer, prompt_ids: Sequence[int], trie: Trie) -> Float64[np.ndarray, "N"]:
@@ -62,6 +59,97 @@ class TrieScore:
     prefix_log_probs: Float64[np.ndarray, "M"]
     string_log_probs: Float64[np.ndarray, "N"]
     other_stop_log_probs: Float64[np.ndarray, "N"]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """Some prefixes of a trie, and the next tokens (targets) that are asked for after them.
+
+    Attributes:
+      trie: the trie.
+      prefixes: those of the trie that are asked about, ascending, with all their ancestors.
+      subtree_end: of each of these, counted among them.
+      children: the children of the trie that are targets.
+      leaves: the values whose whole strings are among the prefixes; the O other stop ids after each are targets.
+      target_index: which of `prefixes` each target follows, ascending.
+      target_ids: its token.
+      order: its number when first all children are counted, then the stop ids of every leaf.
+    """
+
+    trie: Trie
+    prefixes: Int[np.ndarray, "M"]
+    subtree_end: Int[np.ndarray, "M"]
+    children: Int[np.ndarray, "A"]
+    leaves: Int[np.ndarray, "S"]
+    target_index: Int[np.ndarray, "E"]
+    target_ids: Int[np.ndarray, "E"]
+    order: Int[np.ndarray, "E"]
+
+    @classmethod
+    def of(cls, trie: Trie, stop_ids: Int[np.ndarray, "_"], prefixes: Int[np.ndarray, "_"] | None) -> "ScoreRequest":
+        """All children of the given prefixes (None: of every prefix), and the stop ids after whole strings.
+
+        Raises:
+          ValueError: a prefix comes without its ancestors.
+        """
+        chosen = np.arange(trie.num_prefixes) if prefixes is None else np.unique(prefixes)
+        index = np.full(trie.num_prefixes, -1)
+        index[chosen] = np.arange(chosen.size)
+        if chosen.size == 0 or chosen[0] != 0 or (index[trie.parent[chosen[1:]]] < 0).any():
+            raise ValueError("prefixes to score must come with all their ancestors, the empty prefix among them")
+        others = stop_ids[stop_ids != trie.terminator_id]
+        leaves = np.flatnonzero(index[trie.leaf_prefix] >= 0)
+        num_children = np.diff(trie.child_offsets)[chosen]
+        children = ranges(trie.child_offsets[:-1][chosen], num_children)
+        parents = np.repeat(np.arange(chosen.size), num_children)
+        follows = np.concatenate([parents, np.repeat(index[trie.leaf_prefix[leaves]], others.size)])
+        ids = np.concatenate([trie.child_ids[children], np.tile(others, leaves.size)])
+        order = np.argsort(follows, kind="stable")
+        subtree_end = np.searchsorted(chosen, trie.subtree_end[chosen])
+        return cls(trie, chosen, subtree_end, children, leaves, follows[order], ids[order], order)
+
+    def row_length(self) -> int:
+        """The shortest of `ROW_LENGTHS` that holds all prefixes, or is long beside their ancestors.
+
+        Raises:
+          UserError: a string is too long for any row.
+        """
+        deepest, longest = int(self.trie.depth[self.prefixes].max()), ROW_LENGTHS[-1]
+        if deepest >= longest:
+            raise UserError(f"a value of the output space has {deepest} tokens; at most {longest - 1} can be scored")
+        enough = min(self.prefixes.size, _LONGER * (deepest + 1))
+        return next((length for length in ROW_LENGTHS if length >= enough), longest)
+
+    def rows(self, prompt: Sequence[int], length: int) -> Iterator[tuple[slice, TokenTree]]:
+        """Rows of at most `length` tokens that hold every prefix, and which of the targets each row asks for."""
+        for row in cut_tree(self.subtree_end, length):
+            first, nodes = row.nodes[row.num_ancestors], self.prefixes[row.nodes]
+            targets = slice(*np.searchsorted(self.target_index, [first, row.nodes[-1] + 1]).tolist())
+            yield (
+                targets,
+                TokenTree(
+                    # The empty prefix is the prompt's last token.
+                    tokens=np.where(nodes == 0, prompt[-1], self.trie.token[nodes]),
+                    positions=len(prompt) - 1 + self.trie.depth[nodes],
+                    subtree_end=row.subtree_end,
+                    target_index=self.target_index[targets] - first + row.num_ancestors,
+                    target_ids=self.target_ids[targets],
+                ),
+            )
+
+    def result(self, log_probs: Float64[np.ndarray, "E"]) -> TrieScore:
+        """The score of the trie, from the log-probabilities of all targets."""
+        by_number = np.empty_like(log_probs)
+        by_number[self.order] = log_probs
+        children, stops = np.split(by_number, [self.children.size])
+        child_log_probs = np.full(self.trie.child_ids.size, np.nan)
+        child_log_probs[self.children] = children
+        stop_log_probs = np.full(self.trie.leaf_prefix.size, np.nan)
+        stops = stops.reshape(self.leaves.size, stops.size // max(self.leaves.size, 1))
+        stop_log_probs[self.leaves] = np.logaddexp.reduce(stops, axis=1, initial=-np.inf)
+        prefixes = prefix_log_probs(self.trie, child_log_probs)
+        strings = string_log_probs(self.trie, child_log_probs)
+        return TrieScore(child_log_probs, prefixes, strings, prefixes[self.trie.leaf_prefix] + stop_log_probs)
 
 
 @dataclass(frozen=True)
@@ -109,98 +197,81 @@ class TrieScorer:
         """
         check_prompts(prompts, self._vocab_size)
         parts = [None] * len(tries) if prefixes is None else prefixes
-        questions = [ScoreRequest.of(trie, self._stop_ids, part) for trie, part in zip(tries, parts, strict=True)]
-        for item in questions:
-            if item.entry_ids.max() >= self._vocab_size:
+        requests = [ScoreRequest.of(trie, self._stop_ids, part) for trie, part in zip(tries, parts, strict=True)]
+        for request in requests:
+            if request.target_ids.max() >= self._vocab_size:
                 raise UserError(
-                    f"the output space or the stop ids hold token {item.entry_ids.max()}, and the model's vocabulary "
-                    f"ends at {self._vocab_size - 1}; give the tokenizer that belongs to the model"
+                    f"the output space or the stop ids hold token {request.target_ids.max()}, and the model's "
+                    f"vocabulary ends at {self._vocab_size - 1}; give the tokenizer that belongs to the model"
                 )
-        answers = [np.full(item.entry_ids.size, np.nan) for item in questions]
-        for batch in self._batches([len(prompt) for prompt in prompts], questions):
-            self._answer(batch, prompts, questions, answers)
-        return [_result(*of_trie) for of_trie in zip(tries, questions, answers, strict=True)]
+        log_probs = [np.full(request.target_ids.size, np.nan) for request in requests]
+        for batch in self._batches([len(prompt) for prompt in prompts], requests):
+            self._score_batch(batch, prompts, requests, log_probs)
+        return [request.result(found) for request, found in zip(requests, log_probs, strict=True)]
 
-    def _batches(self, prompt_lengths: Sequence[int], questions: Sequence[ScoreRequest]) -> Iterator[_Batch]:
+    def _batches(self, prompt_lengths: Sequence[int], requests: Sequence[ScoreRequest]) -> Iterator[_Batch]:
         """Prompts that share shapes, as many as one call has rows."""
         shapes: dict[tuple[int, int], list[int]] = {}
-        for index, (length, item) in enumerate(zip(prompt_lengths, questions, strict=True)):
-            shapes.setdefault((bucket(length - 1, least=32), _row_length(item)), []).append(index)
+        for index, (length, request) in enumerate(zip(prompt_lengths, requests, strict=True)):
+            shapes.setdefault((bucket(length - 1, least=32), request.row_length()), []).append(index)
         for (prompt_length, row_length), indices in shapes.items():
             rows = max(self._tokens_per_call // row_length, 1)
             for start in range(0, len(indices), rows):
                 yield _Batch(indices[start : start + rows], prompt_length, row_length, rows)
 
-    def _answer(
+    def _score_batch(
         self,
         batch: _Batch,
         prompts: Sequence[Sequence[int]],
-        questions: Sequence[ScoreRequest],
-        answers: list[Float64[np.ndarray, "_"]],
+        requests: Sequence[ScoreRequest],
+        log_probs: list[Float64[np.ndarray, "_"]],
     ) -> None:
+        """Fills in the log-probabilities of a batch's targets."""
+        trees = [
+            (cache, index, *row)
+            for cache, index in enumerate(batch.indices)
+            for row in requests[index].rows(prompts[index], batch.row_length)
+        ]
+        caches = batch.rows if len(batch.indices) > 1 else 1
         chosen = [prompts[index] for index in batch.indices]
-        chunks = [
-            (place, chunk)
-            for place, index in enumerate(batch.indices)
-            for chunk in questions[index].chunks(batch.row_length)
-        ]
-        caches = batch.rows if len(chosen) > 1 else 1
         context = prefill(self._split, chosen, rows=caches, length=batch.prompt_length)
-        rows = batch.rows if len(chunks) > 1 else 1
-        calls = [chunks[start : start + rows] for start in range(0, len(chunks), rows)]
-        # All calls are sent before the first answer is read.
-        found = [
-            _entry_log_probs(self._split, context, **pack(call, chosen, rows=rows, length=batch.row_length))
-            for call in calls
-        ]
-        for call, log_probs in zip(calls, found, strict=True):
-            ends = np.cumsum([chunk.entry_ids.size for _, chunk in call])
-            for (place, chunk), part in zip(call, np.split(np.asarray(log_probs), ends)[:-1], strict=True):
-                answers[batch.indices[place]][chunk.entries] = part
-
-
-def _row_length(questions: ScoreRequest) -> int:
-    """The shortest that holds all prefixes, or is long beside their ancestors."""
-    enough = min(questions.tokens.size, _LONGER * (int(questions.depth.max()) + 1))
-    return next((length for length in ROW_LENGTHS if length >= enough), ROW_LENGTHS[-1])
-
-
-def _result(trie: Trie, questions: ScoreRequest, log_probs: Float64[np.ndarray, "E"]) -> TrieScore:
-    children, stops = spread(trie, questions, log_probs)
-    prefixes = prefix_log_probs(trie, children)
-    return TrieScore(children, prefixes, string_log_probs(trie, children), prefixes[trie.leaf_prefix] + stops)
+        rows = batch.rows if len(trees) > 1 else 1
+        sent = []
+        for start in range(0, len(trees), rows):
+            call = trees[start : start + rows]
+            prompt = np.zeros(rows, np.int32)
+            prompt[: len(call)] = [cache for cache, *_ in call]
+            arrays = padded_rows([[tree] for *_, tree in call], num_rows=rows, length=batch.row_length)
+            # All calls are sent before the first result is read.
+            sent.append((call, _target_log_probs(self._split, context, prompt, **arrays)))
+        for call, found in sent:
+            ends = np.cumsum([tree.target_ids.size for *_, tree in call])
+            for (_, index, targets, _), part in zip(call, np.split(np.asarray(found), ends)[:-1], strict=True):
+                log_probs[index][targets] = part
 
 
 @jax.jit
-def _entry_log_probs(
+def _target_log_probs(
     split: SplitModel,
     context: KVCache,
+    prompt: Int[Array, "B"],
     *,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     subtree_end: Int[Array, "B T"],
-    prompt: Int[Array, "B"],
     queries: Int[Array, "Q"],
     num_queries: Int[Array, ""],
-    entry_query: Int[Array, "E"],
-    entry_ids: Int[Array, "E"],
-    num_entries: Int[Array, ""],
+    target_query: Int[Array, "E"],
+    target_ids: Int[Array, "E"],
+    num_targets: Int[Array, ""],
 ) -> Float[Array, "E"]:
-    """Log-probability of every entry; arguments as `pack` makes them."""
+    """Log-probability of every target; `prompt` is each row's of the context, the others are as of `padded_rows`."""
     model = split.merge()
     keys, values = jax.tree.map(lambda x: x[:, prompt], (context.keys, context.values))
     own = KVCache(keys, values, context.positions[prompt], context.visible[prompt])
     hidden, _ = model.hidden(tokens, positions, subtree_end, context=(own,))
     asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
-
-    def add_scores(i: Int[Array, ""], scores: Float[Array, "E"]) -> Float[Array, "E"]:
-        query, ids = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (entry_query, entry_ids))
-        new = token_scores(model, asked[query], ids[:, None])[:, 0]
-        return jax.lax.dynamic_update_slice_in_dim(scores, new, i * size, axis=0)
-
-    size = min(_ENTRIES, entry_ids.size)
-    nothing = jnp.full(entry_ids.shape, -jnp.inf)
-    scores = jax.lax.fori_loop(0, (num_entries + size - 1) // size, add_scores, nothing)
-    largest = jax.ops.segment_max(scores, entry_query, num_segments=queries.size)
+    scores = target_scores(model, asked, target_query, target_ids, num_targets)
+    largest = jax.ops.segment_max(scores, target_query, num_segments=queries.size)
     log_zs = log_z(model, asked, num_queries, largest)
-    return constrain(scores - log_zs[entry_query], (None,), model.mesh)
+    return constrain(scores - log_zs[target_query], (None,), model.mesh)

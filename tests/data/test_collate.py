@@ -3,7 +3,7 @@
 import numpy as np
 
 from cft_jax.data.batch import padding_fraction
-from cft_jax.data.collate import collate, packed_rows, row_sizes
+from cft_jax.data.collate import collate, row_sizes
 
 
 def test_prefixes_lie_depth_first_after_the_prompt(forest_of, blocks_for, batch_of, spaces):
@@ -82,8 +82,5 @@ def test_some_of_the_rows_are_the_same_as_in_the_whole(forest_of, blocks_for, sp
         np.testing.assert_array_equal(array, np.concatenate([getattr(part, name) for part in parts]), err_msg=name)
 
 
-def test_packing_is_first_fit_of_the_longest_first():
-    # By hand: 12 is too long for any row and gets its own; then 9 with 1, 6 with 4, 5 with 3.
-    assert packed_rows(np.array([3, 9, 5, 1, 6, 4, 12]), 10).tolist() == [3, 1, 3, 1, 2, 2, 0]
-    assert packed_rows(np.array([], dtype=np.int64), 10).size == 0
+def test_a_row_needs_what_its_blocks_need_together():
     assert row_sizes(np.array([[3, 1, 5], [4, 1, 1], [2, 9, 1]]), np.array([0, 1, 0])).tolist() == [5, 10, 6]

@@ -88,14 +88,14 @@ def test_greedy_continuations_are_found(make_model):
 
 @pytest.fixture
 def packed_sizes(monkeypatch):
-    """Sizes of the blocks that were packed."""
-    sizes, pack = [], likelihood._pack
+    """Sizes of the trees that were packed."""
+    sizes, pack = [], likelihood.padded_rows
 
     def recorded(packed, **options):
-        sizes.extend(block.tokens.size for row in packed for block in row)
+        sizes.extend(tree.tokens.size for row in packed for tree in row)
         return pack(packed, **options)
 
-    monkeypatch.setattr(likelihood, "_pack", recorded)
+    monkeypatch.setattr(likelihood, "padded_rows", recorded)
     return sizes
 
 
@@ -147,6 +147,15 @@ def test_mesh_and_unmerged_adapters(make_model):
     values = [[item.log_prob for item in found] for found in (one, many, bare)]
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
     assert np.abs(np.subtract(values[0], values[2])).max() > 0.01
+
+
+def test_whole_next_token_distributions(make_model):
+    model = make_model("gemma3")
+    prompts = texts(3, 40, 1, 33, seed=6)
+    found = TextScorer(model).next_token_log_probs(prompts)
+    assert found.dtype == np.float32 and found.shape == (4, model.config.vocab_size)
+    for prompt, log_probs in zip(prompts, found, strict=True):
+        np.testing.assert_allclose(log_probs, by_model(model)(prompt)[-1], atol=1e-5)
 
 
 def test_mistakes(make_model):

@@ -9,8 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints.fingerprint import fingerprint
 from cft_jax.generate import Likelihood, Sampler, TextScorer, TrieScore, TrieScorer
-from cft_jax.generate.next_token import next_token_log_probs
-from cft_jax.generate.split_model import SplitModel
 from cft_jax.models.transformer import Transformer
 from cft_jax.text.trie import Trie
 
@@ -31,9 +29,7 @@ class JaxBackend:
         settings = (model.config, adapters, model.dtype.name, self.stop_ids)
         self._fingerprint = fingerprint(nnx.state(model, nnx.Param), *settings)
         self._scorer = TrieScorer(model, stop_ids=self.stop_ids)
-        self._likelihoods = TextScorer(model)
-        self._split, self._vocab_size = SplitModel.of(model), model.config.vocab_size
-        self._shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+        self._texts = TextScorer(model)
 
     @property
     def fingerprint(self) -> str:
@@ -74,12 +70,12 @@ class JaxBackend:
 
     def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
         """See `Backend.next_token_log_probs`."""
-        return next_token_log_probs(self._split, prompts, vocab_size=self._vocab_size, shards=self._shards)
+        return self._texts.next_token_log_probs(prompts)
 
     def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """See `Backend.log_likelihoods`; continuations of one context share its computation."""
-        return self._likelihoods.log_likelihoods(requests)
+        return self._texts.log_likelihoods(requests)
 
     def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
         """See `Backend.token_log_probs`."""
-        return self._likelihoods.token_log_probs(rows)
+        return self._texts.token_log_probs(rows)
