@@ -1,6 +1,6 @@
 """The decode's programs: one jitted step, and the moves of the rows' caches between steps.
 
-A row is a prefix: tokens drawn so far, by one sample or by many. Its cache holds the keys and values of its own tokens;
+A row is a branch: tokens drawn so far, by one sample or by many. Its cache holds the keys and values of its own tokens;
 those of the prompt lie in a cache that all rows of the prompt share. All rows write at the same column of their caches,
 step after step, round and round; which columns a row may see is part of the cache.
 """
@@ -132,7 +132,7 @@ def move_rows(
         if length == held:
             return x
         axis = min(x.ndim - 1, 2)
-        widths = [(0, length - held) if place == axis else (0, 0) for place in range(x.ndim)]
+        widths = [(0, length - held) if dim == axis else (0, 0) for dim in range(x.ndim)]
         return jnp.pad(jnp.take(x, columns, axis=axis), widths)
 
     keys, values = jax.tree.map(lambda x: moved(x, 1), (own.keys, own.values))
@@ -141,11 +141,11 @@ def move_rows(
 
 
 @partial(jax.jit, donate_argnames="prompt")
-def replace_prompts(split: SplitModel, prompt: KVCache, new: KVCache, places: Int[Array, "Q"]) -> KVCache:
-    """The cache of the prompts with some of them replaced; a place out of range replaces none."""
+def replace_prompts(split: SplitModel, prompt: KVCache, new: KVCache, indices: Int[Array, "Q"]) -> KVCache:
+    """The cache of the prompts with some of them replaced; an index out of range replaces none."""
 
     def put(old: Array, part: Array, axis: int) -> Array:
-        where = (slice(None),) * axis + (places,)
+        where = (slice(None),) * axis + (indices,)
         return old.at[where].set(part, mode="drop")
 
     keys, values = (

@@ -1,4 +1,4 @@
-"""The sampler: prompts prefilled once, samples that share a beginning decoded as one row, rows refilled as they end."""
+"""The sampler: prompts prefilled once, samples that share a prefix decoded as one row, rows refilled as they end."""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +10,9 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
+from cft_jax.generate.branches import Completion, DecodeBranch, Grid, Limits, Request, Slot, advance
 from cft_jax.generate.decode import MAX_STEPS, Rows, decode, move_rows, replace_prompts
 from cft_jax.generate.prefill import cache_bytes_per_token, check_prompts, empty_cache, prefill
-from cft_jax.generate.prefixes import Completion, DecodeBranch, Limits, Request, advance
-from cft_jax.generate.rows import Grid, Slot
 from cft_jax.generate.sampling import SamplingSettings, request_key, uniforms
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.stops import StopStrings, model_stop_ids
@@ -206,51 +205,47 @@ class _Decode:
         """What finished samples are: index of the prompt, numbers of the samples, what they drew."""
         while True:
             self._take_up()
-            if all(slot.request is None for slot in self._grid.slots):
+            if all(slot.wanted == 0 for slot in self._grid.slots):
                 return
             fresh = self._arrange()
-            asked = [item for item in self._grid.prefixes() if item[2].draws]
+            asked = [item for item in self._grid.branches() if item[2].draws]
             drawn = self._step(asked, fresh)
             done = 0
-            for _, _, prefix in self._grid.prefixes():
-                if not prefix.draws:
-                    prefix.fed += 1
-            for row, slot, prefix in asked:
-                assert slot.request is not None
-                index, count = slot.request.index, prefix.samples.size
-                going_on, finished = advance(prefix, drawn[done : done + count], self._limits)
+            for _, _, branch in self._grid.branches():
+                if not branch.draws:
+                    branch.fed += 1
+            for row, slot, branch in asked:
+                index, count = branch.request.index, branch.samples.size
+                continuing, finished = advance(branch, drawn[done : done + count], self._limits)
                 done += count
-                if not going_on:
+                if not continuing:
                     slot.rows[row % self._grid.size] = None
-                slot.branches += going_on[1:]
+                slot.branches += continuing[1:]
                 yield from ((index, samples, completion) for samples, completion in finished)
-            for slot in self._grid.slots:
-                if slot.request is not None and slot.wanted == 0:
-                    slot.request = None
 
     def _take_up(self) -> None:
         """Fills empty slots with requests from the queue."""
-        empty = [place for place, slot in enumerate(self._grid.slots) if slot.request is None]
+        empty = [index for index, slot in enumerate(self._grid.slots) if slot.wanted == 0]
         at_a_time = max(_PREFILL_TOKENS // self._sizes.prompt_length, 1)
         while empty and self._queue:
-            places = empty[: min(at_a_time, len(self._queue))]
-            empty = empty[len(places) :]
-            prompts = []
-            for place in places:
-                slot = self._grid.slots[place]
-                slot.request = self._queue.popleft()
-                slot.waiting = [DecodeBranch([], np.arange(self._num_samples), fed=0, source=-1)]
-                prompts.append(slot.request.prompt)
-            rows = min(bucket(len(places), least=1, factor=4), self._sizes.slots)
-            new = prefill(self._split, prompts, rows=rows, length=self._sizes.prompt_length)
+            indices = empty[: min(at_a_time, len(self._queue))]
+            empty = empty[len(indices) :]
+            requests = [self._queue.popleft() for _ in indices]
+            for index, request in zip(indices, requests, strict=True):
+                samples = np.arange(self._num_samples)
+                self._grid.slots[index].waiting = [DecodeBranch(request, [], samples, fed=0, source=-1)]
+            rows = min(bucket(len(indices), least=1, factor=4), self._sizes.slots)
+            new = prefill(
+                self._split, [request.prompt for request in requests], rows=rows, length=self._sizes.prompt_length
+            )
             where = np.full(rows, self._sizes.slots, np.int32)
-            where[: len(places)] = places
+            where[: len(indices)] = indices
             self._prompt = replace_prompts(self._split, self._prompt, new, where)
 
     def _arrange(self) -> np.ndarray:
-        """Gives prefixes rows and rows columns; returns which rows begin anew."""
+        """Gives branches rows and rows columns; returns which rows begin anew."""
         source, moves = self._grid.arrange()
-        longest = max(prefix.fed for _, _, prefix in self._grid.prefixes())
+        longest = max(branch.fed for _, _, branch in self._grid.branches())
         columns = self._columns
         while longest + 1 > columns:
             columns = min(4 * columns, self._limits.max_new_tokens)
@@ -266,17 +261,12 @@ class _Decode:
         rows, longest, done = self._rows(fresh), 0, 0
         draw_row, sample, step = (np.zeros(self._sizes.draws, np.int32) for _ in range(3))
         key = np.zeros((self._sizes.draws, 2), np.uint32)
-        for place, (row, slot, prefix) in enumerate(asked):
-            assert slot.request is not None
-            own = slice(done, done + prefix.samples.size)
-            draw_row[own], key[own], sample[own], step[own] = (
-                place,
-                slot.request.key,
-                prefix.samples,
-                len(prefix.tokens),
-            )
-            rows.asked[place], rows.draw[row] = row, done
-            done, longest = own.stop, max(longest, prefix.fed)
+        for number, (row, _, branch) in enumerate(asked):
+            own = slice(done, done + branch.samples.size)
+            draw_row[own], key[own] = number, branch.request.key
+            sample[own], step[own] = branch.samples, len(branch.tokens)
+            rows.asked[number], rows.draw[row] = row, done
+            done, longest = own.stop, max(longest, branch.fed)
         alone = done == len(asked) == rows.alive.sum()
         steps = min(MAX_STEPS, self._columns - longest) if alone else 1
         self._own, out, taken = decode(
@@ -302,10 +292,9 @@ class _Decode:
         count = fresh.size
         tokens, positions, draw, asked = (np.zeros(count, np.int32) for _ in range(4))
         alive = np.zeros(count, bool)
-        for row, slot, prefix in self._grid.prefixes():
-            assert slot.request is not None
-            prompt, fed = slot.request.prompt, prefix.fed
-            tokens[row] = prefix.tokens[fed - 1] if fed else prompt[-1]
+        for row, _, branch in self._grid.branches():
+            prompt, fed = branch.request.prompt, branch.fed
+            tokens[row] = branch.tokens[fed - 1] if fed else prompt[-1]
             positions[row] = len(prompt) - 1 + fed
             alive[row] = True
         return Rows(tokens, positions, alive, fresh, draw, asked)  # type: ignore[arg-type]

@@ -148,10 +148,10 @@ def draw_tokens(
 def _invert(cumulative: Float[Array, "n S"], uniform: Float[Array, "n"]) -> Int[Array, "n"]:
     """The first index whose cumulative sum exceeds `uniform` times the total; never one that adds nothing."""
     total = cumulative[:, -1:]
-    place = jnp.sum(cumulative <= uniform[:, None] * total, axis=-1)
+    index = jnp.sum(cumulative <= uniform[:, None] * total, axis=-1)
     # Rounding may lift uniform * total to the total.
     last = jnp.sum(cumulative < total, axis=-1)
-    return jnp.minimum(place, last)
+    return jnp.minimum(index, last)
 
 
 def _most_probable(model: Transformer, hidden: Float[Array, "R D"], num_rows: Int[Array, ""]) -> Int[Array, "R"]:

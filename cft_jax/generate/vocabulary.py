@@ -55,8 +55,8 @@ class Tiling:
 
     def tokens(self, tile: Int[Array, "*B"]) -> tuple[Int[Array, "*B W"], Bool[Array, "*B W"]]:
         """The token ids of tiles, and which of them there are."""
-        shard, place = jnp.divmod(tile, self.tiles)
-        within = place[..., None] * TILE + jnp.arange(TILE)
+        shard, index = jnp.divmod(tile, self.tiles)
+        within = index[..., None] * TILE + jnp.arange(TILE)
         exists = within < self.shard
         return shard[..., None] * self.shard + jnp.where(exists, within, 0), exists
 
