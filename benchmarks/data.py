@@ -44,8 +44,8 @@ def measure(kind: str, tokenizer_name: str, cache: str) -> dict[str, Any]:
     """One measurement, in this process."""
     from cft_jax.config import Config, DataConfig, TrainConfig
     from cft_jax.data.batch import padding_fraction
+    from cft_jax.data.objectives import training_dataset
     from cft_jax.data.prepared import prepare
-    from cft_jax.data.training import training_dataset
     from cft_jax.distributions import configured_tasks
     from cft_jax.text import load_tokenizer
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from cft_jax.config import Config, from_config_dict
 from cft_jax.data.dataset import Dataset
-from cft_jax.data.training import training_dataset
+from cft_jax.data.objectives import training_dataset
 from cft_jax.distributions import Task, configured_tasks, space_settings
 from cft_jax.distributions.splits import UNSEEN
 from cft_jax.evaluate.metrics import exact

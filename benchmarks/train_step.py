@@ -87,7 +87,7 @@ def write_model(shape: str, directory: Path) -> None:
 def dataset(kind: str, strings: int, *, packed: bool, shared: bool):
     """The paper's training split with Qwen3's tokenizer."""
     from cft_jax.config import Config, DataConfig, TrainConfig
-    from cft_jax.data.training import training_dataset
+    from cft_jax.data.objectives import training_dataset
     from cft_jax.distributions import configured_tasks
     from cft_jax.text import load_tokenizer
 

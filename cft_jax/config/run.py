@@ -113,9 +113,9 @@ class DataConfig:
 class TrainConfig:
     """Objective, optimizer and schedule.
 
-    `exact_max_nodes` bounds the trie prefixes in one block of `exact`; a longer trie becomes several. `exact` packs
-    blocks of several prompts into rows of `row_tokens` (at least the longest block); the other objectives give each
-    block a row of its own unless `row_tokens` is set.
+    `exact_max_nodes` bounds the trie prefixes in one example of `exact`; a longer trie becomes several. `exact` packs
+    examples of several prompts into rows of `row_tokens` (at least the longest); the other objectives give each
+    example a row of its own unless `row_tokens` is set.
     """
 
     objective: str = one_of("path", "paths", "exact")

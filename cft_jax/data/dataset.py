@@ -1,55 +1,30 @@
 """The batches of a run: any step's batch is a function of (seed, epoch, step), whatever was asked for before."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from cft_jax.data.batch import TargetBatch
-from cft_jax.data.blocks import TrieExamples, joined_examples
-from cft_jax.data.collate import collate, row_sizes
+from cft_jax.data.batch import Shape, TargetBatch, collate, fitting_shape, row_sizes, shape_levels
+from cft_jax.data.examples import TrieExamples
 from cft_jax.data.order import epoch_order, uniform_draws
-from cft_jax.data.shapes import Shape, fitting_shape, shape_levels
 from cft_jax.text.tree_rows import first_fit
 
-# Tasks whose blocks are made at once: enough to make NumPy's overhead small, few enough for some tens of MiB.
+# Tasks whose examples are made at once: enough to make NumPy's overhead small, few enough for some tens of MiB.
 _TASKS_AT_ONCE = 2048
 _SAMPLED_STEPS = 16
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Makes blocks; `cft_jax.data.soft` and `cft_jax.data.hard` have them."""
+    """Makes examples; `cft_jax.data.objectives` has them."""
 
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
-        """Blocks of these tasks, from uniform numbers in [0, 1) where strings are drawn."""
+    def examples(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
+        """Examples of these tasks, from uniform numbers in [0, 1) where strings are drawn."""
         ...
-
-
-class Mixture:
-    """Several sources, each for some of the tasks."""
-
-    def __init__(self, sources: Sequence[Source], source_of: Int64[np.ndarray, "G"]):
-        """Takes the sources and, for every task, which of them has it; a source numbers its tasks in their order."""
-        self._sources = sources
-        self._source_of = source_of
-        self._number = np.empty_like(source_of)
-        for index in range(len(sources)):
-            mine = source_of == index
-            self._number[mine] = np.arange(mine.sum())
-
-    def blocks(self, tasks: Int64[np.ndarray, "B"], uniforms: Float64[np.ndarray, "B M"]) -> TrieExamples:
-        """Blocks of these tasks, in their order."""
-        parts, places = [], []
-        for index, source in enumerate(self._sources):
-            where = np.flatnonzero(self._source_of[tasks] == index)
-            if where.size:
-                parts.append(source.blocks(self._number[tasks[where]], uniforms[where]))
-                places.append(where)
-        return parts[0] if len(parts) == 1 else joined_examples(parts, places)
 
 
 @dataclass(frozen=True)
@@ -60,8 +35,8 @@ class Layout:
       visits: how often an epoch visits a task.
       strings: strings drawn at a visit.
       tasks_per_step: visits in a step.
-      row_tokens: None puts every block into a row of its own; a number packs blocks into rows of as many tokens, or
-        as the longest block has.
+      row_tokens: None puts every example into a row of its own; a number packs them into rows of as many tokens, or as
+        the longest example has.
       tries_whole: whether a visit needs a whole trie, of which only one step's are made at once.
       row_multiple: batches have a multiple of so many rows, so that they divide among devices and microbatches.
     """
@@ -74,62 +49,50 @@ class Layout:
     row_multiple: int
 
 
+@dataclass(eq=False)
 class Dataset:
     """Training batches in a balanced order.
 
     Attributes:
-      shared_prefix: tokens that all prompts begin with and that the batches leave out, for the model to be given once.
+      source: makes the examples.
+      layout: how they become batches.
+      shared_prefix: tokens that all prompts begin with and that the batches leave out, for the model to be given once;
+        may be empty.
+      groups: of every task, for the balanced order.
+      names: of every task.
+      seed: of the run.
+      epsilon: floor of soft targets; None for hard ones.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        layout: Layout,
-        *,
-        shared_prefix: Int32[np.ndarray, "_"],
-        groups: Sequence[str],
-        names: Sequence[str],
-        seed: int,
-        epsilon: float | None,
-    ):
-        """Takes what decides the order, the draws and the targets.
+    source: Source
+    layout: Layout
+    _: KW_ONLY
+    shared_prefix: Int32[np.ndarray, "_"]
+    groups: Sequence[str]
+    names: Sequence[str]
+    seed: int
+    epsilon: float | None
 
-        Args:
-          source: makes the blocks.
-          layout: how they become batches.
-          shared_prefix: tokens that all prompts begin with and that the batches shall leave out; may be empty.
-          groups: of every task, for the balanced order.
-          names: of every task.
-          seed: of the run.
-          epsilon: floor of soft targets; None for hard ones.
-        """
-        self.shared_prefix = shared_prefix
-        self._source = source
-        self._layout = layout
-        self._groups = groups
-        self._names = names
-        self._seed = seed
-        self._epsilon = epsilon
-        self._steps_at_once = 1 if layout.tries_whole else max(1, _TASKS_AT_ONCE // layout.tasks_per_step)
+    def __post_init__(self):
+        self._steps_at_once = 1 if self.layout.tries_whole else max(1, _TASKS_AT_ONCE // self.layout.tasks_per_step)
         self._order: tuple[int, np.ndarray] | None = None
         self._chunk: tuple[tuple[int, int], TrieExamples, np.ndarray] | None = None
 
     @property
     def num_examples(self) -> int:
         """What an epoch counts: strings, or prompts where whole tries are used."""
-        num_visits = len(self._groups) * self._layout.visits
-        return num_visits if self._layout.tries_whole else num_visits * self._layout.strings
+        num_visits = len(self.groups) * self.layout.visits
+        return num_visits if self.layout.tries_whole else num_visits * self.layout.strings
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches in an epoch; the last may be partly padding."""
-        return -(-len(self._groups) * self._layout.visits // self._layout.tasks_per_step)
+        return -(-len(self.groups) * self.layout.visits // self.layout.tasks_per_step)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes (B, T, P, K) of batches, but for rare larger ones; from the first steps of the first epoch."""
-        steps = range(min(self.steps_per_epoch, max(self._steps_at_once, _SAMPLED_STEPS)))
-        return shape_levels(np.stack([self._placed(step)[3] for step in steps]), self._layout.row_multiple)
+        return shape_levels(np.stack([self._in_rows(step)[3] for step in self._sampled]), self.layout.row_multiple)
 
     def batch(self, step: int, rows: tuple[int, int] | None = None) -> TargetBatch:
         """The batch of a step.
@@ -139,76 +102,73 @@ class Dataset:
           rows: first row and one past the last to return, for a host that feeds only these; the shape and the rows'
             content are those of the whole batch.
         """
-        blocks, chosen, row, size = self._placed(step)
-        num_rows, *shape = fitting_shape(size, self.shapes, self._layout.row_multiple)
+        examples, chosen, row, size = self._in_rows(step)
+        num_rows, *shape = fitting_shape(size, self.shapes, self.layout.row_multiple)
         begin, end = (0, num_rows) if rows is None else rows
         if not 0 <= begin < end <= num_rows:
             raise ValueError(f"rows={rows} must lie in a batch of {num_rows} rows")
         mine = (row >= begin) & (row < end)
         return collate(
-            blocks,
+            examples,
             chosen[mine],
             row[mine] - begin,
             num_rows=end - begin,
             shape=(shape[0], shape[1], shape[2]),
-            epsilon=self._epsilon,
+            epsilon=self.epsilon,
             shared=self.shared_prefix.size,
         )
 
     def task_names(self, step: int) -> list[str]:
         """The tasks that a step visits."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        first = index * self._layout.tasks_per_step
-        tasks = self._epoch(epoch)[first : first + self._layout.tasks_per_step]
-        return [self._names[int(task)] for task in tasks]
+        return [self.names[int(task)] for task in self._tasks(epoch, index, 1)]
 
-    def _epoch(self, epoch: int) -> Int64[np.ndarray, "_"]:
+    @property
+    def _sampled(self) -> range:
+        """Steps that stand for all."""
+        return range(min(self.steps_per_epoch, max(self._steps_at_once, _SAMPLED_STEPS)))
+
+    def _tasks(self, epoch: int, index: int, num_steps: int) -> Int64[np.ndarray, "_"]:
+        """The tasks of some steps of an epoch."""
         # By way of a local: a thread that prefetches may be asking for another epoch.
         order = self._order
         if order is None or order[0] != epoch:
-            order = epoch, epoch_order(self._groups, self._layout.visits, seed=self._seed, epoch=epoch)
+            order = epoch, epoch_order(self.groups, self.layout.visits, seed=self.seed, epoch=epoch)
             self._order = order
-        return order[1]
+        return order[1][index * self.layout.tasks_per_step : (index + num_steps) * self.layout.tasks_per_step]
 
-    def _placed(self, step: int) -> tuple[TrieExamples, np.ndarray, np.ndarray, Int64[np.ndarray, "4"]]:
-        """Blocks, which of them are the step's, the row of each, and what the step needs: rows and their sizes."""
-        blocks, chosen, sizes = self._blocks_of_step(step)
-        if self._layout.row_tokens is None:
+    def _in_rows(self, step: int) -> tuple[TrieExamples, np.ndarray, np.ndarray, Int64[np.ndarray, "4"]]:
+        """Examples, which of them are the step's, the row of each, and what the step needs: rows and their sizes."""
+        examples, chosen, sizes = self._examples(step)
+        if self.layout.row_tokens is None:
             rows = np.arange(chosen.size)
-            num_rows = self._layout.tasks_per_step
+            num_rows = self.layout.tasks_per_step
         else:
-            rows = first_fit(sizes[:, 0], max(self._layout.row_tokens, self._longest_block))
+            rows = first_fit(sizes[:, 0], max(self.layout.row_tokens, self._longest_example))
             order = np.argsort(rows, kind="stable")
             chosen, rows, sizes = chosen[order], rows[order], sizes[order]
             num_rows = int(rows[-1]) + 1
-        return blocks, chosen, rows, np.append(num_rows, row_sizes(sizes, rows))
+        return examples, chosen, rows, np.append(num_rows, row_sizes(sizes, rows))
 
     @cached_property
-    def _longest_block(self) -> int:
-        steps = range(min(self.steps_per_epoch, max(self._steps_at_once, _SAMPLED_STEPS)))
-        return max(int(self._blocks_of_step(step)[2][:, 0].max()) for step in steps)
+    def _longest_example(self) -> int:
+        return max(int(self._examples(step)[2][:, 0].max()) for step in self._sampled)
 
-    def _blocks_of_step(self, step: int) -> tuple[TrieExamples, np.ndarray, Int64[np.ndarray, "B 3"]]:
-        """Blocks that hold the step's, which of them those are, and their sizes without the shared tokens."""
+    def _examples(self, step: int) -> tuple[TrieExamples, np.ndarray, Int64[np.ndarray, "B 3"]]:
+        """Examples that hold the step's, which of them those are, and their sizes without the shared tokens."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        chunk, within = divmod(index, self._steps_at_once)
+        within = index % self._steps_at_once
+        first, per_step, strings = index - within, self.layout.tasks_per_step, self.layout.strings
         made = self._chunk
-        if made is None or made[0] != (epoch, chunk):
-            blocks = self._make_blocks(epoch, chunk)
-            made = (epoch, chunk), blocks, blocks.sizes() - np.array([self.shared_prefix.size, 0, 0])
+        if made is None or made[0] != (epoch, first):
+            tasks = self._tasks(epoch, first, self._steps_at_once)
+            drawn = uniform_draws(first * per_step * strings, tasks.size * strings, seed=self.seed, epoch=epoch)
+            examples = self.source.examples(tasks, drawn.reshape(-1, strings))
+            made = (epoch, first), examples, examples.sizes() - np.array([self.shared_prefix.size, 0, 0])
             self._chunk = made
-        _, blocks, sizes = made
-        per_step = self._layout.tasks_per_step
-        first, last = np.searchsorted(blocks.task, [within * per_step, (within + 1) * per_step]).tolist()
-        return blocks, np.arange(first, last), sizes[first:last]
-
-    def _make_blocks(self, epoch: int, chunk: int) -> TrieExamples:
-        per_chunk = self._steps_at_once * self._layout.tasks_per_step
-        first = chunk * per_chunk
-        tasks = self._epoch(epoch)[first : first + per_chunk]
-        strings = self._layout.strings
-        uniforms = uniform_draws(first * strings, tasks.size * strings, seed=self._seed, epoch=epoch)
-        return self._source.blocks(tasks, uniforms.reshape(-1, strings))
+        _, examples, sizes = made
+        begin, end = np.searchsorted(examples.task, [within * per_step, (within + 1) * per_step]).tolist()
+        return examples, np.arange(begin, end), sizes[begin:end]
 
 
 def common_prefix(prompts: Sequence[Int32[np.ndarray, "_"]]) -> Int32[np.ndarray, "_"]:

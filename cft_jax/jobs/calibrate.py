@@ -20,8 +20,8 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.mirror import local_workdir, shown
 from cft_jax.config import Config, validate
-from cft_jax.data.example import render_example
-from cft_jax.data.training import training_dataset
+from cft_jax.data.objectives import training_dataset
+from cft_jax.data.render import render_example
 from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.evaluate.report.model_card import card_of_run

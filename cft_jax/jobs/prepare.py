@@ -17,10 +17,10 @@ from cft_jax.common.files import write_json
 from cft_jax.common.mirror import local_workdir
 from cft_jax.config import Config
 from cft_jax.data.batch import padding_fraction
-from cft_jax.data.example import render_example
+from cft_jax.data.objectives import training_dataset
 from cft_jax.data.prepared import prepare
+from cft_jax.data.render import render_example
 from cft_jax.data.spaces import task_space
-from cft_jax.data.training import training_dataset
 from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.splits import TRAIN

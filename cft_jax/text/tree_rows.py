@@ -32,9 +32,14 @@ def cut_tree(subtree_end: Int[np.ndarray, "M"], length: int) -> Iterator[TreeRow
     Args:
       subtree_end: of a tree depth-first, one past the last node below each.
       length: more than the depth of any node.
+
+    Raises:
+      ValueError: `length` is too small for a node with its ancestors.
     """
     start, above = 0, np.empty(0, dtype=np.int64)
     while start < subtree_end.size:
+        if above.size >= length:
+            raise ValueError(f"length={length} has no room for a node and its {above.size} ancestors")
         stop = min(start + length - above.size, subtree_end.size)
         nodes = np.concatenate([above, np.arange(start, stop)])
         ends = subtree_end[nodes].astype(np.int64)

@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 import pytest
 
-from cft_jax.data.blocks import examples_of_strings
-from cft_jax.data.collate import collate, row_sizes
+from cft_jax.data.batch import collate, row_sizes
+from cft_jax.data.examples import examples_of_strings
 from cft_jax.text.trie import grow_forest, token_matrix
 
 END = 90
@@ -32,7 +32,7 @@ def _forest(*spaces):
     )
 
 
-def _blocks(forest, strings, *, per_position=True, prompts=PROMPTS):
+def _examples(forest, strings, *, per_position=True, prompts=PROMPTS):
     return examples_of_strings(
         forest,
         prompts,
@@ -45,13 +45,13 @@ def _blocks(forest, strings, *, per_position=True, prompts=PROMPTS):
     )
 
 
-def _batch(blocks, *, rows=None, epsilon: float | None = 1e-8, shared=0, num_rows=None, shape=None):
-    """A batch of all blocks, by default each in a row of its own and padded no further than needed."""
-    rows = np.arange(len(blocks)) if rows is None else np.array(rows)
+def _batch(examples, *, rows=None, epsilon: float | None = 1e-8, shared=0, num_rows=None, shape=None):
+    """A batch of all examples, by default each in a row of its own and padded no further than needed."""
+    rows = np.arange(len(examples)) if rows is None else np.array(rows)
     chosen = np.argsort(rows, kind="stable")
-    sizes = row_sizes(blocks.sizes() - [shared, 0, 0], rows)
+    sizes = row_sizes(examples.sizes() - [shared, 0, 0], rows)
     return collate(
-        blocks,
+        examples,
         chosen,
         rows[chosen],
         num_rows=num_rows or int(rows.max()) + 1,
@@ -115,14 +115,14 @@ def prompts():
 
 
 @pytest.fixture
-def blocks_for():
-    """Makes a block per trie of a forest with strings given as {string number: weight}; each block counts 1."""
-    return _blocks
+def examples_for():
+    """Makes an example per trie of a forest with strings given as {string number: weight}; each example counts 1."""
+    return _examples
 
 
 @pytest.fixture
 def batch_of():
-    """Makes a `TargetBatch` of all given blocks."""
+    """Makes a `TargetBatch` of all given examples."""
     return _batch
 
 

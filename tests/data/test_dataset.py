@@ -8,12 +8,18 @@ from scipy import stats
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config, DataConfig, TrainConfig
-from cft_jax.data.dataset import Mixture, common_prefix
-from cft_jax.data.hard import DrawnStrings
+from cft_jax.data.dataset import common_prefix
+from cft_jax.data.objectives import (
+    AnalyticPaths,
+    AnalyticTries,
+    DrawnStrings,
+    Mixture,
+    Paths,
+    WholeTries,
+    training_dataset,
+)
 from cft_jax.data.prepared import prepare
-from cft_jax.data.soft import AnalyticPaths, AnalyticTries, DrawnPaths, WholeTries
 from cft_jax.data.spaces import SpaceTable, task_space
-from cft_jax.data.training import training_dataset
 from cft_jax.distributions import OutputSpace, PromptSpec, Task, task_from_spec
 from cft_jax.text.scratch import train_tokenizer
 from cft_jax.text.values import ValueEncoder
@@ -174,9 +180,9 @@ def ones():
 @pytest.mark.parametrize("per_position", [True, False])
 def test_packed_soft_strings_are_the_strings_alone(prepared, batch_of, steps_of, loss_of, per_position):
     found = prepared()
-    source = DrawnPaths(found.forest, found.prompts, ones(), per_position)
-    packed = batch_of(source.blocks(TASKS, uniforms(6)))
-    alone = batch_of(source.blocks(np.repeat(TASKS, 6), uniforms(6).reshape(-1, 1)))
+    source = Paths(found.prompts, ones(), per_position, found.forest)
+    packed = batch_of(source.examples(TASKS, uniforms(6)))
+    alone = batch_of(source.examples(np.repeat(TASKS, 6), uniforms(6).reshape(-1, 1)))
     assert packed.row_weight.sum() == alone.row_weight.sum() == 30
     losses = [loss_of(steps_of(batch, found.prompts), batch.row_weight) for batch in (packed, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -186,15 +192,15 @@ def hard_source(tokenizer, found, **data):
     settings = DataConfig(num_decimals=1, max_bins=100, **data)
     table = SpaceTable(task_space(task, settings) for task in make_tasks())
     names = [task.task_id for task in make_tasks()]
-    return DrawnStrings(table, names, found.prompts, ones(), ValueEncoder(tokenizer), found.terminator_id)
+    return DrawnStrings(found.prompts, ones(), table, names, ValueEncoder(tokenizer), found.terminator_id)
 
 
 @pytest.mark.parametrize("space", ["grid", "full"])
 def test_packed_hard_strings_are_the_strings_alone(prepared, tokenizer, batch_of, steps_of, loss_of, space):
     found = prepared()
     source = hard_source(tokenizer, found, space=space)
-    packed = batch_of(source.blocks(TASKS, uniforms(6)), epsilon=None)
-    alone = batch_of(source.blocks(np.repeat(TASKS, 6), uniforms(6).reshape(-1, 1)), epsilon=None)
+    packed = batch_of(source.examples(TASKS, uniforms(6)), epsilon=None)
+    alone = batch_of(source.examples(np.repeat(TASKS, 6), uniforms(6).reshape(-1, 1)), epsilon=None)
     steps = [steps_of(batch, found.prompts) for batch in (packed, alone)]
     assert all(list(targets.values()) == [1.0] and weight == 1 for _, _, weight, targets in steps[1])
     assert packed.row_weight.sum() == alone.row_weight.sum() == len(steps[1])
@@ -205,9 +211,9 @@ def test_packed_hard_strings_are_the_strings_alone(prepared, tokenizer, batch_of
 def test_soft_and_hard_draw_the_same_strings(prepared, tokenizer, batch_of, steps_of):
     found = prepared()
     soft = steps_of(
-        batch_of(DrawnPaths(found.forest, found.prompts, ones(), True).blocks(TASKS, uniforms(3))), found.prompts
+        batch_of(Paths(found.prompts, ones(), True, found.forest).examples(TASKS, uniforms(3))), found.prompts
     )
-    hard = steps_of(batch_of(hard_source(tokenizer, found).blocks(TASKS, uniforms(3)), epsilon=None), found.prompts)
+    hard = steps_of(batch_of(hard_source(tokenizer, found).examples(TASKS, uniforms(3)), epsilon=None), found.prompts)
     assert [step[:2] for step in soft] == [step[:2] for step in hard]
 
 
@@ -216,13 +222,13 @@ def test_full_resolution_of_integers_is_their_grid(prepared, batch_of, steps_of)
     tasks = np.array([0, 1, 3, 4])
     draws = np.random.default_rng(2).random((4, 3))
     grid, full = prepared(), prepared(space="full")
-    listed = DrawnPaths(grid.forest, grid.prompts, ones(), True).blocks(tasks, draws)
+    listed = Paths(grid.prompts, ones(), True, grid.forest).examples(tasks, draws)
     sources = [
-        DrawnPaths(full.forest, full.prompts[-1:], ones(), True),
-        AnalyticPaths(full.analytic, full.prompts, ones(), True),
+        Paths(full.prompts[-1:], ones(), True, full.forest),
+        AnalyticPaths(full.prompts, ones(), True, full.analytic),
     ]
-    analytic = Mixture(sources, full.is_analytic.astype(np.int64)).blocks(tasks, draws)
-    left, right = (steps_of(batch_of(blocks), grid.prompts) for blocks in (listed, analytic))
+    analytic = Mixture(sources, full.is_analytic.astype(np.int64)).examples(tasks, draws)
+    left, right = (steps_of(batch_of(examples), grid.prompts) for examples in (listed, analytic))
     assert [step[:3] for step in left] == [step[:3] for step in right]
     for (*_, expected), (*_, targets) in zip(left, right, strict=True):
         assert targets == pytest.approx(expected, rel=1e-6)
@@ -232,9 +238,9 @@ def test_exact_at_full_resolution_is_exact_where_everything_fits(prepared, batch
     tasks = np.array([0, 1, 3])
     grid, full = prepared(), prepared(space="full")
     none = np.zeros((3, 0))
-    listed = WholeTries(grid.forest, grid.prompts, ones(), True, 1000).blocks(tasks, none)
-    analytic = AnalyticTries(full.analytic, full.prompts[:-1], ones(), True, 1000).blocks(tasks, none)
-    left, right = (sorted(steps_of(batch_of(blocks), grid.prompts), key=repr) for blocks in (listed, analytic))
+    listed = WholeTries(grid.prompts, ones(), True, grid.forest, 1000).examples(tasks, none)
+    analytic = AnalyticTries(full.prompts[:-1], ones(), True, full.analytic, 1000).examples(tasks, none)
+    left, right = (sorted(steps_of(batch_of(examples), grid.prompts), key=repr) for examples in (listed, analytic))
     assert [step[:2] for step in left] == [step[:2] for step in right]
     for (*_, weight, expected), (*_, found_weight, targets) in zip(left, right, strict=True):
         assert found_weight == pytest.approx(weight, rel=1e-5)

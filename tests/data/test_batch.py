@@ -1,13 +1,12 @@
-"""Placing blocks in rows: order, padding, packing, shared beginnings, and the arithmetic of the targets."""
+"""Placing examples in rows: order, padding, packing, shared beginnings, and the arithmetic of the targets."""
 
 import numpy as np
 
-from cft_jax.data.batch import padding_fraction
-from cft_jax.data.collate import collate, row_sizes
+from cft_jax.data.batch import collate, padding_fraction, row_sizes
 
 
-def test_prefixes_lie_depth_first_after_the_prompt(forest_of, blocks_for, batch_of, spaces):
-    rows = blocks_for(forest_of(*spaces), [{0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, {0: 1.0}, {0: 1.0, 1: 1.0}])
+def test_prefixes_lie_depth_first_after_the_prompt(forest_of, examples_for, batch_of, spaces):
+    rows = examples_for(forest_of(*spaces), [{0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, {0: 1.0}, {0: 1.0, 1: 1.0}])
     batch = batch_of(rows, num_rows=4)
     # By hand: prefixes (1), (1, 2), (1, 2, 3), (4) after the prompt 50 51 52.
     assert batch.tokens[0].tolist() == [50, 51, 52, 1, 2, 3, 4, 0, 0, 0]
@@ -24,8 +23,8 @@ def test_prefixes_lie_depth_first_after_the_prompt(forest_of, blocks_for, batch_
     assert padding_fraction(batch) == 1 - (7 + 1 + 10) / (4 * 10)
 
 
-def test_padding_has_no_weight_and_steps_ascend(forest_of, blocks_for, batch_of, spaces):
-    rows = blocks_for(forest_of(*spaces), [{0: 1.0}, {0: 1.0}, {0: 1.0}])
+def test_padding_has_no_weight_and_steps_ascend(forest_of, examples_for, batch_of, spaces):
+    rows = examples_for(forest_of(*spaces), [{0: 1.0}, {0: 1.0}, {0: 1.0}])
     batch = batch_of(rows, num_rows=5, shape=(16, 8, 32))
     assert (np.diff(batch.target_position, axis=1) >= 0).all()
     for row in range(5):
@@ -37,9 +36,9 @@ def test_padding_has_no_weight_and_steps_ascend(forest_of, blocks_for, batch_of,
     assert [array.dtype.name for array in batch] == [*["int32"] * 4, "float32", "int32", "int32", "float32", "float32"]
 
 
-def test_targets_are_clamped_in_double_precision(forest_of, blocks_for, batch_of, prompts):
+def test_targets_are_clamped_in_double_precision(forest_of, examples_for, batch_of, prompts):
     forest = forest_of({(1,): 1 - 1e-12, (2,): 1e-12, (3,): 0.0})
-    rows = blocks_for(forest, [{0: 1.0}], prompts=prompts[:1])
+    rows = examples_for(forest, [{0: 1.0}], prompts=prompts[:1])
     epsilon = 1e-3
     clamped = np.array([1 - 1e-12, epsilon, epsilon])
     expected = (clamped / clamped.sum()).astype(np.float32)
@@ -49,33 +48,33 @@ def test_targets_are_clamped_in_double_precision(forest_of, blocks_for, batch_of
     assert batch_of(rows, epsilon=None).target_probs[0, :3].tolist() == [1.0, np.float32(1e-12), 0.0]
 
 
-def test_several_blocks_in_a_row_are_the_same_steps(forest_of, blocks_for, batch_of, steps_of, spaces, prompts):
-    blocks = blocks_for(forest_of(*spaces), [{0: 1.0, 2: 1.0}, {1: 1.0}, {0: 1.0, 2: 1.0}])
-    apart = steps_of(batch_of(blocks), prompts)
-    packed = batch_of(blocks, rows=[1, 0, 0], num_rows=3)
+def test_several_blocks_in_a_row_are_the_same_steps(forest_of, examples_for, batch_of, steps_of, spaces, prompts):
+    examples = examples_for(forest_of(*spaces), [{0: 1.0, 2: 1.0}, {1: 1.0}, {0: 1.0, 2: 1.0}])
+    apart = steps_of(batch_of(examples), prompts)
+    packed = batch_of(examples, rows=[1, 0, 0], num_rows=3)
     assert sorted(map(repr, steps_of(packed, prompts))) == sorted(map(repr, apart))
-    # By hand: the second block's 1 + 2 tokens come before the third's 5 + 5.
+    # By hand: the second example's 1 + 2 tokens come before the third's 5 + 5.
     assert packed.subtree_end[0].tolist() == [3, 3, 3, 13, 13, 13, 13, 13, 13, 12, 12, 12, 13]
     assert packed.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 6]
     assert packed.row_weight.tolist() == [2, 1, 0]
 
 
-def test_a_shared_beginning_is_left_out_but_counted(forest_of, blocks_for, batch_of, steps_of, spaces):
+def test_a_shared_beginning_is_left_out_but_counted(forest_of, examples_for, batch_of, steps_of, spaces):
     prompts = [np.array([40, 41, *ids], dtype=np.int32) for ids in ([50], [60, 61], [70])]
-    blocks = blocks_for(forest_of(*spaces), [{0: 1.0}, {0: 1.0}, {0: 1.0, 1: 1.0}], prompts=prompts)
-    whole, rest = batch_of(blocks), batch_of(blocks, shared=2)
+    examples = examples_for(forest_of(*spaces), [{0: 1.0}, {0: 1.0}, {0: 1.0, 1: 1.0}], prompts=prompts)
+    whole, rest = batch_of(examples), batch_of(examples, shared=2)
     assert steps_of(rest, prompts, shared=2) == steps_of(whole, prompts)
     assert rest.tokens.shape[1] == whole.tokens.shape[1] - 2
 
 
-def test_some_of_the_rows_are_the_same_as_in_the_whole(forest_of, blocks_for, spaces):
-    blocks = blocks_for(forest_of(*spaces), [{0: 1.0, 2: 1.0}, {1: 1.0}, {0: 1.0, 2: 1.0}])
+def test_some_of_the_rows_are_the_same_as_in_the_whole(forest_of, examples_for, spaces):
+    examples = examples_for(forest_of(*spaces), [{0: 1.0, 2: 1.0}, {1: 1.0}, {0: 1.0, 2: 1.0}])
     rows = np.array([0, 1, 1])
 
     def rows_between(first, last):
         mine = np.flatnonzero((rows >= first) & (rows < last))
         shape = (24, 12, 32)
-        return collate(blocks, mine, rows[mine] - first, num_rows=last - first, shape=shape, epsilon=1e-8, shared=0)
+        return collate(examples, mine, rows[mine] - first, num_rows=last - first, shape=shape, epsilon=1e-8, shared=0)
 
     whole, parts = rows_between(0, 4), [rows_between(0, 1), rows_between(1, 3), rows_between(3, 4)]
     for name, array in whole._asdict().items():

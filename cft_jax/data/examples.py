@@ -1,9 +1,10 @@
-"""From tries to blocks: a prompt with some of its trie's prefixes, their targets, and what their steps weigh.
+"""From tries to examples: a prompt with some of its trie's prefixes, their targets, and what the positions weigh.
 
-One builder serves every objective. `path` is a block with one drawn string, `paths` and packed hard targets are blocks
-with several, whose common beginnings appear once, and `exact` is a block with all strings and their probabilities. The
-weight of a step at prefix n is Σ weight(s) / T(s) over the block's strings s that begin with n, where T counts the
-tokens of s and its terminator (arXiv 2605.11845: mean over steps); or Σ weight(s) for the divergence of sequences.
+One builder serves every objective. `path` is an example with one drawn string, `paths` and packed hard targets are
+examples with several, whose common prefixes appear once, and `exact` is an example with all strings and their
+probabilities. The weight of the target position at prefix n is Σ weight(s) / T(s) over the example's strings s that
+begin with n, where T counts the tokens of s and its terminator (arXiv 2605.11845: mean over steps); or Σ weight(s) for
+the divergence of sequences.
 """
 
 import itertools
@@ -19,20 +20,20 @@ from cft_jax.text.trie import Forest, Trie
 
 @dataclass(frozen=True, eq=False)
 class TrieExamples:
-    """B blocks before padding, with N prefixes and K target entries in all.
+    """B examples before padding, with N prefixes and K target entries in all.
 
     Attributes:
-      prompts: token ids of each block's prompt.
-      node_starts: int64[B + 1]; the prefixes of block b are node_starts[b] to node_starts[b + 1], depth-first, the
+      prompts: token ids of each example's prompt.
+      node_starts: int64[B + 1]; the prefixes of example b are node_starts[b] to node_starts[b + 1], depth-first, the
         empty prefix first.
       token: last token of the prefix; -1 for the empty one.
       depth: its number of tokens.
-      subtree_end: one past the last prefix below it, counted from the block's first.
-      weight: of its step; 0 where the step is not counted.
+      subtree_end: one past the last prefix below it, counted from the example's first.
+      weight: of its target position; 0 where it is none.
       target_starts: int64[N + 1]; where the entries of each prefix begin.
       target_ids, target_probs: tokens that can follow the prefix and their probabilities.
-      mean_weight: what each block counts in the mean.
-      task: which of the tasks that blocks were asked for each block belongs to, ascending.
+      mean_weight: what each example counts in the mean.
+      task: which of the tasks that examples were asked for each example belongs to, ascending.
     """
 
     prompts: Sequence[Int32[np.ndarray, "_"]]
@@ -51,65 +52,65 @@ class TrieExamples:
         return self.mean_weight.size
 
     def sizes(self) -> Int64[np.ndarray, "B 3"]:
-        """Tokens, steps and target entries of each block."""
+        """Tokens, target positions and target entries of each example."""
         prompt_lengths = np.array([prompt.size for prompt in self.prompts], dtype=np.int64)
         counted = self.weight > 0
         num_targets = np.where(counted, np.diff(self.target_starts), 0)
         sums = np.zeros((2, self.token.size + 1), dtype=np.int64)
         np.cumsum(counted, out=sums[0, 1:])
         np.cumsum(num_targets, out=sums[1, 1:])
-        steps, targets = np.diff(sums[:, self.node_starts], axis=1)
-        return np.stack([prompt_lengths + np.diff(self.node_starts) - 1, steps, targets], axis=1)
+        positions, targets = np.diff(sums[:, self.node_starts], axis=1)
+        return np.stack([prompt_lengths + np.diff(self.node_starts) - 1, positions, targets], axis=1)
 
 
 def examples_of_strings(
     forest: Forest,
     prompts: Sequence[Int32[np.ndarray, "_"]],
     tries: Int64[np.ndarray, "B"],
-    string_block: Int64[np.ndarray, "S"],
+    owner: Int64[np.ndarray, "S"],
     strings: Int64[np.ndarray, "S"],
     weights: Float64[np.ndarray, "S"],
     mean_weight: Float64[np.ndarray, "B"],
     *,
     per_position: bool,
 ) -> TrieExamples:
-    """Blocks that hold the prefixes of given strings, each prefix once.
+    """Examples that hold the prefixes of given strings, each prefix once.
 
     Args:
       forest: tries that hold the strings.
-      prompts: of each block.
-      tries: which trie each block's strings belong to.
-      string_block: the block of each string; every block needs one.
+      prompts: of each example.
+      tries: which trie each example's strings belong to.
+      owner: the example of each string; every example needs one.
       strings: number of each string in its output space; a string may occur several times.
       weights: of each string, positive.
-      mean_weight: what each block counts in the mean.
-      per_position: whether a string's weight is divided among its steps (mean over steps) or given to each.
+      mean_weight: what each example counts in the mean.
+      per_position: whether a string's weight is divided among its target positions (mean over steps) or given to each.
     """
     arrays = forest.arrays
-    trie = tries[string_block]
+    trie = tries[owner]
     first_prefix = forest.prefix_starts[trie]
     prefix = arrays["leaf_prefix"][forest.leaf_starts[trie] + strings].astype(np.int64)
-    num_steps = arrays["depth"][first_prefix + prefix].astype(np.int64) + 1
-    position_weight = weights / num_steps if per_position else weights
-    # The prefixes of all strings, from the whole string up, as keys that sort by block and depth-first within it.
+    num_positions = arrays["depth"][first_prefix + prefix].astype(np.int64) + 1
+    position_weight = weights / num_positions if per_position else weights
+    # The prefixes of all strings, from the whole string up, as keys that sort by example and depth-first within it.
     stride = np.int64(int(np.diff(forest.prefix_starts).max()) + 1)
     keys, key_weights = [], []
     active = np.arange(strings.size)
     while active.size:
-        keys.append(string_block[active] * stride + prefix[active])
+        keys.append(owner[active] * stride + prefix[active])
         key_weights.append(position_weight[active])
         active = active[prefix[active] > 0]
         prefix[active] = arrays["parent"][first_prefix[active] + prefix[active]]
     kept, which = np.unique(np.concatenate(keys), return_inverse=True)
     weight = np.bincount(which, weights=np.concatenate(key_weights), minlength=kept.size)
 
-    block, local = np.divmod(kept, stride)
-    node_starts = np.searchsorted(block, np.arange(tries.size + 1)).astype(np.int64)
-    source = forest.prefix_starts[tries[block]] + local
-    subtree_end = np.searchsorted(kept, block * stride + arrays["subtree_end"][source]) - node_starts[block]
+    example, local = np.divmod(kept, stride)
+    node_starts = np.searchsorted(example, np.arange(tries.size + 1)).astype(np.int64)
+    source = forest.prefix_starts[tries[example]] + local
+    subtree_end = np.searchsorted(kept, example * stride + arrays["subtree_end"][source]) - node_starts[example]
     # Offsets of children have one entry more per trie than there are prefixes.
-    offset = source + tries[block]
-    child_base = forest.child_starts[tries[block]]
+    offset = source + tries[example]
+    child_base = forest.child_starts[tries[example]]
     first_child = child_base + arrays["child_offsets"][offset]
     num_children = arrays["child_offsets"][offset + 1] - arrays["child_offsets"][offset]
     entries = ranges(first_child, num_children)
@@ -134,7 +135,7 @@ def examples_of_tries(
     weights: Sequence[Float64[np.ndarray, "_"]],
     mean_weight: Float64[np.ndarray, "B"],
 ) -> TrieExamples:
-    """A block per trie with all its prefixes and a given weight for each prefix's step."""
+    """An example per trie with all its prefixes and a given weight for each prefix's target position."""
     sizes = [trie.num_prefixes for trie in tries]
     num_children = np.concatenate([np.diff(trie.child_offsets) for trie in tries])
     return TrieExamples(
@@ -153,10 +154,10 @@ def examples_of_tries(
 
 
 def joined_examples(parts: Sequence[TrieExamples], tasks: Sequence[Int64[np.ndarray, "_"]]) -> TrieExamples:
-    """The blocks of several sources as one, in the order of their tasks.
+    """The examples of several sources as one, in the order of their tasks.
 
     Args:
-      parts: the blocks of each source.
+      parts: the examples of each source.
       tasks: for each source, the numbers that its tasks have among all.
     """
     names = ("token", "depth", "subtree_end", "weight", "target_ids", "target_probs", "mean_weight")
@@ -173,37 +174,34 @@ def joined_examples(parts: Sequence[TrieExamples], tasks: Sequence[Int64[np.ndar
     return _gathered(joined, order, num_nodes, nodes, joined.subtree_end[nodes], None, joined.mean_weight[order])
 
 
-def split_examples(blocks: TrieExamples, max_nodes: int) -> TrieExamples:
-    """Blocks of at most `max_nodes` prefixes beside the empty one; longer blocks become several over the same prompt.
+def split_examples(examples: TrieExamples, max_nodes: int) -> TrieExamples:
+    """Examples of at most `max_nodes` prefixes beside the empty one; longer ones become several over the same prompt.
 
-    Each part continues the block where the part before stopped and repeats the ancestors of its first prefix; these
-    are target positions only in the part that has them first. Only the first part has the block's
-    weight in the mean, so sums over blocks stay the same.
+    Each part continues the example where the part before stopped and repeats the ancestors of its first prefix; these
+    are target positions only in the part that has them first. Only the first part has the example's weight in the
+    mean, so sums over examples stay the same.
 
     Raises:
       ValueError: `max_nodes` is not larger than the longest string.
     """
-    longest = int(blocks.depth.max(initial=0))
-    if max_nodes <= longest:
-        raise ValueError(f"max_nodes={max_nodes} must be greater than {longest}, the tokens of the longest string")
     rows = [
-        (block, start, row)
-        for block, (start, stop) in enumerate(itertools.pairwise(blocks.node_starts.tolist()))
-        for row in cut_tree(blocks.subtree_end[start:stop], max_nodes + 1)
+        (example, start, row)
+        for example, (start, stop) in enumerate(itertools.pairwise(examples.node_starts.tolist()))
+        for row in cut_tree(examples.subtree_end[start:stop], max_nodes + 1)
     ]
     return _gathered(
-        blocks,
-        np.array([block for block, _, _ in rows]),
+        examples,
+        np.array([example for example, _, _ in rows]),
         np.array([row.nodes.size for _, _, row in rows]),
         np.concatenate([start + row.nodes for _, start, row in rows]),
         np.concatenate([row.subtree_end for _, _, row in rows]),
         np.concatenate([np.arange(row.nodes.size) >= row.num_ancestors for _, _, row in rows]),
-        np.array([0.0 if row.num_ancestors else blocks.mean_weight[block] for block, _, row in rows]),
+        np.array([0.0 if row.num_ancestors else examples.mean_weight[example] for example, _, row in rows]),
     )
 
 
 def _gathered(
-    blocks: TrieExamples,
+    examples: TrieExamples,
     source: np.ndarray,
     num_nodes: np.ndarray,
     nodes: np.ndarray,
@@ -211,23 +209,23 @@ def _gathered(
     counted: np.ndarray | None,
     mean_weight: np.ndarray,
 ) -> TrieExamples:
-    """Blocks made of prefixes of others: of block `source[i]` the next `num_nodes[i]` of `nodes`, with new ends.
+    """Examples made of prefixes of others: of example `source[i]` the next `num_nodes[i]` of `nodes`, with new ends.
 
     Prefixes that are not `counted` lose their weight and their targets.
     """
     counted = np.ones(nodes.size, dtype=bool) if counted is None else counted
-    num_targets = np.where(counted, np.diff(blocks.target_starts)[nodes], 0)
-    entries = ranges(blocks.target_starts[nodes], num_targets)
+    num_targets = np.where(counted, np.diff(examples.target_starts)[nodes], 0)
+    entries = ranges(examples.target_starts[nodes], num_targets)
     return TrieExamples(
-        prompts=[blocks.prompts[block] for block in source.tolist()],
+        prompts=[examples.prompts[example] for example in source.tolist()],
         node_starts=np.append(0, num_nodes.cumsum()),
-        token=blocks.token[nodes],
-        depth=blocks.depth[nodes],
+        token=examples.token[nodes],
+        depth=examples.depth[nodes],
         subtree_end=subtree_end,
-        weight=np.where(counted, blocks.weight[nodes], 0.0),
+        weight=np.where(counted, examples.weight[nodes], 0.0),
         target_starts=np.append(0, num_targets.cumsum()),
-        target_ids=blocks.target_ids[entries],
-        target_probs=blocks.target_probs[entries],
+        target_ids=examples.target_ids[entries],
+        target_probs=examples.target_probs[entries],
         mean_weight=mean_weight,
-        task=blocks.task[source],
+        task=examples.task[source],
     )

@@ -12,10 +12,10 @@ _SHOWN = 6
 def render_example(
     tokenizer: PreTrainedTokenizerBase, batch: TargetBatch, shared_prefix: Int32[np.ndarray, "_"], row: int = 0
 ) -> str:
-    """The first block of a row of a batch, as the model sees it.
+    """The first example of a row of a batch, as the model sees it.
 
-    Shows the prompt's text, its first and last token ids, the strings in the block (some of many), and which positions
-    carry loss.
+    Shows the prompt's text, its first and last token ids, its strings (some of many), and which positions carry
+    loss.
 
     Args:
       tokenizer: of the model.
@@ -24,27 +24,27 @@ def render_example(
       row: which row.
     """
     size = int(batch.subtree_end[row, 0])
-    places = batch.target_index[row, batch.target_weight[row] > 0]
-    places = places[places < size]
-    if not places.size:
+    scored = batch.target_index[row, batch.target_weight[row] > 0]
+    scored = scored[scored < size]
+    if not scored.size:
         return "a row of padding"
     tokens, subtree_end = batch.tokens[row, :size], batch.subtree_end[row, :size]
-    # The first step is that of the empty prefix, at the prompt's last token.
-    start = int(places[0]) + 1
+    # The first target position is the empty prefix, at the prompt's last token.
+    start = int(scored[0]) + 1
     prompt = np.concatenate([shared_prefix, tokens[:start]])
     inner = np.arange(start, size)
     ends = inner[subtree_end[inner] == inner + 1]
     strings = [_string(tokenizer, tokens, subtree_end, start, int(end)) for end in ends[:_SHOWN]] or [""]
     more = f" and {ends.size - _SHOWN} more" if ends.size > _SHOWN else ""
     first, last = (", ".join(map(str, ids.tolist())) for ids in (prompt[:_SHOWN], prompt[-_SHOWN:]))
-    scored = _ranges_in_words((places + shared_prefix.size).tolist())
+    at = _ranges_in_words((scored + shared_prefix.size).tolist())
     return "\n".join(
         [
             "one example, as the model sees it:",
             "  prompt: " + repr(_text(tokenizer, prompt)),
             f"  its token ids: {first}, ..., {last} ({prompt.size} tokens)",
             "  answers: " + ", ".join(map(repr, strings)) + more,
-            f"  loss at {places.size} of {shared_prefix.size + size} positions: {scored}",
+            f"  loss at {scored.size} of {shared_prefix.size + size} positions: {at}",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Blocks read back from batches by the definition of a batch's fields: prefixes, weights, targets, splitting."""
+"""Examples read back from batches by the definition of a batch's fields: prefixes, weights, targets, splitting."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cft_jax.data.blocks import examples_of_tries, joined_examples, split_examples
+from cft_jax.data.examples import examples_of_tries, joined_examples, split_examples
 
 END = 90
 
@@ -43,9 +43,9 @@ def expected_steps(space, chosen, *, per_position):
     ids=["path", "paths", "exact"],
 )
 def test_rows_hold_what_the_definition_says(
-    forest_of, blocks_for, batch_of, steps_of, spaces, prompts, strings, per_position
+    forest_of, examples_for, batch_of, steps_of, spaces, prompts, strings, per_position
 ):
-    rows = blocks_for(forest_of(*spaces), strings, per_position=per_position)
+    rows = examples_for(forest_of(*spaces), strings, per_position=per_position)
     steps = steps_of(batch_of(rows), prompts)
     for row, (space, chosen) in enumerate(zip(spaces, strings, strict=True)):
         found = {prefix: (weight, targets) for at, prefix, weight, targets in steps if at == row}
@@ -69,20 +69,22 @@ def normalised(space):
 
 @given(SPACE.map(normalised), st.booleans())
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_exact_is_the_mean_of_path(forest_of, blocks_for, batch_of, steps_of, loss_of, prompts, space, per_position):
+def test_exact_is_the_mean_of_path(forest_of, examples_for, batch_of, steps_of, loss_of, prompts, space, per_position):
     forest, prompts = forest_of(space), prompts[:1]
-    exact = batch_of(blocks_for(forest, [dict(enumerate(space.values()))], per_position=per_position, prompts=prompts))
+    exact = batch_of(
+        examples_for(forest, [dict(enumerate(space.values()))], per_position=per_position, prompts=prompts)
+    )
     mean = 0.0
     for number, probability in enumerate(space.values()):
-        path = batch_of(blocks_for(forest, [{number: 1.0}], per_position=per_position, prompts=prompts))
+        path = batch_of(examples_for(forest, [{number: 1.0}], per_position=per_position, prompts=prompts))
         mean += probability * loss_of(steps_of(path, prompts), path.row_weight)
     assert loss_of(steps_of(exact, prompts), exact.row_weight) == pytest.approx(mean, rel=1e-5)
 
 
 @given(SPACE.map(normalised), st.integers(1, 12))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_splitting_keeps_every_step_once(forest_of, blocks_for, batch_of, steps_of, prompts, space, spare):
-    rows = blocks_for(forest_of(space), [dict(enumerate(space.values()))], prompts=prompts[:1])
+def test_splitting_keeps_every_step_once(forest_of, examples_for, batch_of, steps_of, prompts, space, spare):
+    rows = examples_for(forest_of(space), [dict(enumerate(space.values()))], prompts=prompts[:1])
     max_nodes = max(map(len, space)) + spare
     split = split_examples(rows, max_nodes)
     assert (split.sizes()[:, 0] <= prompts[0].size + max_nodes).all()
@@ -95,31 +97,31 @@ def test_splitting_keeps_every_step_once(forest_of, blocks_for, batch_of, steps_
         assert len(split) == 1
 
 
-def test_splitting_needs_room_for_the_longest_string(forest_of, blocks_for, spaces):
-    rows = blocks_for(forest_of(*spaces), [{0: 1.0}, {1: 1.0}, {0: 1.0}])
-    with pytest.raises(ValueError, match="max_nodes=4 must be greater than 4"):
-        split_examples(rows, 4)
+def test_splitting_needs_room_for_the_longest_string(forest_of, examples_for, spaces):
+    rows = examples_for(forest_of(*spaces), [{0: 1.0}, {1: 1.0}, {0: 1.0}])
+    with pytest.raises(ValueError, match="length=4 has no room for a node and its 4 ancestors"):
+        split_examples(rows, 3)
 
 
-def test_whole_tries_with_given_weights(forest_of, blocks_for, batch_of, steps_of, spaces, prompts):
+def test_whole_tries_with_given_weights(forest_of, examples_for, batch_of, steps_of, spaces, prompts):
     forest = forest_of(*spaces)
     tries = [forest.trie(index) for index in range(3)]
     weights = [np.arange(1.0, trie.num_prefixes + 1) for trie in tries]
     rows = examples_of_tries(tries, prompts, weights, np.ones(3))
     steps = steps_of(batch_of(rows), prompts)
     assert [weight for row, _, weight, _ in steps if row == 2] == weights[2].tolist()
-    everything = blocks_for(forest, [dict.fromkeys(range(len(space)), 1.0) for space in spaces])
+    everything = examples_for(forest, [dict.fromkeys(range(len(space)), 1.0) for space in spaces])
     expected = steps_of(batch_of(everything), prompts)
     assert [(row, prefix, targets) for row, prefix, _, targets in steps] == [
         (row, prefix, targets) for row, prefix, _, targets in expected
     ]
 
 
-def test_rows_of_two_sources_keep_the_tasks_order(forest_of, blocks_for, batch_of, spaces, prompts):
+def test_rows_of_two_sources_keep_the_tasks_order(forest_of, examples_for, batch_of, spaces, prompts):
     strings = [{0: 1.0, 2: 1.0}, {1: 1.0}, {0: 1.0, 2: 1.0}]
-    whole = blocks_for(forest_of(*spaces), strings)
-    outer = blocks_for(forest_of(spaces[0], spaces[2]), [strings[0], strings[2]], prompts=[prompts[0], prompts[2]])
-    inner = blocks_for(forest_of(spaces[1]), [strings[1]], prompts=prompts[1:2])
+    whole = examples_for(forest_of(*spaces), strings)
+    outer = examples_for(forest_of(spaces[0], spaces[2]), [strings[0], strings[2]], prompts=[prompts[0], prompts[2]])
+    inner = examples_for(forest_of(spaces[1]), [strings[1]], prompts=prompts[1:2])
     joined = joined_examples([outer, inner], [np.array([0, 2]), np.array([1])])
     for ours, theirs in itertools.zip_longest(batch_of(joined), batch_of(whole)):
         np.testing.assert_array_equal(ours, theirs)
