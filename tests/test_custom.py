@@ -5,7 +5,29 @@ from pathlib import Path
 
 import pytest
 
+from cft_jax.common.errors import UserError
+from cft_jax.config import Config, DataConfig, ModelSettings
+from cft_jax.distributions import read_tasks
+from cft_jax.distributions.tasks import digest_of_tasks
+from cft_jax.jobs.calibrate import run
+from cft_jax.runs.workdir import setting_up
+
 ROOT = Path(__file__).parents[1]
+
+
+def test_a_file_that_changes_under_a_run_stops_it_at_once(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Coin?", "counts": {"heads": 1, "tails": 1}}\n')
+    config = Config(data=DataConfig(custom=str(rows)), model=ModelSettings(checkpoint=str(tmp_path / "absent")))
+    trained = digest_of_tasks(read_tasks(rows))
+    with setting_up(tmp_path / "run", config, devices="cpu", write=True, tasks=trained):
+        pass
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    rows.write_text('{"prompt": "Coin?", "counts": {"heads": 1, "tails": 2}}\n')
+    with pytest.raises(UserError, match=r"restore the rows of config\.data\.custom, or name a new --workdir"):
+        run(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow

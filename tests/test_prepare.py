@@ -41,8 +41,8 @@ def test_figures_count_the_training_split(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_the_largest_loss_names_its_prompt(tmp_path):
-    """The paper's cut keeps the first 1,001 integers of a binomial distribution whose mean is 1,500."""
+def test_lost_probability_is_said_once_and_most_of_it_refused(tmp_path, caplog):
+    """The paper's cut keeps the first integers of a binomial distribution, here one with mean 1,500."""
     rows = [("Count heads.", "binomial", {"n": 2500, "p": 0.6}), ("Wait.", "poisson", {"lambda": 2.0})]
     (tmp_path / "rows.jsonl").write_text(
         "".join(
@@ -51,11 +51,22 @@ def test_the_largest_loss_names_its_prompt(tmp_path):
         )
     )
     config = small_config(tmp_path, custom=str(tmp_path / "rows.jsonl"))
-    for bins, lost, prompt in ((1001, 1.0, "Count heads."), (5000, 0.0, None)):
-        data = dataclasses.replace(config.data, max_bins=bins)
-        figures, _ = prepare_data(dataclasses.replace(config, data=data))
-        assert figures["lost_mass"] == pytest.approx(lost, abs=2e-3)
-        assert figures.get("lost_mass_prompt") == prompt
+
+    def prepared(**changes):
+        caplog.clear()
+        figures, _ = prepare_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
+        return figures, [record.getMessage() for record in caplog.records if "lose more than" in record.getMessage()]
+
+    for target in ("soft", "hard"):
+        figures, said = prepared(max_bins=1511, target=target)
+        # scipy.stats.binom.sf(1510, 2500, 0.6) = 0.33449
+        assert figures["lost_mass"] == pytest.approx(0.33449, abs=1e-5)
+        assert figures["lost_mass_prompt"] == "Count heads."
+        assert len(said) == 1 and "1 of 2 prompts lose more than 1 % of their probability, task custom_1" in said[0]
+        figures, said = prepared(max_bins=5000, target=target)
+        assert figures["lost_mass"] == 0 and "lost_mass_prompt" not in figures and not said
+        with pytest.raises(UserError, match=r"task custom_1: 100 % of the probability of binomial .*data.space=full"):
+            prepared(max_bins=1001, target=target)
 
 
 def test_hard_targets_prepare_without_tries(tmp_path):

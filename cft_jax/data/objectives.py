@@ -30,7 +30,7 @@ from cft_jax.data.examples import (
     split_examples,
 )
 from cft_jax.data.prepared import Prepared, check_lengths, encode_prompts, prepare
-from cft_jax.data.spaces import SpaceTable, draw_indices, task_space
+from cft_jax.data.spaces import SpaceTable, draw_indices, task_space, warn_of_lost_mass
 from cft_jax.distributions.tasks import Task
 from cft_jax.text.analytic_trie import AnalyticTrie, drawn_forest
 from cft_jax.text.chat import terminator_id
@@ -75,9 +75,11 @@ def training_dataset(
     weights /= weights.mean()
     if config.data.target == "hard":
         source, prompts = _hard_source(config, tokenizer, tasks, weights)
+        lost_mass = source.spaces.lost_mass
     else:
         prepared = prepare(tokenizer, tasks, config.data)
-        source, prompts = _soft_source(config, prepared, weights), prepared.prompts
+        source, prompts, lost_mass = _soft_source(config, prepared, weights), prepared.prompts, prepared.lost_mass
+    warn_of_lost_mass(tasks, lost_mass)
     return Dataset(
         source,
         _layout(train, row_multiple),
@@ -130,7 +132,7 @@ def _soft_source(config: Config, prepared: Prepared, weights: np.ndarray) -> Sou
 
 def _hard_source(
     config: Config, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], weights: np.ndarray
-) -> tuple[Source, Prompts]:
+) -> tuple["DrawnStrings", Prompts]:
     end = terminator_id(tokenizer, config.data.terminator)
     prompts = encode_prompts(tokenizer, tasks, config.data)
     encoder = ValueEncoder(tokenizer)

@@ -2,14 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float64, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
@@ -19,7 +18,7 @@ from cft_jax.config import DataConfig
 from cft_jax.data import cache
 from cft_jax.data.spaces import ListedSpace, listed_forest, task_space
 from cft_jax.distributions.analytic_space import AnalyticSpace
-from cft_jax.distributions.tasks import Task
+from cft_jax.distributions.tasks import Task, digest_of_tasks
 from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.chat import ChatOptions, encode_chats, terminator_id
 from cft_jax.text.digits import digit_tokens
@@ -46,6 +45,7 @@ class Prepared:
       analytic: the tries of the tasks with analytic tries, in their order; the others are in `forest`.
       is_analytic: which tasks those are.
       depths: tokens of each task's longest answer, without the terminator.
+      lost_mass: how much of each task's probability none of its values stands for.
       seconds: that making or loading took.
       from_cache: whether the tries were found in the cache.
     """
@@ -57,6 +57,7 @@ class Prepared:
     analytic: tuple[AnalyticTrie, ...]
     is_analytic: Bool[np.ndarray, "G"]
     depths: Int64[np.ndarray, "G"]
+    lost_mass: Float64[np.ndarray, "G"]
     seconds: float
     from_cache: bool
 
@@ -118,8 +119,10 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
     # The longest number is one of the ends.
     depths[is_analytic] = [trie.encode(np.array([trie.space.first, trie.space.last]))[1].max() for trie in analytic]
     check_lengths(tasks, prompts, depths.tolist(), data.max_length)
+    lost_mass = np.zeros(len(tasks))
+    lost_mass[~is_analytic] = arrays["lost_mass"]
     seconds = time.monotonic() - start
-    return Prepared(tuple(tasks), prompts, end, forest, analytic, is_analytic, depths, seconds, from_cache)
+    return Prepared(tuple(tasks), prompts, end, forest, analytic, is_analytic, depths, lost_mass, seconds, from_cache)
 
 
 def check_lengths(
@@ -176,6 +179,7 @@ def _pieces(
     yield {
         **{name: np.empty(0, dtype=kind) for name, kind in _array_types().items()},
         **{f"{name}_counts": np.empty(0, dtype=np.int64) for name in ("prefix", "child", "leaf")},
+        "lost_mass": np.empty(0),
         "prompt_ids": np.concatenate([np.empty(0, dtype=np.int32), *prompts]),
         "prompt_counts": np.array([prompt.size for prompt in prompts], dtype=np.int64),
     }
@@ -194,6 +198,7 @@ def _pieces(
                 "prefix_counts": np.diff(forest.prefix_starts),
                 "child_counts": np.diff(forest.child_starts),
                 "leaf_counts": np.diff(forest.leaf_starts),
+                "lost_mass": np.array([space.lost_mass for space in spaces]),
             }
             progress.advance(len(some))
 
@@ -210,7 +215,7 @@ def _content(
         "terminator": end,
         "chat": dataclasses.asdict(ChatOptions.from_config(data)),
         "data": {name: settings[name] for name in shaping},
-        "tasks": _tasks_digest(tasks),
+        "tasks": digest_of_tasks(tasks),
     }
 
 
@@ -219,17 +224,4 @@ def _code_digest() -> str:
     package = Path(__file__).parents[1]
     for path in sorted(path for name in _CODE for path in (package / name).glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _tasks_digest(tasks: Sequence[Task]) -> str:
-    digest = hashlib.sha256()
-    for task in tasks:
-        asked: list[object] = [task.task_id, [dict(message) for message in task.messages]]
-        if task.spec is not None:
-            asked += [task.spec.family_id, {name: float(value) for name, value in task.spec.parameters.items()}]
-        digest.update(json.dumps(asked).encode())
-        if task.space is not None:
-            digest.update(json.dumps(task.space.values).encode())
-            digest.update(task.space.probabilities.tobytes())
     return digest.hexdigest()

@@ -3,20 +3,24 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float64, Int32, Int64
 
 from cft_jax.config import DataConfig
 from cft_jax.distributions.analytic_space import AnalyticSpace, analytic_space
+from cft_jax.distributions.configured import space_settings
 from cft_jax.distributions.output_space import (
     NumberSpace,
     OutputSpace,
     decimal_strings,
-    number_space,
     thinned_integers,
 )
 from cft_jax.distributions.tasks import Task
 from cft_jax.text.trie import Forest, grow_forest
 from cft_jax.text.values import ValueEncoder
+
+# The default quantiles alone leave out 0.001 at each end where tails are dropped.
+_WORTH_A_WARNING = 0.01
 
 ListedSpace = OutputSpace | NumberSpace
 Space = ListedSpace | AnalyticSpace
@@ -28,32 +32,40 @@ def task_space(task: Task, data: DataConfig) -> Space:
     Raises:
       UserError: the family's parameters or the settings are impossible.
     """
-    if task.space is not None:
-        return task.space
-    if task.spec is None:
-        raise ValueError(f"task {task.task_id} has neither a spec nor a space")
-    if data.space == "full":
+    if task.spec is not None and data.space == "full":
         return analytic_space(task.spec, num_decimals=data.num_decimals, quantile=data.full_quantile)
-    return number_space(
-        task.spec,
-        num_decimals=data.num_decimals,
-        max_bins=data.max_bins,
-        quantile_low=data.quantile_low,
-        quantile_high=data.quantile_high,
-        tail_policy=data.tail_policy,
-    )
+    return task.grid(space_settings(data))
+
+
+def warn_of_lost_mass(tasks: Sequence[Task], lost_mass: Float64[np.ndarray, "G"]) -> None:
+    """Says once, of all tasks, how many lose much of their probability, and which one most."""
+    worst = int(lost_mass.argmax())
+    if lost_mass[worst] > _WORTH_A_WARNING:
+        logging.warning(
+            "%d of %d prompts lose more than %g %% of their probability, task %s even %.2g %%: the values do not reach "
+            "so far; raise config.data.max_bins, or set config.data.space=full",
+            (lost_mass > _WORTH_A_WARNING).sum(),
+            len(tasks),
+            100 * _WORTH_A_WARNING,
+            tasks[worst].task_id,
+            100 * lost_mass[worst],
+        )
 
 
 class SpaceTable:
     """Output spaces by number. A value is named by a code: its integer in a full space, its place in a listed one.
 
     Of a listed space of numbers only the cumulative probabilities are kept, not the strings.
+
+    Attributes:
+      lost_mass: how much of each task's probability none of its values stands for.
     """
 
     def __init__(self, spaces: Iterable[Space]):
         """Reads each space once, so that an iterator need not hold them all."""
-        grids, self._others, self._cumulative = [], {}, {}
+        grids, lost, self._others, self._cumulative = [], [], {}, {}
         for index, space in enumerate(spaces):
+            lost.append(0.0 if isinstance(space, AnalyticSpace) else space.lost_mass)
             if isinstance(space, NumberSpace):
                 grids.append((space.first, space.range_size, space.probabilities.size, space.num_decimals))
             else:
@@ -62,6 +74,7 @@ class SpaceTable:
                 grids.append((0, 0, 0, decimals))
             if not isinstance(space, AnalyticSpace):
                 self._cumulative[index] = np.cumsum(space.probabilities)
+        self.lost_mass = np.array(lost)
         columns = np.array(grids, dtype=np.float64).reshape(-1, 4).T
         self._first, self._range_size = columns[:2]
         # A count of 0 marks a full space, decimals of -1 a space of listed strings.

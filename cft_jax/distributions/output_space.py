@@ -18,6 +18,7 @@ from cft_jax.distributions.family import Family
 from cft_jax.distributions.splits import PromptSpec
 
 SUM_TOLERANCE = 1e-6
+TAIL_POLICIES = ("clip_to_edge_bin", "drop", "none")
 # Above 2**50 the double k * 10**-d no longer prints as the integer k with its decimal point moved d places.
 _LARGEST_INTEGER = 2.0**50
 # More than the CPU, the system's library or SciPy's version change in a quantile or a cdf, relative to it.
@@ -70,7 +71,8 @@ class NumberSpace:
       probabilities: float64[N], read-only, sums to 1.
       lower_bound, upper_bound: the range before rounding to decimals.
       lost_mass: how much of the family's probability none of the values stands for: dropped tails, and the integers
-        past `max_bins`. It is large where the paper's cut does not fit, as for binomial(2500, 0.6) in 1001 bins.
+        past `max_bins`, also where their probability went to the last value. It is large where the paper's cut does
+        not fit, as for binomial(2500, 0.6) in 1001 bins.
     """
 
     first: float
@@ -134,8 +136,8 @@ def number_space(
       max_bins: largest number of values.
       quantile_low: where a continuous family, or an integer family unbounded below, is cut.
       quantile_high: where a continuous family, or an integer family unbounded above, is cut.
-      tail_policy: `clip_to_edge_bin` gives what lies beyond the cuts to the first and last value (integers: beyond
-        the last to the last); any other drops it.
+      tail_policy: one of `TAIL_POLICIES`: `clip_to_edge_bin` gives what lies beyond the cuts to the first and last
+        value (integers: beyond the last to the last); `drop`, in the paper's code `none`, leaves it out.
 
     Raises:
       UserError: bad parameters or settings, a range too wide for doubles, or kept integers without any probability.
@@ -148,6 +150,8 @@ def number_space(
         )
     if max_bins < 2 or num_decimals < 0:
         raise UserError(f"max_bins={max_bins} must be at least 2 and num_decimals={num_decimals} at least 0")
+    if tail_policy not in TAIL_POLICIES:
+        raise UserError(f"tail_policy={tail_policy!r} must be one of {', '.join(TAIL_POLICIES)}")
     support = family.support(spec.parameters)
     clip = tail_policy == "clip_to_edge_bin"
     # SciPy meets infinities on its way to finite results, and to quantiles that `_cuts` refuses.
@@ -267,29 +271,38 @@ def _integer_space(
     clip: bool,
 ) -> NumberSpace:
     first = math.floor(support[0] if math.isfinite(support[0]) else cuts[0])
-    last = math.ceil(support[1] if math.isfinite(support[1]) else cuts[1])
+    wanted = math.ceil(support[1] if math.isfinite(support[1]) else cuts[1])
     # The paper keeps the first max_bins integers and drops the rest of a bounded support. A quantile may lie below the
     # support: SciPy's of geometric(p=1) is 0.
-    last = min(max(first, last), first + max_bins - 1)
+    last = min(max(first, wanted), first + max_bins - 1)
     numbers = np.arange(first, last + 1, dtype=np.float64)
     masses = np.clip(distribution.pmf(numbers), 0, None)
+    moved = 0.0
     if clip and math.isinf(support[1]):
-        masses[-1] += 1 - distribution.cdf(last)
+        beyond = 1 - distribution.cdf(last)
+        masses[-1] += beyond
+        moved = float(beyond) if last < wanted else 0.0
     if not masses.sum() > 0:
         raise UserError(
             f"{spec.family_id} with {dict(spec.parameters)}: the integers {first} to {last} have no probability; "
             f"max_bins={max_bins} must be larger"
         )
-    return _frozen_space(float(first), float(numbers.size), 0, masses, (float(first), float(last)))
+    return _frozen_space(float(first), float(numbers.size), 0, masses, (float(first), float(last)), moved)
 
 
 def _frozen_space(
-    first: float, range_size: float, num_decimals: int, masses: np.ndarray, bounds: tuple[float, float]
+    first: float,
+    range_size: float,
+    num_decimals: int,
+    masses: np.ndarray,
+    bounds: tuple[float, float],
+    moved: float = 0.0,
 ) -> NumberSpace:
+    """Of the masses, `moved` stood for other numbers."""
     total = float(masses.sum())
     probabilities = masses / total
     probabilities.flags.writeable = False
-    return NumberSpace(first, range_size, num_decimals, probabilities, *bounds, max(0.0, 1 - total))
+    return NumberSpace(first, range_size, num_decimals, probabilities, *bounds, max(0.0, 1 - total) + moved)
 
 
 def thinned_integers(

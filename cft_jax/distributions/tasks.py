@@ -1,10 +1,16 @@
 """A task: one prompt and the distribution that its answers should follow."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cft_jax.distributions.output_space import OutputSpace, output_space
+from cft_jax.common.errors import UserError
+from cft_jax.distributions.output_space import NumberSpace, OutputSpace, number_space
 from cft_jax.distributions.splits import PromptSpec
+
+# Of a family's probability; a grid that keeps less of it teaches another distribution.
+_MOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,23 +39,48 @@ class Task:
     space: OutputSpace | None = None
     weight: float = 1.0
 
-    def output_space(self, settings: SpaceSettings) -> OutputSpace:
-        """The listed values of this task; of a family, discretised by `settings`."""
+    def grid(self, settings: SpaceSettings) -> NumberSpace | OutputSpace:
+        """The listed values of this task; of a family the grid by `settings`, its strings not yet written.
+
+        Raises:
+          UserError: see `number_space`; or most of the family's probability lies beyond the grid.
+        """
         if self.space is not None:
             return self.space
         if self.spec is None:
             raise ValueError(f"task {self.task_id} has neither a spec nor a space")
-        return output_space(
-            self.spec,
-            num_decimals=settings.num_decimals,
-            max_bins=settings.max_bins,
-            quantile_low=settings.quantile_low,
-            quantile_high=settings.quantile_high,
-            tail_policy=settings.tail_policy,
-        )
+        space = number_space(self.spec, **vars(settings))
+        if space.lost_mass > _MOST:
+            raise UserError(
+                f"task {self.task_id}: {100 * space.lost_mass:.3g} % of the probability of {self.spec.family_id} with "
+                f"{dict(self.spec.parameters)} lies beyond the {space.probabilities.size} values of the grid; set "
+                f"config.data.space=full or raise config.data.max_bins={settings.max_bins}"
+            )
+        return space
+
+    def output_space(self, settings: SpaceSettings) -> OutputSpace:
+        """As `grid`, with all strings written."""
+        space = self.grid(settings)
+        return space.listed() if isinstance(space, NumberSpace) else space
 
 
 def task_from_spec(spec: PromptSpec) -> Task:
     """The task of one of the families' prompts."""
     message = {"role": "user", "content": spec.prompt}
     return Task(spec.split, spec.family_id, spec.distribution_id, (message,), spec=spec)
+
+
+def digest_of_tasks(tasks: Iterable[Task]) -> str:
+    """SHA-256 of all that tasks say, in their order: equal on every machine, another one after any edit.
+
+    A family's probabilities are left out: they follow from its parameters, up to rounding that depends on the CPU.
+    """
+    digest = hashlib.sha256()
+    for task in tasks:
+        said: list[object] = [task.split, task.group, task.task_id, task.weight, [dict(m) for m in task.messages]]
+        if task.spec is not None:
+            said += [task.spec.family_id, [[name, float(value)] for name, value in task.spec.parameters.items()]]
+        if task.space is not None:
+            said += [task.space.values, task.space.probabilities.tolist()]
+        digest.update(json.dumps(said).encode() + b"\n")
+    return digest.hexdigest()

@@ -24,6 +24,7 @@ from cft_jax.data.objectives import training_dataset
 from cft_jax.data.render import render_example
 from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.splits import TRAIN
+from cft_jax.distributions.tasks import digest_of_tasks
 from cft_jax.evaluate.report.model_card import card_of_run
 from cft_jax.evaluate.report.page import write_report
 from cft_jax.evaluate.suites.runner import check_stages, evaluate_stage
@@ -75,9 +76,10 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
             )
         return finished
     writes = jax.process_index() == 0
-    with setting_up(workdir, config, devices=_devices(), write=writes):
+    tasks = configured_tasks(config.data)
+    trained = digest_of_tasks(tasks[TRAIN])
+    with setting_up(workdir, config, devices=_devices(), write=writes, tasks=trained):
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        tasks = configured_tasks(config.data)
         base = base_checkpoint(config, tasks, workdir)
         tokenizer = base_tokenizer(config.model, base)
         _announce(config, workdir, mesh, base, tasks)
@@ -103,7 +105,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         checkpoint=config.checkpoint,
         log=config.log,
         workdir=workdir,
-        identity={"seed": config.seed, "lora": str(model.lora_spec)},
+        identity={"seed": config.seed, "lora": str(model.lora_spec), "tasks": trained},
     )
     if result.preempted:
         logging.warning("stopped after step %d of %d; the same command goes on from there", result.step, result.stop)

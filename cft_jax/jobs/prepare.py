@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
@@ -28,8 +27,6 @@ from cft_jax.runs.base import base_tokenizer, scratch_tokenizer
 from cft_jax.text.scratch import save_tokenizer
 
 _SAMPLED_STEPS = 16
-# The default quantiles alone leave out 0.001 at each end.
-_WORTH_A_WARNING = 0.01
 
 
 def start(config: Config, output: str) -> None:
@@ -48,12 +45,6 @@ def start(config: Config, output: str) -> None:
             raise UserError(f"cannot write --output={output}: {error.strerror or error}; name another one") from error
     width = max(map(len, figures))
     lines = [f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else value}" for name, value in figures.items()]
-    if figures["lost_mass"] > _WORTH_A_WARNING:
-        logging.warning(
-            "%.2g %% of the probability is lost where most is, since the values do not reach so far; raise "
-            "config.data.max_bins, or set config.data.space=full",
-            100 * figures["lost_mass"],
-        )
     end = f"written to {output}/prepare.json; cft_jax.main with this config finds the data"
     sys.stdout.write("\n".join([example, *lines, end]) + "\n")
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.mirror import shown
@@ -43,7 +45,7 @@ def check_workdir(workdir: Path, config: Any) -> bool:
 
 
 @contextlib.contextmanager
-def setting_up(workdir: Path, config: Any, *, devices: str, write: bool) -> Iterator[None]:
+def setting_up(workdir: Path, config: Any, *, devices: str, write: bool, tasks: str = "") -> Iterator[None]:
     """Records a run's configuration around the work that may still find a mistake in it.
 
     A new run's record stands from the beginning, so that the same command goes on with what a kill left behind; after
@@ -54,12 +56,16 @@ def setting_up(workdir: Path, config: Any, *, devices: str, write: bool) -> Iter
       config: a dataclass, the resolved configuration.
       devices: description of the devices, recorded.
       write: whether this process records the configuration (process 0 does).
+      tasks: digest of what is trained on, recorded; "" where nothing is trained.
 
     Raises:
-      UserError: see `check_workdir`; or the place is not writable.
+      UserError: see `check_workdir`; the run began with other tasks; or the place is not writable.
     """
     new = check_workdir(workdir, config)
+    if tasks and not new:
+        _check_same_tasks(workdir, tasks)
     record = {"config": _plain(config), "versions": versions(), "revision": git_revision(), "devices": devices}
+    record |= {"tasks": tasks} if tasks else {}
     existed = workdir.exists()
     try:
         if new and write:
@@ -73,6 +79,17 @@ def setting_up(workdir: Path, config: Any, *, devices: str, write: bool) -> Iter
             if not existed:
                 workdir.rmdir()
         raise
+
+
+def _check_same_tasks(workdir: Path, tasks: str) -> None:
+    before = json.loads((workdir / RECORD).read_text(encoding="utf-8")).get("tasks")
+    if before is None:
+        logging.warning("%s does not record what it trained on; taken to be today's prompts", shown(workdir))
+    elif before != tasks:
+        raise UserError(
+            f"--workdir={shown(workdir)} was started with other prompts or distributions to train on (digest "
+            f"{before[:12]}, now {tasks[:12]}); restore the rows of config.data.custom, or name a new --workdir"
+        )
 
 
 def _record(workdir: Path, record: Mapping[str, Any]) -> None:

@@ -244,7 +244,9 @@ def check_same(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """
     causes = {"base_weights": "trained on other base weights", "architecture": "trained with another config.json"}
     for name, value in json.loads(json.dumps(record)).items():
-        if metadata.get(name, value) != value:
+        if name not in metadata:
+            logging.warning("the checkpoint does not record its %s; taken to be this run's", name)
+        elif metadata[name] != value:
             raise UserError(
                 f"the checkpoints in this workdir are {causes.get(name, 'of another run')} ({name} was "
                 f"{metadata[name]!r} and is {value!r}); bring the base model back, or name a new --workdir"

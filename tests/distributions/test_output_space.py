@@ -150,7 +150,9 @@ def test_integers_without_probability():
         ("gaussian", {"mu": 0.0, "sigma": 1.0}, "none", 0.002),  # 0.1 % beyond each cut
         ("binomial", {"n": 2.0, "p": 0.5}, "clip_to_edge_bin", 0.0),
         ("binomial", {"n": 100.0, "p": 0.5}, "clip_to_edge_bin", stats.binom.sf(49, 100, 0.5)),  # only 0..49 are kept
-        ("poisson", {"lambda": 50.0}, "clip_to_edge_bin", 0.0),
+        ("poisson", {"lambda": 20.0}, "clip_to_edge_bin", 0.0),  # its 99.9 % quantile, 35, is kept
+        ("poisson", {"lambda": 50.0}, "clip_to_edge_bin", stats.poisson.sf(49, 50)),  # piled onto 49
+        ("poisson", {"lambda": 4e4}, "clip_to_edge_bin", 1.0),
         ("skellam", {"mu1": 9.0, "mu2": 9.0}, "clip_to_edge_bin", stats.skellam.cdf(-14, 9, 9)),  # from its 0.1 %: -13
     ],
 )
@@ -165,6 +167,7 @@ def test_lost_mass(family_id, parameters, tail_policy, lost):
     [
         ({"max_bins": 1}, "max_bins=1 must be at least 2"),
         ({"num_decimals": -1}, "num_decimals=-1 at least 0"),
+        ({"tail_policy": "clip"}, "tail_policy='clip' must be one of clip_to_edge_bin, drop, none"),
         ({"quantile_low": 0.999}, "must satisfy 0 < low < high < 1"),
     ],
 )

@@ -10,8 +10,8 @@ from cft_jax.config import Config, MeshConfig, TrainConfig, read_config
 from cft_jax.runs.workdir import MAY_CHANGE, check_workdir, setting_up
 
 
-def opened(path, config, mistake=""):
-    with setting_up(path, config, devices="cpu", write=True):
+def opened(path, config, mistake="", tasks=""):
+    with setting_up(path, config, devices="cpu", write=True, tasks=tasks):
         (path / "base").mkdir(exist_ok=True)
         if mistake:
             raise UserError(mistake)
@@ -48,6 +48,16 @@ def test_a_run_that_cannot_go_on_keeps_its_record(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
     assert (tmp_path / "base").exists()
     assert not check_workdir(tmp_path, Config())
+
+
+def test_a_run_goes_on_with_the_tasks_that_it_began_with(tmp_path, caplog):
+    opened(tmp_path, Config())  # a run of an older version, which did not record them
+    opened(tmp_path, Config(), tasks="a" * 64)
+    assert caplog.text.count("does not record what it trained on") == 1
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"other prompts or distributions to train on \(digest aaaaaaaaaaaa, now bbbb"):
+        opened(tmp_path, Config(), tasks="b" * 64)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):

@@ -159,6 +159,12 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, run):
         check_same({"architecture": "a"}, {"architecture": "b"})
 
 
+def test_what_an_older_checkpoint_does_not_record_is_said(tmp_path, run, caplog):
+    run(tmp_path, identity={"seed": 1}, max_steps=1)
+    run(tmp_path, identity={"seed": 1, "tasks": "abc"}, max_steps=2)
+    assert caplog.text.count("the checkpoint does not record its tasks; taken to be this run's") == 1
+
+
 def test_an_error_of_the_data_comes_through(tmp_path, run, tiny_batches):
     def fail(step, batch):
         if step == 3:

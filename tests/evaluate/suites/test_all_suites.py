@@ -25,7 +25,7 @@ LITTLE = (
     "suite.open_random.num_samples=5",
     "suite.open_random.max_new_tokens=4",
     "suite.mcq.max_new_tokens=4",
-    "data.max_bins=11",
+    "data.max_bins=31",
     "data.train_families=binomial",
     "data.heldout_families=poisson",
 )

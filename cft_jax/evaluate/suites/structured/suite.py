@@ -13,7 +13,7 @@ from typing import Any
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config
 from cft_jax.distributions import configured_tasks
-from cft_jax.distributions.tasks import Task
+from cft_jax.distributions.tasks import Task, digest_of_tasks
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.prompting import PromptStrategy, prompt_strategy
 from cft_jax.evaluate.results import STORE, Results, fingerprint_of, read_summary
@@ -87,7 +87,8 @@ def run_structured(
       UserError: the batch protocol has no prompt for one of them.
     """
     method = [] if strategy is None else [strategy.name]
-    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, codec.name, asdict(settings), *method)
+    asked = digest_of_tasks(tasks)
+    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, codec.name, asdict(settings), asked, *method)
     shown = _shown(tasks)
     with results.store(fingerprint) as store:
         records = run_resumable(

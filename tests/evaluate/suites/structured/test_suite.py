@@ -154,6 +154,11 @@ def test_other_weights_or_settings_are_measured_anew(model_of, character_codec, 
     assert first["fingerprint"] != faulty["fingerprint"]
     fewer = dataclasses.replace(SETTINGS, num_samples=20)
     assert run(model_of(tasks), character_codec, tasks, tmp_path, fewer)["fingerprint"] != first["fingerprint"]
+    # Of the same name, as the rows of a file that has been edited.
+    parameters = {name: value + 1 for name, value in tasks[0].spec.parameters.items()}
+    edited = dataclasses.replace(tasks[0], spec=dataclasses.replace(tasks[0].spec, parameters=parameters))
+    others = [edited, *tasks[1:]]
+    assert run(model_of(others), character_codec, others, tmp_path)["fingerprint"] != first["fingerprint"]
     # The first weights' results are still there, and read with the summary although others were written after them.
     unchanged = model_of(tasks)
     run(unchanged, character_codec, tasks, tmp_path)
