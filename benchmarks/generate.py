@@ -37,7 +37,7 @@ from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.distributions import PromptSpec, build_splits, output_space
 from cft_jax.generate import Sampler, TrieScorer
 from cft_jax.models.transformer import Transformer
-from cft_jax.objectives.fused_loss import HeadOptions, step_losses
+from cft_jax.objectives.fused_loss import HeadOptions, Targets, position_losses
 from cft_jax.text import build_trie, encode_chat, load_tokenizer
 from cft_jax.text.trie import Trie
 
@@ -105,8 +105,8 @@ def train(model: Transformer, prompts: list[list[int]], tries: list[Trie], steps
             model = nnx.merge(graphdef, weights)
             hidden, _ = model.hidden(tokens, positions, subtree_end)
             hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
-            entry_step = jnp.broadcast_to(jnp.repeat(jnp.arange(depth), fanout), ids.shape)
-            losses = step_losses(hidden, model.head_kernel(), entry_step, ids, probs, options)
+            entry_position = jnp.broadcast_to(jnp.repeat(jnp.arange(depth), fanout), ids.shape)
+            losses = position_losses(hidden, model.head_kernel(), Targets(entry_position, ids, probs), options)
             return jnp.sum(losses * weight) / jnp.sum(weight)
 
         value, gradient = jax.value_and_grad(loss)(weights)

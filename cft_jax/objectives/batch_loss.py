@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cft_jax.objectives.fused_loss import HeadOptions, step_losses
+from cft_jax.objectives.fused_loss import HeadOptions, Targets, position_losses
 
 
 class DeviceBatch(NamedTuple):
-    """A batch on the devices: B rows of T tokens with P steps and K target entries each.
+    """A batch on the devices: B rows of T tokens with P target positions and K target entries each.
 
     The fields are those of `cft_jax.data.batch.TargetBatch`, which says what they mean.
     """
@@ -29,21 +29,22 @@ class DeviceBatch(NamedTuple):
 def batch_loss(
     hidden: Float[Array, "B T D"], kernel: Float[Array, "V D"], batch: DeviceBatch, options: HeadOptions
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Σ target_weight · loss(step) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
+    """Σ target_weight · loss(position) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
 
-    Hidden states are gathered before the head, so logits exist at the steps alone. Steps of weight 0 reach neither
-    value nor gradient, whatever stands there.
+    Hidden states are gathered before the head, so logits exist at the target positions alone. Those of weight 0 reach
+    neither value nor gradient, whatever stands there.
 
     Args:
       hidden: of every position, after the final norm.
       kernel: of the head, one row per token.
-      batch: rows, their steps and targets.
+      batch: rows, their target positions and targets.
       options: see `HeadOptions`.
     """
     real = batch.target_weight > 0
-    at_steps = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
-    at_steps = jnp.where(real[..., None], at_steps, jnp.zeros((), hidden.dtype))
-    losses = step_losses(at_steps, kernel, batch.target_position, batch.target_ids, batch.target_probs, options)
+    at_targets = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
+    at_targets = jnp.where(real[..., None], at_targets, jnp.zeros((), hidden.dtype))
+    targets = Targets(batch.target_position, batch.target_ids, batch.target_probs)
+    losses = position_losses(at_targets, kernel, targets, options)
     return jnp.sum(jnp.where(real, batch.target_weight * losses, 0.0)), jnp.sum(batch.row_weight)
 
 

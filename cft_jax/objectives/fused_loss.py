@@ -1,7 +1,7 @@
-"""The head and the loss in one: per-step losses from hidden states, without logits of the whole vocabulary.
+"""The head and the loss in one: losses of target positions from hidden states, without logits of the whole vocabulary.
 
-With z_v = h·W_v the scores of a step (soft-capped and divided by tau), a step's loss is Σ_c q_c (ln q_c − z_c + lse),
-lse = log Σ_v exp z_v, and its gradient to h is Σ_v p_v W_v − Σ_c q_c W_c. Both sums over the vocabulary are those of
+With z_v = h·W_v the scores of a position (soft-capped and divided by tau), its loss is Σ_c q_c (ln q_c − z_c + log_z),
+log_z = log Σ_v exp z_v, and its gradient to h is Σ_v p_v W_v − Σ_c q_c W_c. Both sums over the vocabulary are those of
 attention with the rows of W as keys and values, so one pass over blocks of W with a running maximum (as in
 FlashAttention, arXiv 2205.14135) gives loss and gradient: two matrix products in all, against three when the backward
 pass has to make the scores again. The gradient to W, where someone asks for it, takes a pass of its own.
@@ -15,6 +15,7 @@ is a third matrix product. Subtracting q in float32 first would do too, by a sca
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,66 +49,71 @@ class HeadOptions:
     mesh: Mesh | None
 
 
-def step_losses(
+class Targets(NamedTuple):
+    """The target distributions of B rows as lists of K entries.
+
+    Attributes:
+      position: the target position of its row that an entry belongs to.
+      ids: the entry's token; no token twice at one position.
+      probs: the entry's probability q; 0 at padding. They sum to 1 over each position's entries.
+    """
+
+    position: Int[Array, "B K"]
+    ids: Int[Array, "B K"]
+    probs: Float[Array, "B K"]
+
+
+def position_losses(
     hidden: Float[Array, "B P D"],
     kernel: Float[Array, "V D"],
-    target_step: Int[Array, "B K"],
-    target_ids: Int[Array, "B K"],
-    target_probs: Float[Array, "B K"],
+    targets: Targets,
     options: HeadOptions,
     *,
     max_scores: int = MAX_SCORES,
 ) -> Float[Array, "B P"]:
-    """Loss of every step against the softmax over the whole vocabulary, in nats, float32.
+    """Loss of every target position against the softmax over the whole vocabulary, in nats, float32.
 
     Differentiable in `hidden` and `kernel`. Matrix products are of the operands' dtype with float32 sums.
 
     Args:
-      hidden: states that predict the steps, after the final norm.
+      hidden: states at the target positions, after the final norm.
       kernel: one row per token.
-      target_step: the step of its row that an entry belongs to.
-      target_ids: the entry's token; no token twice in one step.
-      target_probs: the entry's probability q; 0 at padding. They sum to 1 over each step's entries.
+      targets: what the positions should predict.
       options: see `HeadOptions`.
       max_scores: how many scores may exist at a time.
 
     Returns:
-      The losses; 0 where a step has no entries.
+      The losses; 0 where a position has no entries.
     """
     kernel = kernel.astype(hidden.dtype)
-    steps, vocab = hidden.shape[0] * hidden.shape[1], kernel.shape[0]
+    positions, vocab = hidden.shape[0] * hidden.shape[1], kernel.shape[0]
     shards = 1 if options.mesh is None else math.prod(options.mesh.shape[axis] for axis in RULES["vocab"])
     shards = shards if vocab % shards == 0 else 1
-    count = num_blocks(steps, vocab, max_scores, shards)
+    count = num_blocks(positions, vocab, max_scores, shards)
     if count == 1:
-        return _plain(hidden, kernel, target_step, target_ids, target_probs, options)
+        return _plain(hidden, kernel, targets, options)
     blocks = _VocabBlocks(options, count, shards, vocab)
     if blocks.padded != vocab:
         kernel = jnp.pad(kernel, ((0, blocks.padded - vocab), (0, 0)))
-    return _blocked(hidden, kernel, target_step, target_ids, target_probs, blocks)
+    return _blocked(hidden, kernel, targets, blocks)
 
 
-def num_blocks(steps: int, vocab: int, max_scores: int, shards: int = 1) -> int:
+def num_blocks(positions: int, vocab: int, max_scores: int, shards: int = 1) -> int:
     """Into how many blocks the vocabulary is cut: few, and dividing a shard if a number near the fewest does."""
-    fewest = min(-(-steps * vocab // max_scores), max(vocab // MIN_BLOCK, 1))
-    dividing = [n for n in range(fewest, 2 * fewest + 1) if vocab % (n * shards) == 0]
-    return dividing[0] if dividing else fewest
+    fewest = min(-(-positions * vocab // max_scores), max(vocab // MIN_BLOCK, 1))
+    dividing = (n for n in range(fewest, 2 * fewest + 1) if vocab % (n * shards) == 0)
+    return next(dividing, fewest)
 
 
 def _plain(
-    hidden: Float[Array, "B P D"],
-    kernel: Float[Array, "V D"],
-    target_step: Int[Array, "B K"],
-    target_ids: Int[Array, "B K"],
-    target_probs: Float[Array, "B K"],
-    options: HeadOptions,
+    hidden: Float[Array, "B P D"], kernel: Float[Array, "V D"], targets: Targets, options: HeadOptions
 ) -> Float[Array, "B P"]:
     scores = _scores(hidden, kernel, options)[0]
     scores = constrain(scores, ("batch", None, "vocab"), options.mesh)
     log_probs = jax.nn.log_softmax(scores, axis=-1)
-    chosen = jax.vmap(lambda row, step, token: row[step, token])(log_probs, target_step, target_ids)
-    terms = _entry_losses(chosen, target_probs, options)
-    return jax.vmap(partial(jax.ops.segment_sum, num_segments=hidden.shape[1]))(terms, target_step)
+    chosen = jax.vmap(lambda row, position, token: row[position, token])(log_probs, targets.position, targets.ids)
+    terms = _entry_losses(chosen, targets.probs, options)
+    return jax.vmap(partial(jax.ops.segment_sum, num_segments=hidden.shape[1]))(terms, targets.position)
 
 
 def _entry_losses(log_probs: Float[Array, "*S"], probs: Float[Array, "*S"], options: HeadOptions) -> Float[Array, "*S"]:
@@ -152,17 +158,26 @@ class _VocabBlocks:
         return self.shards * self.count * self.stretch
 
     def block_of(self, token: Int[Array, "*S"]) -> Int[Array, "*S"]:
-        """The block of a token."""
         return token // self.stretch % self.count
 
     def row_of(self, token: Int[Array, "*S"]) -> Int[Array, "*S"]:
         """Where in its block a token is."""
         return token // (self.count * self.stretch) * self.stretch + token % self.stretch
 
+    def with_targets(self, targets: Targets) -> Bool[Array, "N"]:
+        """Whether a token of each of the N blocks is a target."""
+        block = jnp.where(targets.probs > 0, self.block_of(targets.ids), -1)
+        return jnp.any(block[None] == jnp.arange(self.count)[:, None, None], axis=(1, 2))
+
     def rows(self, kernel: Float[Array, "V D"], block: Int[Array, ""]) -> Float[Array, "W D"]:
         shape, dim = (self.shards, self.count, self.stretch), kernel.shape[1]
         rows = jax.lax.dynamic_index_in_dim(kernel.reshape(*shape, dim), block, axis=1, keepdims=False)
         return constrain(rows.reshape(self.shards * self.stretch, dim), ("vocab", "act_embed"), self.options.mesh)
+
+    def joined(self, rows: Float[Array, "N W D"]) -> Float[Array, "V D"]:
+        """The rows of all blocks in the order of the tokens."""
+        parts = rows.reshape(self.count, self.shards, self.stretch, rows.shape[-1])
+        return jnp.moveaxis(parts, 0, 1).reshape(self.padded, rows.shape[-1])
 
     def scores(
         self, hidden: Float[Array, "B P D"], rows: Float[Array, "W D"], block: Int[Array, ""]
@@ -176,37 +191,26 @@ class _VocabBlocks:
         return constrain(scores, ("batch", None, "vocab"), self.options.mesh), slope
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _blocked(
-    hidden: Float[Array, "B P D"],
-    kernel: Float[Array, "V D"],
-    target_step: Int[Array, "B K"],
-    target_ids: Int[Array, "B K"],
-    target_probs: Float[Array, "B K"],
-    blocks: _VocabBlocks,
+    hidden: Float[Array, "B P D"], kernel: Float[Array, "V D"], targets: Targets, blocks: _VocabBlocks
 ) -> Float[Array, "B P"]:
-    return _blocked_forward(hidden, kernel, target_step, target_ids, target_probs, blocks)[0]
+    return _blocked_forward(hidden, kernel, targets, blocks)[0]
 
 
-def _blocked_forward(hidden, kernel, target_step, target_ids, target_probs, blocks):
-    in_block = jnp.where(target_probs > 0, blocks.block_of(target_ids), -1)
-    has_targets = jnp.any(in_block[None] == jnp.arange(blocks.count)[:, None, None], axis=(1, 2))
-    normaliser, under_model = _over_vocabulary(hidden, kernel, has_targets, blocks)
-    losses, mass, under_target = _over_targets(
-        hidden, kernel, target_step, target_ids, target_probs, normaliser, blocks
-    )
-    direction = mass[..., None] * under_model - under_target
-    return losses, (hidden, kernel, target_step, target_ids, target_probs, normaliser, mass, direction)
+def _blocked_forward(hidden, kernel, targets, blocks):
+    log_z, under_model = _over_vocabulary(hidden, kernel, blocks.with_targets(targets), blocks)
+    losses, total, under_target = _over_targets(hidden, kernel, targets, log_z, blocks)
+    direction = total[..., None] * under_model - under_target
+    return losses, (hidden, kernel, targets, log_z, total, direction)
 
 
 def _blocked_backward(blocks, kept, gradient):
-    hidden, kernel, target_step, target_ids, target_probs, normaliser, mass, direction = kept
+    hidden, kernel, targets, log_z, total, direction = kept
     to_hidden = (gradient[..., None] * direction).astype(hidden.dtype)
     # A pass of its own that nothing else needs: XLA drops it when the kernel is frozen.
-    to_kernel = _kernel_gradient(
-        hidden, kernel, target_step, target_ids, target_probs, normaliser, mass, gradient, blocks
-    )
-    return to_hidden, to_kernel.astype(kernel.dtype), None, None, None
+    to_kernel = _kernel_gradient(hidden, kernel, targets, log_z, total, gradient, blocks)
+    return to_hidden, to_kernel.astype(kernel.dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -215,33 +219,30 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 def _over_vocabulary(
     hidden: Float[Array, "B P D"], kernel: Float[Array, "V D"], has_targets: Bool[Array, "N"], blocks: _VocabBlocks
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P D"]]:
-    """The steps' log Σ_v exp z_v and Σ_v p_v (dz_v/d(h·W_v)) W_v; XLA drops what the caller does not use.
-
-    `has_targets` says of each of the N blocks whether a token in it is a target.
-    """
+    """log_z and Σ_v p_v (dz_v/d(h·W_v)) W_v of the positions; XLA drops what the caller does not use."""
 
     def add_block(carry, block_and_targets):
         block, targets_here = block_and_targets
-        peak, mass, mean = carry
+        max_logit, sum_exp, mean = carry
         rows = blocks.rows(kernel, block)
         scores, slope = blocks.scores(hidden, rows, block)
-        higher = jnp.maximum(peak, jnp.max(scores, axis=-1))
-        shrink = jnp.exp(peak - higher)
-        weights = jnp.exp(scores - higher[..., None])
-        mass = mass * shrink + jnp.sum(weights, axis=-1)
+        higher = jnp.maximum(max_logit, jnp.max(scores, axis=-1))
+        shrink = jnp.exp(max_logit - higher)
+        sum_exp = sum_exp * shrink + jnp.sum(jnp.exp(scores - higher[..., None]), axis=-1)
 
         def product(parts):
             # From the scores, lest the branches be handed float32 weights beside them.
-            return _weighted_rows("BPW,WD->BPD", jnp.exp(scores - higher[..., None]) * slope, rows, parts=parts)
+            weights = jnp.exp(scores - higher[..., None]) * slope
+            return _weighted_rows("BPW,WD->BPD", weights, rows, parts=parts)
 
         exact = rows.dtype == jnp.float32
         block_mean = product(1) if exact else jax.lax.cond(targets_here, partial(product, 2), partial(product, 1))
-        return (higher, mass, mean * shrink[..., None] + block_mean), None
+        return (higher, sum_exp, mean * shrink[..., None] + block_mean), None
 
     lowest = jnp.full(hidden.shape[:2], jnp.finfo(jnp.float32).min)
     start = (lowest, jnp.zeros(hidden.shape[:2], jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
-    (peak, mass, mean), _ = jax.lax.scan(add_block, start, (jnp.arange(blocks.count), has_targets))
-    return peak + jnp.log(mass), mean / mass[..., None]
+    (max_logit, sum_exp, mean), _ = jax.lax.scan(add_block, start, (jnp.arange(blocks.count), has_targets))
+    return max_logit + jnp.log(sum_exp), mean / sum_exp[..., None]
 
 
 def _weighted_rows(
@@ -263,65 +264,54 @@ def _weighted_rows(
 def _over_targets(
     hidden: Float[Array, "B P D"],
     kernel: Float[Array, "V D"],
-    target_step: Int[Array, "B K"],
-    target_ids: Int[Array, "B K"],
-    target_probs: Float[Array, "B K"],
-    normaliser: Float[Array, "B P"],
+    targets: Targets,
+    log_z: Float[Array, "B P"],
     blocks: _VocabBlocks,
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"], Float[Array, "B P D"]]:
-    """The steps' losses, Σ_c q_c and Σ_c q_c (dz_c/d(h·W_c)) W_c.
+    """The positions' losses, Σ_c q_c and Σ_c q_c (dz_c/d(h·W_c)) W_c.
 
-    Entries go by chunks; a chunk's scores are made for all steps of its row and the wrong ones masked. That costs
+    Entries go by chunks; a chunk's scores are made for all positions of its row and the wrong ones masked. That costs
     K / V of the pass over the vocabulary and needs no scattered addition, which is slow and, on GPUs, not reproducible.
     """
-    (B, P, _), K = hidden.shape, target_ids.shape[1]
+    (B, P, _), K = hidden.shape, targets.ids.shape[1]
     width = min(K, blocks.shards * blocks.stretch)
     chunks = -(-K // width)
-    spare = chunks * width - K
-    entries = [
-        jnp.moveaxis(jnp.pad(x, ((0, 0), (0, spare))).reshape(B, chunks, width), 1, 0)
-        for x in (target_step, target_ids, target_probs)
-    ]
-    options = blocks.options
+    padding = ((0, 0), (0, chunks * width - K))
+    entries = Targets(*(jnp.moveaxis(jnp.pad(x, padding).reshape(B, chunks, width), 1, 0) for x in targets))
 
     def add_chunk(carry, chunk):
-        losses, mass, mean = carry
-        step, token, probs = chunk
-        rows = constrain(kernel[token], ("batch", None, "act_embed"), options.mesh)
-        scores, slope = _scores(hidden, rows, options)
-        own = step[:, None, :] == jnp.arange(P)[None, :, None]
-        weights = jnp.where(own, probs[:, None, :], 0.0)
-        losses = losses + jnp.sum(_entry_losses(scores - normaliser[..., None], weights, options), axis=-1)
-        mass = mass + jnp.sum(weights, axis=-1)
+        losses, total, mean = carry
+        rows = constrain(kernel[chunk.ids], ("batch", None, "act_embed"), blocks.options.mesh)
+        scores, slope = _scores(hidden, rows, blocks.options)
+        own = chunk.position[:, None, :] == jnp.arange(P)[None, :, None]
+        weights = jnp.where(own, chunk.probs[:, None, :], 0.0)
+        losses = losses + jnp.sum(_entry_losses(scores - log_z[..., None], weights, blocks.options), axis=-1)
+        total = total + jnp.sum(weights, axis=-1)
         mean = mean + _weighted_rows("BPW,BWD->BPD", weights * slope, rows, parts=2)
-        return (losses, mass, mean), None
+        return (losses, total, mean), None
 
     zeros = jnp.zeros((B, P), jnp.float32)
-    start = (zeros, zeros, jnp.zeros(hidden.shape, jnp.float32))
-    return jax.lax.scan(add_chunk, start, tuple(entries))[0]
+    return jax.lax.scan(add_chunk, (zeros, zeros, jnp.zeros(hidden.shape, jnp.float32)), entries)[0]
 
 
 def _kernel_gradient(
     hidden: Float[Array, "B P D"],
     kernel: Float[Array, "V D"],
-    target_step: Int[Array, "B K"],
-    target_ids: Int[Array, "B K"],
-    target_probs: Float[Array, "B K"],
-    normaliser: Float[Array, "B P"],
-    mass: Float[Array, "B P"],
+    targets: Targets,
+    log_z: Float[Array, "B P"],
+    total: Float[Array, "B P"],
     gradient: Float[Array, "B P"],
     blocks: _VocabBlocks,
 ) -> Float[Array, "V D"]:
-    """Σ over steps of gradient (mass p_v − q_v) (dz_v/d(h·W_v)) h, block by block."""
+    """Σ over positions of gradient (total p_v − q_v) (dz_v/d(h·W_v)) h, block by block."""
 
     def of_block(_, block):
         rows = blocks.rows(kernel, block)
         scores, slope = blocks.scores(hidden, rows, block)
-        error = mass[..., None] * jnp.exp(scores - normaliser[..., None])
-        column = jnp.where(blocks.block_of(target_ids) == block, blocks.row_of(target_ids), rows.shape[0])
-        take = jax.vmap(lambda row, step, at, probs: row.at[step, at].add(-probs, mode="drop"))
-        error = take(error, target_step, column, target_probs) * slope * gradient[..., None]
+        error = total[..., None] * jnp.exp(scores - log_z[..., None])
+        column = jnp.where(blocks.block_of(targets.ids) == block, blocks.row_of(targets.ids), rows.shape[0])
+        take = jax.vmap(lambda row, position, at, probs: row.at[position, at].add(-probs, mode="drop"))
+        error = take(error, targets.position, column, targets.probs) * slope * gradient[..., None]
         return None, _weighted_rows("BPW,BPD->WD", error, hidden)
 
-    _, stacked = jax.lax.scan(of_block, None, jnp.arange(blocks.count))
-    return jnp.moveaxis(stacked.reshape(blocks.count, blocks.shards, blocks.stretch, -1), 0, 1).reshape(kernel.shape)
+    return blocks.joined(jax.lax.scan(of_block, None, jnp.arange(blocks.count))[1])

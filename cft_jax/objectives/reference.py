@@ -21,22 +21,22 @@ def soft_target_loss(
     tau: float,
     epsilon: float,
 ) -> Float[Array, ""]:
-    """KL(target ‖ softmax(logits / tau)), mean over the steps of a row, then over rows (arXiv 2605.11845).
+    """KL(target ‖ softmax(logits / tau)), mean over the target positions of a row, then over rows (arXiv 2605.11845).
 
     The softmax runs over the whole vocabulary; targets are clamped at `epsilon` from below and renormalised. There is
-    no factor tau². All arithmetic is float32. Training uses the fused form, which gives the same numbers.
+    no factor tau². All arithmetic is float32.
 
     Args:
       logits: the model's scores before the softmax, any floating dtype.
-      target_ids: token ids of the candidates of each step; any valid id where masked.
+      target_ids: token ids of the candidates of each position; any valid id where masked.
       target_probs: their probabilities; ignored where masked.
       target_mask: true at real candidates.
-      step_mask: true at real steps. A step without any candidate has no target and is not counted either.
+      step_mask: true at real target positions. One without any candidate has no target and is not counted either.
       tau: temperature of the model's softmax.
       epsilon: floor of the target probabilities before renormalising.
 
     Returns:
-      Nats; NaN when no row has a step.
+      Nats; NaN when no row has a target position.
     """
     scores = jnp.asarray(logits, jnp.float32) / tau
     log_probs = jnp.take_along_axis(scores, jnp.asarray(target_ids), axis=-1) - logsumexp(scores, -1, keepdims=True)
@@ -44,12 +44,12 @@ def soft_target_loss(
     clamped = jnp.where(mask, jnp.maximum(jnp.asarray(target_probs, jnp.float32), epsilon), 0.0)
     mass = clamped.sum(-1, keepdims=True)
     targets = clamped / jnp.where(mass > 0, mass, 1.0)
-    steps = target_divergence(log_probs, targets).sum(-1)
+    losses = target_divergence(log_probs, targets).sum(-1)
 
     scored = jnp.asarray(step_mask) & mask.any(-1)
-    num_steps = scored.sum(-1)
-    rows = jnp.where(scored, steps, 0.0).sum(-1) / jnp.maximum(num_steps, 1)
-    num_rows = (num_steps > 0).sum()
+    count = scored.sum(-1)
+    rows = jnp.where(scored, losses, 0.0).sum(-1) / jnp.maximum(count, 1)
+    num_rows = (count > 0).sum()
     return jnp.where(num_rows > 0, rows.sum() / jnp.maximum(num_rows, 1), jnp.nan)
 
 
@@ -70,7 +70,7 @@ def hard_target_loss(
     """Mean cross-entropy of the next token over all scored positions of the batch, in float32.
 
     The shift happens here: the logits at position t predict the label at t + 1, so the label at position 0 is never
-    scored. Training uses the fused form (`cft_jax.objectives.fused_loss`), which gives the same numbers.
+    scored.
 
     Args:
       logits: the model's scores before the softmax, any floating dtype.

@@ -95,7 +95,7 @@ def find_processes(environment: Mapping[str, str]) -> dict[str, Any] | None:
             f"{', '.join(missing)} must be set too: {', '.join(given)} belong together (or start the processes by "
             "srun, or as an indexed Kubernetes job)"
         )
-    options = {"num_processes": count, "process_id": index}
+    options: dict[str, Any] = {"num_processes": count, "process_id": index}
     if in_step and (devices := _slurm_devices(environment)) is not None:
         options["local_device_ids"] = devices
     if not address:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cft_jax.objectives import hard_target_loss, soft_target_loss
-from cft_jax.objectives.fused_loss import HeadOptions, num_blocks, step_losses
+from cft_jax.objectives.fused_loss import HeadOptions, Targets, num_blocks, position_losses
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.sharding.rules import sharding
 
@@ -18,11 +18,11 @@ SOFT = HeadOptions(tau=1.0, softcap=None, entropy=True, mesh=None)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Random hidden states, head and targets, as `step_losses` takes them and padded per step."""
+    """Random hidden states, head and targets, as `position_losses` takes them and padded per position."""
 
     hidden: jax.Array
     kernel: jax.Array
-    step: jax.Array
+    position: jax.Array
     ids: jax.Array
     probs: jax.Array
     padded_ids: jax.Array
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def targets(self):
-        return self.step, self.ids, self.probs
+        return Targets(self.position, self.ids, self.probs)
 
 
 def make_case(seed=0, vocab=V):
@@ -44,17 +44,17 @@ def make_case(seed=0, vocab=V):
     padded_probs = np.where(mask, rng.random((B, P, C)) + 0.01, 0)
     padded_probs = (padded_probs / padded_probs.sum(-1, keepdims=True)).astype(np.float32)
     K = P * C + 2
-    step, ids, probs = np.zeros((B, K), np.int32), np.zeros((B, K), np.int32), np.zeros((B, K), np.float32)
+    position, ids, probs = np.zeros((B, K), np.int32), np.zeros((B, K), np.int32), np.zeros((B, K), np.float32)
     for b in range(B):
         row = np.argwhere(mask[b])
-        step[b, : len(row)] = row[:, 0]
+        position[b, : len(row)] = row[:, 0]
         ids[b, : len(row)] = padded_ids[b][mask[b]]
         probs[b, : len(row)] = padded_probs[b][mask[b]]
-    return Case(*(jnp.asarray(x) for x in (hidden, kernel, step, ids, probs, padded_ids, padded_probs)))
+    return Case(*(jnp.asarray(x) for x in (hidden, kernel, position, ids, probs, padded_ids, padded_probs)))
 
 
 def reference(case, hidden, kernel, options):
-    """Per-step losses with full logits, by JAX's own differentiation."""
+    """Losses of the positions with full logits, by JAX's own differentiation."""
     raw = jnp.einsum("bpd,vd->bpv", hidden, kernel, precision="highest")
     if options.softcap is not None:
         raw = options.softcap * jnp.tanh(raw / options.softcap)
@@ -65,7 +65,7 @@ def reference(case, hidden, kernel, options):
 
 
 def weighted(losses):
-    """A scalar in which every step has a weight of its own."""
+    """A scalar in which every position has a weight of its own."""
     return jnp.sum(losses * jnp.linspace(0.5, 2.0, B * P).reshape(B, P))
 
 
@@ -85,7 +85,7 @@ def test_value_and_gradients_equal_full_logits(max_scores, options, vocab):
     case = make_case(vocab=vocab)
 
     def fused(hidden, kernel):
-        return weighted(step_losses(hidden, kernel, *case.targets, options, max_scores=max_scores))
+        return weighted(position_losses(hidden, kernel, case.targets, options, max_scores=max_scores))
 
     def full(hidden, kernel):
         return weighted(reference(case, hidden, kernel, options))
@@ -100,8 +100,8 @@ def test_value_and_gradients_equal_full_logits(max_scores, options, vocab):
 @pytest.mark.parametrize("max_scores", [10**9, 1])
 def test_equals_the_public_soft_loss(max_scores):
     case = make_case()
-    losses = step_losses(
-        case.hidden, case.kernel, *case.targets, dataclasses.replace(SOFT, tau=1.5), max_scores=max_scores
+    losses = position_losses(
+        case.hidden, case.kernel, case.targets, dataclasses.replace(SOFT, tau=1.5), max_scores=max_scores
     )
     logits = np.einsum("bpd,vd->bpv", case.hidden, case.kernel)
     public = soft_target_loss(
@@ -114,9 +114,11 @@ def test_equals_the_public_soft_loss(max_scores):
 def test_equals_the_public_hard_loss(max_scores):
     case = make_case()
     labels = jnp.asarray(np.random.default_rng(1).integers(0, V, (B, P)), jnp.int32)
-    step = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    position = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
     options = dataclasses.replace(SOFT, entropy=False)
-    losses = step_losses(case.hidden, case.kernel, step, labels, jnp.ones((B, P)), options, max_scores=max_scores)
+    losses = position_losses(
+        case.hidden, case.kernel, Targets(position, labels, jnp.ones((B, P))), options, max_scores=max_scores
+    )
     logits = np.einsum("bpd,vd->bpv", case.hidden, case.kernel)
     shifted = np.concatenate([logits, logits[:, :1]], axis=1)
     public = hard_target_loss(shifted, np.concatenate([labels[:, :1], labels], axis=1))
@@ -124,12 +126,12 @@ def test_equals_the_public_hard_loss(max_scores):
 
 
 @pytest.mark.parametrize("max_scores", [10**9, 1])
-def test_a_step_without_entries_is_nothing(max_scores):
+def test_a_position_without_entries_is_nothing(max_scores):
     case = make_case()
-    probs = jnp.where(case.step == 1, 0, case.probs)
+    targets = case.targets._replace(probs=jnp.where(case.position == 1, 0, case.probs))
 
     def total(hidden):
-        losses = step_losses(hidden, case.kernel, case.step, case.ids, probs, SOFT, max_scores=max_scores)
+        losses = position_losses(hidden, case.kernel, targets, SOFT, max_scores=max_scores)
         return losses.sum(), losses
 
     gradient, losses = jax.grad(total, has_aux=True)(case.hidden)
@@ -152,10 +154,10 @@ def test_sharded_over_eight_devices(shape, vocab):
 
     hidden = put(case.hidden, ("batch", None, "act_embed"))
     kernel = put(case.kernel, ("vocab", "embed"))
-    targets = [put(x, ("batch", None)) for x in case.targets]
+    targets = Targets(*(put(x, ("batch", None)) for x in case.targets))
 
     def fused(hidden, kernel, targets):
-        return weighted(step_losses(hidden, kernel, *targets, options, max_scores=30_000))
+        return weighted(position_losses(hidden, kernel, targets, options, max_scores=30_000))
 
     value, gradients = jax.jit(jax.value_and_grad(fused, argnums=(0, 1)))(hidden, kernel, targets)
     plain = jax.value_and_grad(lambda h, k: weighted(reference(case, h, k, SOFT)), argnums=(0, 1))
@@ -169,11 +171,11 @@ def test_bfloat16_operands_give_float32_losses():
     """Operands rounded to bfloat16, sums in float32: equal to float32 arithmetic on the rounded operands."""
     case = make_case()
     hidden, kernel = jnp.asarray(case.hidden, jnp.bfloat16), jnp.asarray(case.kernel, jnp.bfloat16)
-    losses = step_losses(hidden, kernel, *case.targets, SOFT, max_scores=1)
+    losses = position_losses(hidden, kernel, case.targets, SOFT, max_scores=1)
     assert losses.dtype == jnp.float32
     exact = reference(case, hidden.astype(jnp.float32), kernel.astype(jnp.float32), SOFT)
     np.testing.assert_allclose(losses, exact, rtol=1e-5)
-    gradient = jax.grad(lambda h: weighted(step_losses(h, kernel, *case.targets, SOFT, max_scores=1)))(hidden)
+    gradient = jax.grad(lambda h: weighted(position_losses(h, kernel, case.targets, SOFT, max_scores=1)))(hidden)
     want = jax.grad(lambda h: weighted(reference(case, h, kernel.astype(jnp.float32), SOFT)))(
         hidden.astype(jnp.float32)
     )
@@ -210,7 +212,7 @@ def near_target(noise):
         targets.reshape(rows, -1),
     )
     gradients = error @ wide_kernel, np.einsum("bpv,bpd->vd", error, wide_hidden)
-    return divergence, hidden, kernel, [jnp.asarray(x) for x in entries], gradients
+    return divergence, hidden, kernel, Targets(*(jnp.asarray(x) for x in entries)), gradients
 
 
 @pytest.mark.parametrize("max_scores", [10**9, 1], ids=["plain", "blocks"])
@@ -227,7 +229,7 @@ def test_bfloat16_gradients_hold_where_the_model_is_near_its_target(noise, diver
     @jax.jit
     def gradients(hidden, kernel, targets):
         return jax.grad(
-            lambda *operands: step_losses(*operands, *targets, SOFT, max_scores=max_scores).sum(), argnums=(0, 1)
+            lambda *operands: position_losses(*operands, targets, SOFT, max_scores=max_scores).sum(), argnums=(0, 1)
         )(hidden, kernel)
 
     for got, want in zip(gradients(hidden, kernel, targets), expected, strict=True):
@@ -240,7 +242,7 @@ def test_a_frozen_head_costs_no_gradient_of_its_own():
     case = make_case()
 
     def fused(hidden, kernel):
-        return weighted(step_losses(hidden, kernel, *case.targets, SOFT, max_scores=1))
+        return weighted(position_losses(hidden, kernel, case.targets, SOFT, max_scores=1))
 
     def products(argnums):
         compiled = jax.jit(jax.value_and_grad(fused, argnums=argnums)).lower(case.hidden, case.kernel).compile()
@@ -251,15 +253,16 @@ def test_a_frozen_head_costs_no_gradient_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("steps", "vocab", "expected"),
+    ("positions", "vocab", "shards", "expected"),
     [
-        (10, 100, 1),
-        (288, 151_936, 4),  # 44 M scores: 3 blocks would do, 4 divide 2^7 * 1187
-        (2304, 151_936, 32),  # 21 would do
-        (2304, 128_256, 24),  # 18 would do; 128256 = 2^8 * 3 * 167
-        (10**9, 4096, 4),  # never narrower than 1024
-        (2304, 151_939, 21),  # a prime
+        (10, 100, 1, 1),
+        (288, 151_936, 1, 4),  # 44 M scores: 3 blocks would do, 4 divide 2^7 * 1187
+        (2304, 151_936, 1, 32),  # 21 would do
+        (2304, 128_256, 1, 24),  # 18 would do; 128256 = 2^8 * 3 * 167
+        (2304, 128_256, 16, 24),  # 16 * 24 = 2^7 * 3
+        (10**9, 4096, 1, 4),  # never narrower than 1024
+        (2304, 151_939, 1, 21),  # a prime
     ],
 )
-def test_number_of_blocks(steps, vocab, expected):
-    assert num_blocks(steps, vocab, 1 << 24) == expected
+def test_number_of_blocks(positions, vocab, shards, expected):
+    assert num_blocks(positions, vocab, 1 << 24, shards) == expected
