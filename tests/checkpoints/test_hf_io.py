@@ -15,6 +15,8 @@ from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
 
 IDS = np.random.default_rng(0).integers(0, 85, (8, 37))
+# Float32 in another order of summation, on any CPU: a hundred units in the last place of numbers up to 16.
+ROUNDING = 1e-4
 
 
 def torch_logits(model, ids=IDS):
@@ -62,7 +64,7 @@ def test_meshes_give_the_logits_of_one_device(tmp_path, write_hf, hf_config, fam
     expected = load(tmp_path)(IDS)
     for shape in MESHES:
         model = load(tmp_path, mesh=make_mesh(*shape))
-        np.testing.assert_allclose(model(IDS), expected, atol=1e-5, rtol=0, err_msg=f"mesh {shape}")
+        np.testing.assert_allclose(model(IDS), expected, atol=ROUNDING, rtol=0, err_msg=f"mesh {shape}")
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 8)])

@@ -11,6 +11,8 @@ from cft_jax.generate.vocabulary import Tiling, log_z, tile_log_sum_exps
 from cft_jax.models.config import LoraSpec
 from cft_jax.sharding.mesh import make_mesh
 
+# Float32 in another order of summation, on any CPU: fifty units in the last place of log-probabilities up to 32.
+ROUNDING = 1e-4
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_oss")
 # Of the tries that `make_trie` makes.
 TERMINATOR = 3
@@ -38,7 +40,7 @@ def test_every_string_scores_as_it_does_alone(family, make_model, make_trie, ran
     want = alone(model, PROMPT, strings)
     assert got.dtype == np.float64
     assert np.ptp(want) > 5
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,8 +55,8 @@ def test_values_and_the_mass_off_the_support_sum_to_one(family, make_model, make
     then = np.asarray(jax.nn.softmax(model(np.array([[*PROMPT, *string] for string in strings]))[:, -1]), np.float64)
     goes_on = first[-1, [token for (token,) in strings]] @ (1 - then[:, end])
     support = np.exp(scores.string_log_probs).sum()
-    assert support > 1e-3
-    assert support + first[-1, end] + goes_on == pytest.approx(1, abs=2e-6)
+    assert support > 10 * ROUNDING
+    assert support + first[-1, end] + goes_on == pytest.approx(1, abs=ROUNDING)
 
 
 def test_prompts_of_all_lengths_and_tries_of_all_sizes_together(make_model, make_trie, random_strings):
@@ -63,7 +65,7 @@ def test_prompts_of_all_lengths_and_tries_of_all_sizes_together(make_model, make
     strings = [random_strings(n, seed=n) for n in (3, 80, 25, 300, 1)]
     scores = TrieScorer(model, tokens_per_call=512).score(prompts, [make_trie(s) for s in strings])
     for prompt, listed, found in zip(prompts, strings, scores, strict=True):
-        np.testing.assert_allclose(found.string_log_probs, alone(model, prompt, listed), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.string_log_probs, alone(model, prompt, listed), rtol=0, atol=ROUNDING)
 
 
 def test_long_prompts_are_prefilled_in_pieces(make_model, make_trie, random_strings, monkeypatch):
@@ -72,7 +74,7 @@ def test_long_prompts_are_prefilled_in_pieces(make_model, make_trie, random_stri
     prompts = [np.random.default_rng(n).integers(5, 90, n).tolist() for n in (101, 70)]
     scores = TrieScorer(model).score(prompts, [make_trie(strings)] * 2)
     for prompt, found in zip(prompts, scores, strict=True):
-        np.testing.assert_allclose(found.string_log_probs, alone(model, prompt, strings), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.string_log_probs, alone(model, prompt, strings), rtol=0, atol=ROUNDING)
 
 
 def test_other_stop_ids_are_scored_apart(make_model, make_trie, random_strings):
@@ -80,10 +82,10 @@ def test_other_stop_ids_are_scored_apart(make_model, make_trie, random_strings):
     trie = make_trie(strings)
     scores = TrieScorer(model, stop_ids=(1, TERMINATOR, 7)).score([PROMPT], [trie])[0]
     want = np.logaddexp(alone(model, PROMPT, strings, end=1), alone(model, PROMPT, strings, end=7))
-    np.testing.assert_allclose(scores.other_stop_log_probs, want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores.other_stop_log_probs, want, rtol=0, atol=ROUNDING)
     plain = TrieScorer(model).score([PROMPT], [trie])[0]
     assert (plain.other_stop_log_probs == -np.inf).all()
-    np.testing.assert_allclose(scores.string_log_probs, plain.string_log_probs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores.string_log_probs, plain.string_log_probs, rtol=0, atol=ROUNDING)
 
 
 def test_some_prefixes_only(make_model, make_trie, random_strings):
@@ -95,7 +97,7 @@ def test_some_prefixes_only(make_model, make_trie, random_strings):
         path.append(int(trie.parent[path[-1]]))
     some = TrieScorer(model).score([PROMPT], [trie], prefixes=[np.array(path)])[0]
     asked = np.isin(np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets)), path)
-    np.testing.assert_allclose(some.child_log_probs[asked], whole[asked], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(some.child_log_probs[asked], whole[asked], rtol=0, atol=ROUNDING)
     assert np.isnan(some.child_log_probs[~asked]).all()
     assert np.isfinite(some.string_log_probs[7])
     assert np.isnan(some.string_log_probs).sum() == np.isnan(some.other_stop_log_probs).sum() > 0
@@ -112,7 +114,7 @@ def test_mesh_and_unmerged_adapters(make_model, make_trie, random_strings):
     many = TrieScorer(make_model("llama", lora=lora, mesh=mesh)).score(prompts, tries)
     bare = TrieScorer(make_model("llama")).score(prompts, tries)
     for a, b, c in zip(one, many, bare, strict=True):
-        np.testing.assert_allclose(a.string_log_probs, b.string_log_probs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a.string_log_probs, b.string_log_probs, rtol=0, atol=ROUNDING)
         assert np.abs(a.string_log_probs - c.string_log_probs).max() > 0.01
 
 
@@ -134,7 +136,7 @@ def test_log_z_whatever_they_are_relative_to(above, make_model):
     # The last rows do not count, and infinities there do no harm.
     near = jnp.where(jnp.arange(600) < 590, jnp.asarray(logits.max(axis=1) + above, jnp.float32), -jnp.inf)
     found = np.asarray(log_z(model, hidden, jnp.int32(590), near))[:590]
-    np.testing.assert_allclose(found, logsumexp(logits[:590], axis=1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, logsumexp(logits[:590], axis=1), rtol=0, atol=ROUNDING)
 
 
 # 128 scores and 2**20: blocks of a single tile with a remainder, and one block that is nearly the whole vocabulary.
@@ -150,7 +152,7 @@ def test_tile_sums_are_those_of_the_logits(scores, make_model, monkeypatch):
     tiling = Tiling.of(model)
     for tile, (tokens, exist) in enumerate(zip(*tiling.tokens(jnp.arange(tiling.tiles)), strict=True)):
         want = logsumexp(logits[:, np.asarray(tokens)[np.asarray(exist)]], axis=1)
-        np.testing.assert_allclose(log_sum_exps[:290, tile], want, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(log_sum_exps[:290, tile], want, rtol=0, atol=ROUNDING)
 
 
 def test_refused_inputs(make_model, make_trie):

@@ -59,7 +59,7 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
     x = np.random.default_rng(2).normal(size=(2, 50, D)).astype(np.float32)
     whole = module(jnp.asarray(x), key=None, mesh=None)
     alone = np.stack([[module(jnp.asarray(t[None, None]), key=None, mesh=None)[0, 0] for t in row[:3]] for row in x])
-    np.testing.assert_allclose(whole[:, :3], alone, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(whole[:, :3], alone, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])

@@ -10,7 +10,8 @@ from cft_jax.train.optimizer import adamw
 from cft_jax.train.state import initial_state, split_model
 
 
-def assert_same(got, want, tolerance=1e-5):
+# Float32 in another order of summation, on any CPU, relative to the largest: a mean of means is off by percents.
+def assert_same(got, want, tolerance=1e-4):
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], atol=tolerance * np.abs(want[name]).max(), err_msg=name)
@@ -22,8 +23,8 @@ def test_microbatches_equal_one_batch(new_trainer, make_batch, kind, lora):
     batch = make_batch(1, kind=kind)
     whole, quarters = [new_trainer(lora=lora, kind=kind, micro_batches=n) for n in (1, 4)]
     results = [trainer.run(batch) for trainer in (whole, quarters)]
-    np.testing.assert_allclose(results[1].loss, results[0].loss, rtol=1e-6)
-    np.testing.assert_allclose(results[1].grad_norm, results[0].grad_norm, rtol=1e-5)
+    np.testing.assert_allclose(results[1].loss, results[0].loss, rtol=1e-5)
+    np.testing.assert_allclose(results[1].grad_norm, results[0].grad_norm, rtol=1e-4)
     first_moments = [jax.device_get(trainer.state.optimizer[0].mu) for trainer in (whole, quarters)]
     assert_same(first_moments[1], first_moments[0])
 
@@ -112,9 +113,9 @@ def test_rows_of_padding_change_nothing(new_trainer, make_batch):
     padded = type(batch)(*(np.concatenate([x, np.zeros_like(x)]) for x in batch))
     plain, with_padding = [new_trainer() for _ in range(2)]
     first, second = plain.run(batch), with_padding.run(padded)
-    np.testing.assert_allclose(second.loss, first.loss, rtol=1e-6)
+    np.testing.assert_allclose(second.loss, first.loss, rtol=1e-5)
     np.testing.assert_allclose(second.padding_fraction, (1 + first.padding_fraction) / 2, rtol=1e-6)
-    assert_same(with_padding.weights, plain.weights, 1e-4)
+    assert_same(with_padding.weights, plain.weights)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
