@@ -212,10 +212,10 @@ def _suite(measured: Sequence[Run], suite: str) -> dict[str, Any]:
     runs = [run for run in measured if run.summary["suite"] == suite]
     summaries = [run.summary for run in runs]
     headlines = headlines_of(suite, summaries)
-    groups = {metric.title: _expanded(metric, summaries) for metric in _FURTHER.get(suite, ())}
+    further = {metric: _expanded(metric, summaries) for metric in _FURTHER.get(suite, ())}
     # Tasks in a group come after the groups that were asked for.
-    metrics = [*headlines, *task_headlines(summaries), *itertools.chain(*groups.values())]
-    bars = {title: group for title, group in groups.items() if len(group) > 1}
+    metrics = [*headlines, *task_headlines(summaries), *itertools.chain(*further.values())]
+    bars = {metric.title: group for metric, group in further.items() if any("*" in name for name in metric.path)}
     bars["lm-eval"] = [headline for headline in headlines if headline.path[0] == "lm_eval" and headline.is_share]
     gallery = []
     for index, (title, group) in enumerate(bars.items()):
@@ -224,7 +224,13 @@ def _suite(measured: Sequence[Run], suite: str) -> dict[str, Any]:
         if heights:
             labels = [metric.title.removeprefix(f"{title}, ") for metric in group]
             figure = plots.bars_figure(labels, heights, percent=group[0].is_share, uniform=suite == "mcq")
-            gallery.append({"title": title, "subtitle": "", "image": _image(figure, f"{suite}{index}", title)})
+            gallery.append(
+                {
+                    "title": title[0].upper() + title[1:],
+                    "subtitle": "",
+                    "image": _image(figure, f"{suite}{index}", title),
+                }
+            )
     unique = {metric.path: metric for metric in reversed(metrics)}.values()
     table = metric_table(runs, list(unique)[::-1])
     return {"title": suite_title(suite), "table": table, "plots": gallery, "numbers": numbers_table(runs)}

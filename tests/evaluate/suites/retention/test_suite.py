@@ -165,4 +165,4 @@ def test_the_command_with_both_backends(data, checkpoint, configured, tmp_path):
         else:
             assert mine["response"] == theirs["response"]
     page = (tmp_path / "jax" / "report.html").read_text()
-    assert "GSM8K, strict, accuracy" in page and "<svg" in page and "MMLU, accuracy" not in page
+    assert "accuracy, gsm8k_strict" in page and "<svg" in page and "accuracy, mmlu" not in page
