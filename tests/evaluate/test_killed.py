@@ -85,7 +85,7 @@ def evaluation(
             env=os.environ
             | {
                 "PYTHONPATH": paths,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
                 "XDG_CACHE_HOME": str(home),
                 "JAX_COMPILATION_CACHE_DIR": str(program_cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -51,7 +51,7 @@ def checkout(tmp_path, monkeypatch, program_cache):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "launch").mkdir()
     monkeypatch.chdir(tmp_path / "launch")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(program_cache))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_runs_are_handed_to_a_launcher(sweep, tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_sweep_goes_on_where_it_stopped(sweep, capfd, monkeypatch, tmp_path, program_cache):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(program_cache))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     fast = ("--config.train.epochs=1", "--config.eval.enabled=False", "--config.export.enabled=False")

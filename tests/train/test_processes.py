@@ -18,7 +18,7 @@ KILLS = 2
 
 def start(workdir, cache, *, mesh="1,1,1", devices=8, **environment):
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, str(HERE / "train_and_wait.py"), str(workdir), str(cache), mesh],
         env={**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": flags, **environment},
