@@ -35,7 +35,7 @@ from cft_jax.distributions.tasks import Task
 from cft_jax.text.analytic_trie import AnalyticTrie, drawn_forest
 from cft_jax.text.chat import terminator_id
 from cft_jax.text.trie import Forest, grow_forest
-from cft_jax.text.values import ValueEncoder
+from cft_jax.text.values import ValueEncoder, check_values
 
 Prompts = Sequence[Int32[np.ndarray, "_"]]
 
@@ -66,10 +66,11 @@ def training_dataset(
       share_prefix: whether batches leave out the tokens that all prompts begin with (`Dataset.shared_prefix`).
 
     Raises:
-      UserError: the counts do not divide, there are no tasks, or see `prepare`.
+      UserError: the counts do not divide, there are no tasks, or see `prepare` and `check_values`.
     """
     if not tasks:
         raise UserError("there is nothing to train on; give config.data.custom rows with split train, or families")
+    check_values(tokenizer, tasks)
     train = config.train
     weights = np.array([task.weight for task in tasks], dtype=np.float64)
     weights /= weights.mean()

@@ -1,6 +1,6 @@
 """Token ids of many values at once; numbers are composed of their digits' tokens where the tokenizer allows it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64, Real
@@ -8,11 +8,33 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions.output_space import decimal_strings
+from cft_jax.distributions.tasks import Task
 from cft_jax.text.digits import MAX_DIGITS, digit_tokens
-from cft_jax.text.tokenizer import encode_strings
+from cft_jax.text.tokenizer import backend, encode_strings
 from cft_jax.text.trie import token_matrix
 
 _SAMPLES_PER_CALL = 8
+
+
+def check_values(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]) -> None:
+    """Checks that listed values read as they are written when a model answers with their tokens.
+
+    A tokenizer may normalise text (Qwen3: to NFC), and answers are read without special tokens: such a value would be
+    trained on and never be found in an answer. Families' numbers always survive.
+
+    Raises:
+      UserError: naming the first value that does not.
+    """
+    rust = backend(tokenizer)
+    for task in tasks:
+        values = () if task.space is None else task.space.values
+        answers = rust.decode_batch(encode_strings(tokenizer, values), skip_special_tokens=True)
+        for value, answer in zip(values, answers, strict=True):
+            if value != answer:
+                raise UserError(
+                    f"task {task.task_id}: the value {value!a} becomes {answer!a} in this tokenizer's tokens, "
+                    "so that no answer could be told to be it; write it as the tokenizer does, without special tokens"
+                )
 
 
 class ValueEncoder:

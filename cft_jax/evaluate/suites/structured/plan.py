@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int
 
+from cft_jax.common.errors import UserError
 from cft_jax.distributions.analytic_space import AnalyticSpace, analytic_space
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import SpaceSettings, Task
@@ -72,9 +73,14 @@ class PaperPath:
     epsilon: float
 
     @classmethod
-    def of(cls, task: Task, codec: PromptCodec, resolution: Resolution, seed: int) -> "PaperPath":
-        """The draws depend on the seed and the task alone."""
-        space = task.output_space(replace(resolution.grid, num_decimals=PAPER_PATH_DECIMALS))
+    def of(cls, task: Task, codec: PromptCodec, resolution: Resolution, seed: int) -> "PaperPath | None":
+        """The draws depend on the seed and the task alone; None where only an analytic space holds the family."""
+        try:
+            space = task.output_space(replace(resolution.grid, num_decimals=PAPER_PATH_DECIMALS))
+        except UserError:
+            if not resolution.full_quantile:
+                raise
+            return None
         draws = figures.path_draws(space, PAPER_PATH_DRAWS, task_rng(task, seed, "path"))
         return cls(codec.build_trie(space), draws, resolution.epsilon)
 
@@ -99,7 +105,7 @@ class ListedPlan:
 
     def sections(self, score: TrieScore, *, keep_distribution: bool) -> figures.Figures:
         """The sections of the prompt's record; with `distribution`, what plots need, where it is to be kept."""
-        target = figures.target_of_task(self.task, self.space, self.resolution.grid.num_decimals)
+        target = figures.target_of_task(self.task, self.resolution.grid.num_decimals)
         sections = figures.exact_section(self.space, score, target)
         expected = figures.expected_path_kl(self.space, self.trie, score, self.resolution.epsilon)
         sections["path"] = figures.finite({"logit_kl_as_trained": expected})

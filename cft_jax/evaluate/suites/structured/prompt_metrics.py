@@ -82,12 +82,13 @@ def expected_path_kl(space: OutputSpace, trie: Trie, scores: TrieScore, epsilon:
     return float(space.probabilities[drawn] @ paths.path_kl(trie, steps)[drawn])
 
 
-def target_of_task(task: Task, space: OutputSpace, num_decimals: int) -> Target | None:
+def target_of_task(task: Task, num_decimals: int) -> Target | None:
     """What a task's numbers are measured against; None where its values are no numbers."""
     if task.spec is not None:
         return FamilyTarget(task.spec.family_id, task.spec.parameters, num_decimals)
-    numbers = exact.as_numbers(space.values)
-    return None if numbers is None else ListedTarget.of(numbers, space.probabilities)
+    assert task.space is not None
+    numbers = exact.as_numbers(task.space.values)
+    return None if numbers is None else ListedTarget.of(numbers, task.space.probabilities)
 
 
 @dataclass(frozen=True)
@@ -111,27 +112,24 @@ class Answers:
     lenient_parses: Mapping[str, int]
 
 
-def read_answers(completions: Sequence[str], task: Task, space: OutputSpace, *, per_completion: int) -> Answers:
-    """Reads completions by the paper's rules.
+def read_answers(completions: Sequence[str], task: Task, *, per_completion: int) -> Answers:
+    """Reads completions by the paper's rules; one that is a listed value to the letter stays as it is.
 
     Args:
       completions: texts as sampled; thinking traces are removed first.
       task: tells what counts as valid: a number for the families and for listed numbers, else one of the values.
-      space: the task's listed values.
       per_completion: 1, or how many comma-separated numbers each completion should hold; further ones are ignored and
         missing ones count as invalid.
     """
-    stripped = [strip_thinking(text) for text in completions]
-    if task.spec is None and exact.as_numbers(space.values) is None:
-        # Values may begin or end with spaces, which the whole text would show.
-        texts = tuple(
-            whole if whole in space.values else text for whole, text in zip(completions, stripped, strict=True)
-        )
-        valid = tuple(text for text in texts if text in space.values)
-        return Answers(len(texts), len(valid), 0, np.zeros(0), valid, {})
+    listed = frozenset(() if task.space is None else task.space.values)
+    # Values may begin or end with spaces.
+    stripped = [text if text in listed else strip_thinking(text) for text in completions]
+    if task.space is not None and exact.as_numbers(task.space.values) is None:
+        texts = tuple(text for text in stripped if text in listed)
+        return Answers(len(stripped), len(texts), 0, np.zeros(0), texts, {})
     parsed = [number for text in stripped for number in _numbers(text, per_completion)]
     valid = [number for number in parsed if number.value is not None]
-    errors = [_number_error(number, task, space) for number in valid]
+    errors = [_number_error(number, task, listed) for number in valid]
     values = np.array([number.value for number in valid], np.float64)
     lenient_parses = {
         "non_finite": sum(not math.isfinite(value) for value in values),
@@ -148,9 +146,7 @@ def read_answers(completions: Sequence[str], task: Task, space: OutputSpace, *, 
     )
 
 
-def sampled_section(
-    answers: Answers, task: Task, space: OutputSpace, target: Target | None, rng: np.random.Generator
-) -> Figures:
+def sampled_section(answers: Answers, task: Task, target: Target | None, rng: np.random.Generator) -> Figures:
     """Figures of one set of answers: sections of the prompt's record.
 
     Returns:
@@ -163,6 +159,8 @@ def sampled_section(
     intervals = {name: sound.rate_interval(hits, count) for name, hits in rates.items()}
     sections: Figures = {"sampled": {name: hits / count for name, hits in rates.items()}}
     if target is None:
+        space = task.space
+        assert space is not None
         observed = Counter(answers.texts)
         cells = np.array([observed[value] for value in space.values], np.float64)
         sections["tests"] = finite(sound.chi_square_figures(cells, space.probabilities)) if cells.any() else {}
@@ -222,11 +220,11 @@ def _numbers(text: str, per_completion: int) -> list[ParsedNumber]:
     return [parse_number(text)] if per_completion == 1 else parse_numbers(text)[:per_completion]
 
 
-def _number_error(number: ParsedNumber, task: Task, space: OutputSpace) -> str | None:
+def _number_error(number: ParsedNumber, task: Task, listed: frozenset[str]) -> str | None:
     assert number.value is not None
     if task.spec is not None:
         return number_error(number.value, task.spec)
-    return None if number.raw.strip() in space.values else "not_listed"
+    return None if number.raw in listed or number.raw.strip() in listed else "not_listed"
 
 
 def _joins(raw: str, stripped: str) -> bool:

@@ -35,9 +35,10 @@ from cft_jax.evaluate.suites.structured.settings import (
     prompt_codec,
     structured_settings,
 )
+from cft_jax.text.values import check_values
 
 SUITE = "structured"
-VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
+VERSION = 2  # part of every fingerprint: raise it when the same inputs come to other records
 # Prompts handed to the backend at once; a killed run repeats at most these.
 _PROMPTS_AT_ONCE = 8
 _LARGEST_SEED = 2**31
@@ -51,13 +52,15 @@ def check(config: Config, _: Path) -> None:
 def run(context: SuiteContext) -> Summary:
     """See `Suite.run`."""
     config, tokenizer = context.config, context.tokenizer
+    tasks = evaluation_tasks(config, configured_tasks(config.data))
+    check_values(tokenizer, tasks)
     strategy = None
     if config.eval.method != "direct":
         strategy = prompt_strategy(config, tokenizer, mode="numeric", max_new_tokens=0)
     return run_structured(
         context.backend,
         prompt_codec(tokenizer, config.data),
-        evaluation_tasks(config, configured_tasks(config.data)),
+        tasks,
         structured_settings(config),
         context.results,
         strategy,
@@ -140,13 +143,17 @@ def measure(
     ]
     if settings.numbers_per_completion == 1 and strategy is None:
         plans = [plan_of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
-        papers = [PaperPath.of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
         whole = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
-        drawn = backend.score(prompts, [p.trie for p in papers], prefixes=[p.prefixes for p in papers])
         for i, record in enumerate(records):
             keep = (record["split"], record["task_id"]) in shown
             record |= plans[i].sections(whole[i], keep_distribution=keep)
-            record["path"] = figures.finite({"logit_kl": papers[i].logit_kl(drawn[i])}) | record["path"]
+        papers = {i: PaperPath.of(task, codec, settings.resolution, settings.seeds[0]) for i, task in enumerate(tasks)}
+        on_grid = {i: paper for i, paper in papers.items() if paper is not None}
+        if on_grid:
+            tries, prefixes = zip(*((paper.trie, paper.prefixes) for paper in on_grid.values()), strict=True)
+            drawn = backend.score([prompts[i] for i in on_grid], tries, prefixes=prefixes)
+            for (i, paper), score in zip(on_grid.items(), drawn, strict=True):
+                records[i]["path"] = figures.finite({"logit_kl": paper.logit_kl(score)}) | records[i]["path"]
     if settings.num_samples:
         for record, sections in zip(records, _sample(backend, tasks, prompts, settings, strategy), strict=True):
             record |= sections
@@ -173,8 +180,7 @@ def _sample(
         for seed in settings.seeds
     }
     for i, task in enumerate(tasks):
-        space = task.output_space(settings.resolution.grid)
-        target = figures.target_of_task(task, space, settings.resolution.grid.num_decimals)
+        target = figures.target_of_task(task, settings.resolution.grid.num_decimals)
         sections = []
         for seed in settings.seeds:
             texts = completions[seed][i]
@@ -182,12 +188,11 @@ def _sample(
             answers = figures.read_answers(
                 texts if strategy is None else [answer.text for answer in read],
                 task,
-                space,
                 per_completion=per_completion,
             )
             if degraded := sum(answer.degraded for answer in read):
                 answers = replace(answers, lenient_parses={**answers.lenient_parses, "without_answer_tag": degraded})
-            sections.append(figures.sampled_section(answers, task, space, target, task_rng(task, seed, "figures")))
+            sections.append(figures.sampled_section(answers, task, target, task_rng(task, seed, "figures")))
         yield figures.mean_sections(sections) | {
             "samples": {str(seed): completions[seed][i] for seed in settings.seeds}
         }

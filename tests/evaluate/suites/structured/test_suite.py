@@ -11,7 +11,7 @@ import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config
-from cft_jax.distributions import OutputSpace, SpaceSettings, Task, build_splits, task_from_spec
+from cft_jax.distributions import OutputSpace, PromptSpec, SpaceSettings, Task, build_splits, task_from_spec
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
 from cft_jax.evaluate import metrics
 from cft_jax.evaluate.prompting import PromptStrategy
@@ -167,6 +167,22 @@ def test_other_weights_or_settings_are_measured_anew(model_of, character_codec, 
     assert summary["fingerprint"] == first["fingerprint"] and len(records) == len(tasks)
     assert all(len(record["samples"]["11"]) == 200 for record in records)
     assert all(record["exact"]["support_mass"] == pytest.approx(1) for record in records)
+
+
+def test_a_prompt_beyond_the_grid_lacks_the_papers_path_alone(character_model, character_codec, tmp_path):
+    # The paper's grid ends at 1,000: it cannot list a Poisson distribution around 40,000.
+    specs = [PromptSpec("train", "poisson", f"poisson_{mean}", {"lambda": mean}, f"mean {mean}") for mean in (4e4, 3.0)]
+    tasks = [task_from_spec(spec) for spec in specs]
+    resolution = Resolution(SpaceSettings(), full_quantile=1e-6, epsilon=1e-8)
+    settings = dataclasses.replace(SETTINGS, resolution=resolution, num_samples=20)
+    answers = {tuple(character_codec.encode(task.messages)): OutputSpace(("3", "4"), np.full(2, 0.5)) for task in tasks}
+    model = character_model(answers, off=0.0, tilt=0.0)
+    split = run(model, character_codec, tasks, tmp_path, settings)["splits"]["train"]
+    assert split["num_prompts"] == 2 and split["sampled"]["valid_rate"] == 1
+    assert split["left_out"]["path"] == {"logit_kl": 1}
+    records = {record["task_id"]: record for record in read_results(tmp_path)[1]}
+    assert set(records["poisson_3.0"]["path"]) == {"logit_kl", "logit_kl_as_trained"}
+    assert set(records["poisson_40000.0"]["path"]) == {"logit_kl_as_trained"}
 
 
 def test_categorical_task(model_of, character_codec, tmp_path):
