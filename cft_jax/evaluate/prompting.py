@@ -3,6 +3,8 @@
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -81,6 +83,23 @@ def prompt_strategy(
         ssot.max_new_tokens,
         f"ssot {tokens} {options} {ssot.max_new_tokens} {ssot.strict} {seeded}",
     )
+
+
+def prompt_text(path: str, default: str, *, field: str) -> str:
+    """The text of a user's file; of the package's own, `default`, for an empty path.
+
+    Raises:
+      UserError: the file cannot be read; `field` named it.
+    """
+    if not path:
+        return resources.files("cft_jax.evaluate").joinpath("prompts", default).read_text(encoding="utf-8")
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config.{field}={path} cannot be read ({error}); name another file, "
+            "or leave it empty for the package's own"
+        ) from None
 
 
 def draw(

@@ -47,8 +47,8 @@ def native_reasoning(chat_template: str) -> Reasoning:
 def seeded_messages(messages: Sequence[Mapping[str, str]], mode: Mode, reasoning: Reasoning) -> list[dict[str, str]]:
     """The conversation behind the method's instructions: a system message, the developer's with channels."""
     channels = reasoning == "channels"
-    name = f"prompts/ssot_{mode}{'_channels' if channels else ''}.txt"
-    text = resources.files("cft_jax.evaluate").joinpath(name).read_text(encoding="utf-8").strip()
+    name = f"ssot_{mode}{'_channels' if channels else ''}.txt"
+    text = resources.files("cft_jax.evaluate").joinpath("prompts", name).read_text(encoding="utf-8").strip()
     return [{"role": "developer" if channels else "system", "content": text}, *map(dict, messages)]
 
 

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cft_jax.config import Config
+from cft_jax.evaluate.backends.protocol import MeasuredModel
+from cft_jax.evaluate.results import Results
+from cft_jax.evaluate.suites.protocol import SuiteContext
 from cft_jax.evaluate.suites.structured.plan import PromptCodec
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.text import paths
@@ -171,6 +175,17 @@ class ScriptedModel:
 @pytest.fixture(scope="session")
 def scripted_model() -> type[ScriptedModel]:
     return ScriptedModel
+
+
+@pytest.fixture(scope="session")
+def run_suite() -> Callable[..., dict[str, Any]]:
+    """Runs a suite's `run` on any backend into a directory; further keywords are fields of the configuration."""
+
+    def start(run, backend, tokenizer, directory, name="it", /, **fields):
+        results = Results(directory, name, write=True)
+        return run(SuiteContext(Config(**fields), results, MeasuredModel(backend, tokenizer, name)))
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 
 from cft_jax.common.errors import UserError
@@ -16,10 +15,11 @@ from cft_jax.evaluate.prompting import (
     SamplingConfig,
     draw,
     prompt_strategy,
+    prompt_text,
     sampling_config,
     settings_of,
 )
-from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 
@@ -36,58 +36,19 @@ def check(config: Config, _: Path) -> None:
 
 
 def run(context: SuiteContext) -> Summary:
-    """See `Suite.run`."""
+    """See `Suite.run`; where no question can be read, what questions would tell is absent."""
     config, settings = context.config, context.config.suite.mcq
     strategy = prompt_strategy(config, context.tokenizer, mode="open", max_new_tokens=settings.max_new_tokens)
-    sampling = sampling_config(config, settings.num_samples)
-    return run_mcq(context.backend, strategy, read_prompt(settings.prompt), sampling, context.results)
-
-
-def read_prompt(path: str) -> str:
-    """The prompt in a text file; the package's own for an empty path.
-
-    Raises:
-      UserError: there is no such file, or nothing in it.
-    """
-    if not path:
-        return (
-            resources.files("cft_jax.evaluate.suites").joinpath("prompts/mcq.txt").read_text(encoding="utf-8").strip()
-        )
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config.suite.mcq.prompt={path} cannot be read ({error}); name a text file with the prompt, "
-            "or leave it empty for the package's own"
-        ) from None
-    if not text:
-        raise UserError(f"config.suite.mcq.prompt={path} is empty")
-    return text
-
-
-def run_mcq(
-    backend: Backend, strategy: PromptStrategy, prompt: str, sampling: SamplingConfig, results: Results
-) -> Summary:
-    """Has the questions written and returns the summary; a killed run resumes where it stopped.
-
-    Where no question can be read, what questions would tell is absent.
-
-    Args:
-      backend: the model.
-      strategy: how it is asked.
-      prompt: what it is asked.
-      sampling: how many questions for each seed, and how.
-      results: where the files go.
-    """
-    settings = settings_of(strategy, sampling)
-    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, strategy.name, settings, prompt)
+    sampling, prompt = sampling_config(config, settings.num_samples), read_prompt(settings.prompt)
+    used = settings_of(strategy, sampling)
+    fingerprint = fingerprint_of(SUITE, VERSION, context.backend.fingerprint, strategy.name, used, prompt)
     tokens = strategy.encode([{"role": "user", "content": prompt}])
-    with results.store(fingerprint) as store:
+    with context.results.store(fingerprint) as store:
         records = run_resumable(
             store,
             [(seed, first) for seed in sampling.seeds for first in range(0, sampling.num_samples, _QUESTIONS_AT_ONCE)],
             lambda part: (SUITE, _part_name(*part)),
-            lambda parts: [_part(backend, strategy, tokens, sampling, *part) for part in parts],
+            lambda parts: [_part(context.backend, strategy, tokens, sampling, *part) for part in parts],
             at_once=1,
             what="evaluate mcq",
             unit="part",
@@ -98,7 +59,7 @@ def run_mcq(
         for index, text in enumerate(record["samples"])
     ]
     parsed = [parse_mcq(question["answer"]) for question in questions]
-    figures = mcq_summary(parsed)
+    metrics = mcq_summary(parsed)
     errors = Counter(name for question in parsed for name in question.format_errors)
     rows = [
         {"seed": question["seed"], "index": question["index"]}
@@ -106,8 +67,20 @@ def run_mcq(
         for question, mcq in zip(questions, parsed, strict=True)
     ]
     samples = [{name: record[name] for name in ("seed", "first", "samples")} for record in records]
-    figures |= {"answers": answer_frequencies(figures), "format_errors": dict(errors)}
-    return results.finish(SUITE, fingerprint, settings, figures, rows=rows, samples=samples)
+    metrics |= {"answers": answer_frequencies(metrics), "format_errors": dict(errors)}
+    return context.results.finish(SUITE, fingerprint, used, metrics, rows=rows, samples=samples)
+
+
+def read_prompt(path: str) -> str:
+    """The prompt in a text file; the package's own for an empty path.
+
+    Raises:
+      UserError: there is no such file, or nothing in it.
+    """
+    text = prompt_text(path, "mcq.txt", field="suite.mcq.prompt").strip()
+    if not text:
+        raise UserError(f"config.suite.mcq.prompt={path} is empty")
+    return text
 
 
 def _part_name(seed: int, first: int) -> str:

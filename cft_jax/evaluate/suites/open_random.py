@@ -1,6 +1,6 @@
 """The open-random suite: asked for a random word, city or name, how many different ones does the model give?
 
-For every prompt: the figures of sampled answers, and from the model's whole next-token distribution after the prompt
+For every prompt: the metrics of sampled answers, and from the model's whole next-token distribution after the prompt
 the size of the smallest set of tokens that holds a given mass, computed exactly.
 """
 
@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,18 @@ from cft_jax.evaluate.prompting import (
     SamplingConfig,
     draw,
     prompt_strategy,
+    prompt_text,
     sampling_config,
     settings_of,
 )
-from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 
 SUITE = "open_random"
 VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 _PROMPTS_AT_ONCE = 8
-_FIGURES = ("num_unique", "unique_fraction", "entropy", "empty_rate", "degraded_rate", "thinking_rate")
+_METRICS = ("num_unique", "unique_fraction", "entropy", "empty_rate", "degraded_rate", "thinking_rate")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,24 @@ def check(config: Config, _: Path) -> None:
 
 
 def run(context: SuiteContext) -> Summary:
-    """See `Suite.run`."""
+    """See `Suite.run`. Support sizes are of the direct prompt's next token, and absent with another method."""
     config, settings = context.config, context.config.suite.open_random
     strategy = prompt_strategy(config, context.tokenizer, mode="open", max_new_tokens=settings.max_new_tokens)
     sampling = sampling_config(config, settings.num_samples)
-    return run_open_random(context.backend, strategy, _prompts(config), sampling, context.results)
+    used = settings_of(strategy, sampling)
+    fingerprint = fingerprint_of(SUITE, VERSION, context.backend.fingerprint, strategy.name, used)
+    with context.results.store(fingerprint) as store:
+        records = run_resumable(
+            store,
+            _prompts(config),
+            lambda prompt: (SUITE, prompt.task_id),
+            lambda chunk: _measure(context.backend, strategy, chunk, sampling),
+            at_once=_PROMPTS_AT_ONCE,
+            what="evaluate open_random",
+            unit="prompt",
+        )
+    rows, samples = [_row(record) for record in records], _samples(records)
+    return context.results.finish(SUITE, fingerprint, used, summarise(records), rows=rows, samples=samples)
 
 
 def _prompts(config: Config) -> list[OpenPrompt]:
@@ -74,20 +87,8 @@ def read_prompts(path: str) -> list[OpenPrompt]:
     Raises:
       UserError: there is no such file, or it holds something else.
     """
-    if path:
-        try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"config.suite.open_random.prompts={path}: {error.strerror}; name a JSON file with a list of texts, "
-                "or leave it empty for the package's own"
-            ) from None
-    else:
-        text = (
-            resources.files("cft_jax.evaluate.suites").joinpath("prompts/open_random.json").read_text(encoding="utf-8")
-        )
     try:
-        found = json.loads(text)
+        found = json.loads(prompt_text(path, "open_random.json", field="suite.open_random.prompts"))
     except ValueError as error:
         raise UserError(f"config.suite.open_random.prompts={path} is no JSON ({error})") from None
     if not isinstance(found, list) or not found or not all(isinstance(item, str) and item.strip() for item in found):
@@ -99,45 +100,13 @@ def read_prompts(path: str) -> list[OpenPrompt]:
     ]
 
 
-def run_open_random(
-    backend: Backend,
-    strategy: PromptStrategy,
-    prompts: Sequence[OpenPrompt],
-    sampling: SamplingConfig,
-    results: Results,
-) -> Summary:
-    """Measures every prompt and returns the summary; a killed run resumes where it stopped.
-
-    Args:
-      backend: the model.
-      strategy: how it is asked. Support sizes are of the direct prompt's next token, and absent otherwise.
-      prompts: what it is asked.
-      sampling: the samples.
-      results: where the files go.
-    """
-    settings = settings_of(strategy, sampling)
-    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, strategy.name, settings)
-    with results.store(fingerprint) as store:
-        records = run_resumable(
-            store,
-            prompts,
-            lambda prompt: (SUITE, prompt.task_id),
-            lambda chunk: _measure(backend, strategy, chunk, sampling),
-            at_once=_PROMPTS_AT_ONCE,
-            what="evaluate open_random",
-            unit="prompt",
-        )
-    rows, samples = [_row(record) for record in records], _samples(records)
-    return results.finish(SUITE, fingerprint, settings, summarise(records), rows=rows, samples=samples)
-
-
-def prompt_figures(outputs: Sequence[str], *, degraded: int) -> dict[str, float]:
-    """Figures of one prompt's answers, as they were read from the completions."""
+def prompt_metrics(outputs: Sequence[str], *, degraded: int) -> dict[str, float]:
+    """Metrics of one prompt's answers, as they were read from the completions."""
     answers = [normalize_answer(output) for output in outputs]
     counts = open_random_counts(answers)
-    figures = {name: float(value) for name, value in counts.items() if isinstance(value, int | float)}
+    metrics = {name: float(value) for name, value in counts.items() if isinstance(value, int | float)}
     total = max(len(outputs), 1)
-    return figures | {
+    return metrics | {
         "empty_rate": sum(not answer for answer in answers) / total,
         "degraded_rate": degraded / total,
         "thinking_rate": sum(map(has_thinking_tags, outputs)) / total,
@@ -153,11 +122,11 @@ def support_sizes(log_probs: Float32[np.ndarray, "V"]) -> dict[str, int]:
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:
-    """Means over prompts; `left_out` counts the prompts that a figure does not exist for."""
+    """Means over prompts; `left_out` counts the prompts that a metric does not exist for."""
     summary: dict[str, Any] = {"num_prompts": len(records)}
     left_out = {}
-    for name in _FIGURES:
-        values = [record["figures"][name] for record in records if name in record["figures"]]
+    for name in _METRICS:
+        values = [record["metrics"][name] for record in records if name in record["metrics"]]
         if values:
             summary[f"mean_{name}"] = math.fsum(values) / len(values)
         if len(values) < len(records):
@@ -178,17 +147,17 @@ def _measure(
     for prompt, samples in zip(prompts, drawn, strict=True):
         read = {seed: [strategy.read(text) for text in texts] for seed, texts in samples.items()}
         per_seed = [
-            prompt_figures([answer.text for answer in answers], degraded=sum(answer.degraded for answer in answers))
+            prompt_metrics([answer.text for answer in answers], degraded=sum(answer.degraded for answer in answers))
             for answers in read.values()
         ]
-        # A figure that one seed lacks (there is no answer) would be an average over others.
-        common = [name for name in per_seed[0] if all(name in figures for figures in per_seed)]
+        # A metric that one seed lacks (there is no answer) would be an average over others.
+        common = [name for name in per_seed[0] if all(name in metrics for metrics in per_seed)]
         records.append(
             {
                 "split": SUITE,
                 "task_id": prompt.task_id,
                 "prompt": prompt.text,
-                "figures": {name: math.fsum(f[name] for f in per_seed) / len(per_seed) for name in common},
+                "metrics": {name: math.fsum(f[name] for f in per_seed) / len(per_seed) for name in common},
                 "samples": samples,
                 "answers": {seed: [normalize_answer(a.text) for a in answers] for seed, answers in read.items()},
             }
@@ -201,7 +170,7 @@ def _measure(
 
 def _row(record: Record) -> Record:
     sizes = {f"support_size_{p}": size for p, size in record.get("support_sizes", {}).items()}
-    return {"task_id": record["task_id"], "prompt": record["prompt"], **record["figures"], **sizes}
+    return {"task_id": record["task_id"], "prompt": record["prompt"], **record["metrics"], **sizes}
 
 
 def _samples(records: Sequence[Record]) -> list[Record]:

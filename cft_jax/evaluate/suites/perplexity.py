@@ -1,6 +1,6 @@
 """The perplexity suite: how well the model predicts ordinary text, in PALOMA's layout `<slice>/<split>/*.jsonl.gz`.
 
-Two figures stand side by side. `paper` repeats the reference implementation: windows without BOS, the first token of
+Two metrics stand side by side. `paper` repeats the reference implementation: windows without BOS, the first token of
 a text (and of every window that does not overlap the one before) unscored, bits over all bytes. `covering` puts the
 tokenizer's BOS before every window, scores every token once and counts the bytes of scored tokens. Finished batches
 of documents are kept, so a killed evaluation resumes where it stopped and ends with the same numbers.
@@ -24,7 +24,7 @@ from cft_jax.config import Config
 from cft_jax.config.suites import PerplexityConfig
 from cft_jax.evaluate.backends.protocol import Backend
 from cft_jax.evaluate.metrics import Window, covering_windows, sliding_windows
-from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 from cft_jax.text import tokenizer as tokens
@@ -63,8 +63,30 @@ def check(config: Config, _: Path) -> None:
 
 
 def run(context: SuiteContext) -> Summary:
-    """See `Suite.run`."""
-    return run_perplexity(context.backend, context.tokenizer, context.config.suite.perplexity, context.results)
+    """See `Suite.run`; `per_prompt.csv` has a row per file, `samples.jsonl.gz` one per document."""
+    settings, tokenizer = context.config.suite.perplexity, context.tokenizer
+    batches, digest = plan(settings)
+    # Where the data lies does not matter, only what it says.
+    asked = asdict(settings) | {"data": digest}
+    fingerprint = fingerprint_of(SUITE, VERSION, context.backend.fingerprint, tokens.fingerprint(tokenizer), asked)
+    # Batches come in order, so that every file is read once.
+    texts_of = functools.lru_cache(maxsize=1)(lambda path: _texts(path, settings.max_documents))
+    with context.results.store(fingerprint) as store:
+        records = run_resumable(
+            store,
+            batches,
+            lambda batch: batch.key,
+            lambda members: [
+                measure(context.backend, tokenizer, batch, texts_of(batch.path)[batch.start : batch.stop], settings)
+                for batch in members
+            ],
+            at_once=1,
+            what="evaluate perplexity",
+            unit="part",
+        )
+    files, metrics = summarise(records)
+    samples = [{"slice": r["split"], "file": r["file"]} | document for r in records for document in r["documents"]]
+    return context.results.finish(SUITE, fingerprint, asdict(settings), metrics, rows=files, samples=samples)
 
 
 def plan(settings: PerplexityConfig) -> tuple[list[Batch], str]:
@@ -87,45 +109,6 @@ def plan(settings: PerplexityConfig) -> tuple[list[Batch], str]:
         if start < len(texts):
             batches.append(Batch(path, path.parent.parent.name, start, len(texts)))
     return batches, digest.hexdigest()
-
-
-def run_perplexity(
-    backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: PerplexityConfig, results: Results
-) -> Summary:
-    """Measures every document and returns the summary; a killed run resumes where it stopped.
-
-    `per_prompt.csv` has a row per file, `samples.jsonl.gz` one per document.
-
-    Args:
-      backend: the model.
-      tokenizer: of the model.
-      settings: which texts and windows.
-      results: where the files go.
-
-    Raises:
-      UserError: the data is missing or damaged.
-    """
-    batches, digest = plan(settings)
-    # Where the data lies does not matter, only what it says.
-    asked = asdict(settings) | {"data": digest}
-    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, tokens.fingerprint(tokenizer), asked)
-    # Batches come in order, so that every file is read once.
-    texts_of = functools.lru_cache(maxsize=1)(lambda path: _texts(path, settings.max_documents))
-    with results.store(fingerprint) as store:
-        records = run_resumable(
-            store,
-            batches,
-            lambda batch: batch.key,
-            lambda members: [
-                measure(backend, tokenizer, batch, texts_of(batch.path)[batch.start : batch.stop], settings)
-                for batch in members
-            ],
-            at_once=1,
-            what="evaluate perplexity",
-            unit="part",
-        )
-    files, figures = summarise(records)
-    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=files, samples=_documents(records))
 
 
 def measure(
@@ -166,24 +149,24 @@ def measure(
 
 
 def summarise(records: Sequence[Record]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of all files, and the figures of every slice and of the whole."""
+    """Rows of all files, and the metrics of every slice and of the whole."""
     slices: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in records:
         slices.setdefault(record["split"], {}).setdefault(record["file"], []).extend(record["documents"])
     rows = [
-        {"slice": slice_, "file": name} | _flat(figures_of(documents))
+        {"slice": slice_, "file": name} | _flat(metrics_of(documents))
         for slice_, files in slices.items()
         for name, documents in files.items()
     ]
     joined = {name: [document for members in files.values() for document in members] for name, files in slices.items()}
     whole = [document for members in joined.values() for document in members]
     return rows, {
-        "total": figures_of(whole),
-        "slices": {name: figures_of(documents) for name, documents in joined.items()},
+        "total": metrics_of(whole),
+        "slices": {name: metrics_of(documents) for name, documents in joined.items()},
     }
 
 
-def figures_of(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def metrics_of(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sums over documents, and for every way of cutting them `nll` (nats per token), `perplexity`, `bits_per_byte`."""
     found: dict[str, Any] = {"num_documents": len(documents)}
     for way in ("paper", "covering"):
@@ -201,20 +184,11 @@ def figures_of(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     return found
-
-
-def _documents(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A line for every document."""
-    return [
-        {"slice": record["split"], "file": record["file"]} | document
-        for record in records
-        for document in record["documents"]
-    ]
 
 
 def _cut(way: str, length: int, prefixed: bool, settings: PerplexityConfig) -> list[Window]:

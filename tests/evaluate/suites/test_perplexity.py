@@ -12,14 +12,13 @@ import torch
 
 from cft_jax.checkpoints import from_pretrained
 from cft_jax.common.errors import UserError
-from cft_jax.config.suites import PerplexityConfig
+from cft_jax.config.suites import PerplexityConfig, SuiteConfig
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.metrics import Window, covering_windows, sliding_windows
 from cft_jax.evaluate.report.page import render_page
 from cft_jax.evaluate.report.runs import read_runs
-from cft_jax.evaluate.results import Results
-from cft_jax.evaluate.suites.perplexity import run_perplexity
+from cft_jax.evaluate.suites import perplexity
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 
 CONFIG = Path(__file__).parents[3] / "configs" / "eval" / "perplexity.py"
@@ -39,8 +38,8 @@ def checkpoint(tmp_path_factory, write_hf, hf_config, paloma_texts):
     return directory, tokenizer, model
 
 
-def settings(data, **changes):
-    return PerplexityConfig(data=str(data), context_length=16, stride=8, **changes)
+def settings(data, /, **changes):
+    return PerplexityConfig(**({"data": str(data), "context_length": 16, "stride": 8} | changes))
 
 
 def with_bos(tokenizer, has_bos):
@@ -86,11 +85,11 @@ def alone(model, rows):
 
 
 @pytest.mark.parametrize("has_bos", [False, True])
-def test_figures_are_those_of_transformers(has_bos, data, paloma_texts, checkpoint, tmp_path):
+def test_figures_are_those_of_transformers(run_suite, has_bos, data, paloma_texts, checkpoint, tmp_path):
     directory, tokenizer, model = checkpoint
     tokenizer = with_bos(tokenizer, has_bos)
     backend = JaxBackend(from_pretrained(directory, dtype=jnp.float32, param_dtype=jnp.float32), tokenizer)
-    summary = run_perplexity(backend, tokenizer, settings(data), Results(tmp_path, "it", write=True))
+    summary = run_suite(perplexity.run, backend, tokenizer, tmp_path, suite=SuiteConfig(perplexity=settings(data)))
     expected = {"paper": [], "covering": []}
     for name in ("code/test/c.jsonl.gz", "news/test/a.jsonl.gz", "news/test/b.jsonl.gz"):
         for text in paloma_texts[name]:
@@ -150,12 +149,14 @@ class Uniform:
     sample = score = next_token_log_probs = log_likelihoods = unasked
 
 
-def test_a_killed_run_ends_with_the_same_files(data, checkpoint, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_same_files(run_suite, data, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("cft_jax.evaluate.suites.perplexity._BYTES_AT_ONCE", 50)
     tokenizer = checkpoint[1]
 
     def measure(backend, name):
-        return run_perplexity(backend, tokenizer, settings(data), Results(tmp_path / name, "it", write=True))
+        return run_suite(
+            perplexity.run, backend, tokenizer, tmp_path / name, suite=SuiteConfig(perplexity=settings(data))
+        )
 
     whole = Uniform()
     summary = measure(whole, "whole")
@@ -175,23 +176,22 @@ def test_a_killed_run_ends_with_the_same_files(data, checkpoint, tmp_path, monke
     assert again.calls == 0
 
 
-def test_one_way_and_few_documents(data, checkpoint, tmp_path):
+def test_one_way_and_few_documents(run_suite, data, checkpoint, tmp_path):
     asked = settings(data, windows=("covering",), max_documents=1)
-    summary = run_perplexity(Uniform(), checkpoint[1], asked, Results(tmp_path, "it", write=True))
+    summary = run_suite(perplexity.run, Uniform(), checkpoint[1], tmp_path, suite=SuiteConfig(perplexity=asked))
     assert "paper" not in summary["total"] and summary["total"]["num_documents"] == 3
 
 
-def test_some_slices(data, checkpoint, tmp_path):
+def test_some_slices(run_suite, data, checkpoint, tmp_path):
     asked = settings(data, slices=("code",))
-    summary = run_perplexity(Uniform(), checkpoint[1], asked, Results(tmp_path, "it", write=True))
+    summary = run_suite(perplexity.run, Uniform(), checkpoint[1], tmp_path, suite=SuiteConfig(perplexity=asked))
     assert list(summary["slices"]) == ["code"] and summary["total"]["num_documents"] == 1
 
 
-def test_missing_data_says_what_where_and_how(data, checkpoint, tmp_path):
+def test_missing_data_says_what_where_and_how(run_suite, data, checkpoint, tmp_path):
     def measure(**changes):
-        asked = settings(data, **{k: v for k, v in changes.items() if k != "data"})
-        asked = PerplexityConfig(**(asked.__dict__ | changes))
-        return run_perplexity(Uniform(), checkpoint[1], asked, Results(tmp_path, "it", write=True))
+        asked = settings(data, **changes)
+        return run_suite(perplexity.run, Uniform(), checkpoint[1], tmp_path, suite=SuiteConfig(perplexity=asked))
 
     with pytest.raises(UserError, match=r"perplexity\.data is empty; get the data with `hf download allenai/paloma"):
         measure(data="")
@@ -224,9 +224,16 @@ def test_the_command(data, checkpoint, configured, tmp_path):
     assert "bits_per_byte" in (tmp_path / "jax" / "report.html").read_text()
 
 
-def test_models_side_by_side(data, checkpoint, tmp_path):
+def test_models_side_by_side(run_suite, data, checkpoint, tmp_path):
     for name in ("base", "soft"):
-        run_perplexity(Uniform(), checkpoint[1], settings(data), Results(tmp_path / name, name, write=True))
+        run_suite(
+            perplexity.run,
+            Uniform(),
+            checkpoint[1],
+            tmp_path / name,
+            name,
+            suite=SuiteConfig(perplexity=settings(data)),
+        )
     page = render_page(read_runs([tmp_path / "base", tmp_path / "soft"]))
     assert "Bits per byte" in page and page.count("<svg") == 1
     assert "perplexity, with BOS, every token" in page

@@ -10,20 +10,18 @@ import numpy as np
 import pytest
 
 from cft_jax.common.errors import UserError
+from cft_jax.config.suites import EvalConfig, OpenRandomConfig, SuiteConfig
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
-from cft_jax.evaluate.prompting import PromptStrategy, SamplingConfig
-from cft_jax.evaluate.results import Results
-from cft_jax.evaluate.ssot import ReadAnswer, extract_answer
-from cft_jax.evaluate.suites.mcq import read_prompt, run_mcq
-from cft_jax.evaluate.suites.open_random import OpenPrompt, read_prompts, run_open_random, support_sizes
+from cft_jax.evaluate.suites import mcq as mcq_suite
+from cft_jax.evaluate.suites import open_random as open_random_suite
+from cft_jax.evaluate.suites.mcq import read_prompt
+from cft_jax.evaluate.suites.open_random import read_prompts, support_sizes
+from cft_jax.text.scratch import train_tokenizer
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "eval"
 FILES = ("summary.json", "per_prompt.csv", "samples.jsonl.gz")
-DIRECT = PromptStrategy("direct", lambda m: list(m[-1]["content"].encode()), lambda t: ReadAnswer(t, False), 9, "bytes")
-SSOT = PromptStrategy("ssot", DIRECT.encode, lambda t: extract_answer(t, "none", strict=False), 99, "bytes ssot")
-DRAWING = SamplingConfig(4, (11,), 1.0, 1.0)
-CITIES = [OpenPrompt(f"{i}", text) for i, text in enumerate(["city one", "city two", "city three"])]
+CITIES = ["Name a city.", "Name a far city.", "Name a small city."]
 
 
 class Scripted:
@@ -61,11 +59,26 @@ def read_samples(directory):
         return [json.loads(line) for line in file]
 
 
-def open_random(model, directory, strategy=DIRECT, sampling=DRAWING):
-    return run_open_random(model, strategy, CITIES, sampling, Results(directory, "x", write=True))
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([*CITIES, "Question: A. B. C. D."])
 
 
-def test_open_random_figures(tmp_path):
+@pytest.fixture
+def open_random(run_suite, tokenizer, tmp_path):
+    """Runs the suite on the three cities, four samples each: open_random(model, directory, **fields of config.eval)."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(CITIES))
+    suite = SuiteConfig(open_random=OpenRandomConfig(str(prompts), num_samples=0))
+
+    def start(model, directory, **fields):
+        settings = EvalConfig(**{"num_samples": 4, **fields})
+        return run_suite(open_random_suite.run, model, tokenizer, directory, eval=settings, suite=suite)
+
+    return start
+
+
+def test_open_random_figures(open_random, tmp_path):
     model = Scripted(["Oslo", ' "Oslo"\nNorway', "Rome", "<think>hm</think> "])
     summary = open_random(model, tmp_path)
     # By hand: of four outputs two are Oslo, one Rome, one empty.
@@ -77,7 +90,7 @@ def test_open_random_figures(tmp_path):
     assert len(sizes) == 21
     assert (sizes["0.50"], sizes["0.55"], sizes["0.75"], sizes["0.99"]) == (1, 2, 2, 4)
     rows = list(csv.DictReader((tmp_path / "per_prompt.csv").read_text().splitlines()))
-    assert [row["prompt"] for row in rows] == [prompt.text for prompt in CITIES]
+    assert [row["prompt"] for row in rows] == CITIES
     assert rows[0]["support_size_0.99"] == "4"
     samples = read_samples(tmp_path)
     assert samples[0]["samples"] == model.texts
@@ -85,15 +98,15 @@ def test_open_random_figures(tmp_path):
     assert len({seed for _, seed in model.asked}) == 3
 
 
-def test_open_random_without_any_answer(tmp_path):
+def test_open_random_without_any_answer(open_random, tmp_path):
     summary = open_random(Scripted([""]), tmp_path)
     assert "mean_entropy" not in summary and summary["left_out"] == {"entropy": 3}
     assert summary["mean_num_unique"] == 0
 
 
-def test_string_seeds_are_read_and_kept(tmp_path):
+def test_string_seeds_are_read_and_kept(open_random, tmp_path):
     texts = ["<random_string>q</random_string><answer>Oslo</answer>", "<thinking>Rome?</thinking>\nRome"]
-    summary = open_random(Scripted(texts), tmp_path, strategy=SSOT)
+    summary = open_random(Scripted(texts), tmp_path, method="ssot")
     assert summary["mean_num_unique"] == 2 and summary["mean_degraded_rate"] == 0.5
     # The next token begins a random string: its support says nothing about the answer.
     assert "mean_support_sizes" not in summary
@@ -109,8 +122,8 @@ def test_support_sizes_are_golden(golden_rows):
             assert list(sizes.values()) == case["sizes_f32"] == case["sizes_f64"], case["name"]
 
 
-def test_several_seeds_are_averaged(tmp_path):
-    summary = open_random(Scripted(["a", "b"]), tmp_path, sampling=SamplingConfig(4, (1, 2), 1.0, 1.0))
+def test_several_seeds_are_averaged(open_random, tmp_path):
+    summary = open_random(Scripted(["a", "b"]), tmp_path, seeds=(1, 2))
     assert summary["mean_num_unique"] == 2
     assert [row["seed"] for row in read_samples(tmp_path)][:2] == [1, 2]
 
@@ -135,11 +148,18 @@ def test_the_packages_prompts_and_those_of_others(tmp_path):
 QUESTION = "Question: Which?\nA. 1\nB. 2\nC. 3\nD. 4\nCorrect Answer: {}\nExplanation: So."
 
 
-def mcq(model, directory, sampling=DRAWING, strategy=DIRECT):
-    return run_mcq(model, strategy, "Write one.", sampling, Results(directory, "x", write=True))
+@pytest.fixture
+def mcq(run_suite, tokenizer):
+    """Runs the suite, four questions: mcq(model, directory, **fields of config.eval)."""
+
+    def start(model, directory, **fields):
+        settings = EvalConfig(**{"num_samples": 4, **fields})
+        return run_suite(mcq_suite.run, model, tokenizer, directory, eval=settings)
+
+    return start
 
 
-def test_mcq_figures(tmp_path):
+def test_mcq_figures(mcq, tmp_path):
     model = Scripted([QUESTION.format("C"), QUESTION.format("C"), QUESTION.format("A"), "I cannot."])
     summary = mcq(model, tmp_path)
     assert summary["parse_rate"] == 0.75 and summary["count_c"] == 2
@@ -153,7 +173,7 @@ def test_mcq_figures(tmp_path):
     assert read_samples(tmp_path)[0]["samples"] == model.texts
 
 
-def test_mcq_with_nothing_to_read_has_no_figures(tmp_path):
+def test_mcq_with_nothing_to_read_has_no_figures(mcq, tmp_path):
     summary = mcq(Scripted(["no"]), tmp_path)
     assert summary["parse_rate"] == 0 and summary["num_samples"] == 4
     for name in ("freq_a", "chi_square_statistic", "tv_distance_from_uniform", "max_abs_deviation_from_uniform"):
@@ -171,18 +191,18 @@ def test_mcq_prompts(tmp_path):
         read_prompt("/no/where")
 
 
-@pytest.mark.parametrize("suite", [open_random, mcq])
-def test_a_killed_evaluation_goes_on(suite, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["open_random", "mcq"])
+def test_a_killed_evaluation_resumes(name, request, tmp_path, monkeypatch):
+    suite = request.getfixturevalue(name)
     monkeypatch.setattr("cft_jax.evaluate.suites.open_random._PROMPTS_AT_ONCE", 1)
     monkeypatch.setattr("cft_jax.evaluate.suites.mcq._QUESTIONS_AT_ONCE", 2)
     texts = [QUESTION.format(label) for label in "ABD"]
-    sampling = SamplingConfig(5, (11,), 1.0, 1.0)
-    suite(whole := Scripted(texts), tmp_path / "whole", sampling=sampling)
+    suite(whole := Scripted(texts), tmp_path / "whole", num_samples=5)
     with pytest.raises(KeyboardInterrupt):
-        suite(Scripted(texts, fail_after=2), tmp_path / "killed", sampling=sampling)
+        suite(Scripted(texts, fail_after=2), tmp_path / "killed", num_samples=5)
     assert not (tmp_path / "killed/summary.json").exists()
     again = Scripted(texts)
-    suite(again, tmp_path / "killed", sampling=sampling)
+    suite(again, tmp_path / "killed", num_samples=5)
     assert again.calls == whole.calls - 2 == 1
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

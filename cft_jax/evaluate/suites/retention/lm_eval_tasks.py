@@ -28,8 +28,9 @@ from transformers import PreTrainedTokenizerBase
 from cft_jax.common.errors import UserError
 from cft_jax.config.suites import LmEvalConfig
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.store import Record, ResultStore, run_resumable
+from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 from cft_jax.evaluate.suites.retention.suite import SUITE, VERSION
 from cft_jax.text import ChatOptions
 from cft_jax.text.chat import render_chats
@@ -244,42 +245,31 @@ def load_tasks(names: Sequence[str], settings: LmEvalConfig) -> list[Any]:
     return [*groups, *(task for name, task in loaded["tasks"].items() if name not in grouped)]
 
 
-def run_lm_eval(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    settings: LmEvalConfig,
-    options: ChatOptions,
-    results: Results,
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """Runs tasks of lm-eval and returns the summary; a killed run resumes where it stopped.
+def run_lm_eval(context: SuiteContext) -> Summary:
+    """Runs the tasks of lm-eval that `config.tasks` names; see `Suite.run`.
 
     `per_prompt.csv` has a row per document, `samples.jsonl.gz` the answers.
-
-    Args:
-      backend: the model.
-      tokenizer: of the model.
-      names: of tasks, groups or tags.
-      settings: how they are asked.
-      options: of the chat template.
-      results: where the files go.
-      seed: of samples, where a task draws them.
 
     Raises:
       UserError: there is no such task, its data cannot be had, or it asks for what the sampler lacks.
     """
-    version = importlib.metadata.version("lm-eval")
-    asked = [list(names), asdict(settings), asdict(options), seed, version]
-    fingerprint = fingerprint_of(
-        SUITE, VERSION, "lm-eval", backend.fingerprint, tokenizer_fingerprint(tokenizer), asked
-    )
+    config, names, settings = context.config, list(context.config.tasks), context.config.suite.lm_eval
+    chat, version = ChatOptions.from_config(config.data), importlib.metadata.version("lm-eval")
+    asked = [names, asdict(settings), asdict(chat), config.seed, version]
+    weights, tokens = context.backend.fingerprint, tokenizer_fingerprint(context.tokenizer)
+    fingerprint = fingerprint_of(SUITE, VERSION, "lm-eval", weights, tokens, asked)
     tasks = load_tasks(names, settings)
     # lm-eval would fork for its bootstrap, and a fork of JAX's threads can hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with results.store(fingerprint) as store:
-        model = BackendModel(backend, tokenizer, store, max_length=settings.max_length, options=options, seed=seed)
+    with context.results.store(fingerprint) as store:
+        model = BackendModel(
+            context.backend,
+            context.tokenizer,
+            store,
+            max_length=settings.max_length,
+            options=chat,
+            seed=config.seed,
+        )
         found: Any = simple_evaluate(
             model=model,
             tasks=tasks,
@@ -292,12 +282,12 @@ def run_lm_eval(
             torch_random_seed=None,  # type: ignore[arg-type]
         )
     rows, samples = _documents(found["samples"])
-    by_task = {name: _figures(values) for name, values in (found["results"] | found.get("groups", {})).items()}
+    by_task = {name: _numbers(values) for name, values in (found["results"] | found.get("groups", {})).items()}
     for name, values in by_task.items():
         logging.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
-    used = asdict(settings) | {"tasks": list(names)}
-    figures = {"lm_eval": {"version": version, "tasks": by_task, "higher_is_better": found["higher_is_better"]}}
-    return results.finish(SUITE, fingerprint, used, figures, rows=rows, samples=samples)
+    used = asdict(settings) | {"tasks": names}
+    metrics = {"lm_eval": {"version": version, "tasks": by_task, "higher_is_better": found["higher_is_better"]}}
+    return context.results.finish(SUITE, fingerprint, used, metrics, rows=rows, samples=samples)
 
 
 def _text_and_settings(request: Instance) -> tuple[str, dict[str, Any]]:
@@ -305,7 +295,7 @@ def _text_and_settings(request: Instance) -> tuple[str, dict[str, Any]]:
     return arguments
 
 
-def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a task; lm-eval writes "N/A" where there is none."""
     return {
         name: float(value)
@@ -315,7 +305,7 @@ def _figures(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _documents(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row of figures, and a line with the answers, for every document of every task."""
+    """A row of metrics, and a line with the answers, for every document of every task."""
     rows, lines = [], []
     for name, members in samples.items():
         for sample in sorted(members, key=lambda sample: (sample["doc_id"], str(sample.get("filter", "")))):

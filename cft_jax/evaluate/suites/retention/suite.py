@@ -20,7 +20,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.config import Config
 from cft_jax.config.suites import RetentionConfig
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.evaluate.results import Results, fingerprint_of
+from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.ssot import native_reasoning
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.hub_rows import data_set_rows
@@ -116,14 +116,39 @@ def check(config: Config, _: Path) -> None:
 
 
 def run(context: SuiteContext) -> Summary:
-    """See `Suite.run`; with `config.tasks` those tasks of lm-eval instead of TinyBenchmarks."""
-    config, settings = context.config, context.config.suite.retention
-    model, options = (context.backend, context.tokenizer), ChatOptions.from_config(config.data)
-    if config.tasks:
-        run_lm_eval = _lm_eval().run_lm_eval
-        return run_lm_eval(*model, config.tasks, config.suite.lm_eval, options, context.results, seed=config.seed)
-    prompts = PromptText.of(context.tokenizer, options, duplicate_bos=settings.duplicate_bos)
-    return run_retention(context.backend, prompts, settings, context.results, seed=config.seed)
+    """See `Suite.run`; with `config.tasks` those tasks of lm-eval instead of TinyBenchmarks.
+
+    `per_prompt.csv` has a row per question, `samples.jsonl.gz` its scores or its answer.
+    """
+    if context.config.tasks:
+        return _lm_eval().run_lm_eval(context)
+    settings, seed = context.config.suite.retention, context.config.seed
+    examples, items = load_examples(settings), load_items(settings)
+    chat = ChatOptions.from_config(context.config.data)
+    prompts = PromptText.of(context.tokenizer, chat, duplicate_bos=settings.duplicate_bos)
+    asked = {name: [asdict(example) for example in members] for name, members in examples.items()}
+    options = [asdict(prompts.options), prompts.add_special_tokens, settings.max_new_tokens]
+    tokens = tokenizer_fingerprint(context.tokenizer)
+    # Where the data lies does not matter, only what it says.
+    fingerprint = fingerprint_of(SUITE, VERSION, context.backend.fingerprint, tokens, options, fingerprint_of(asked))
+    records: dict[str, list[Record]] = {}
+    with context.results.store(fingerprint) as store:
+        for name, members in examples.items():
+            records[name] = run_resumable(
+                store,
+                members,
+                lambda example, name=name: (name, example.example_id),
+                lambda chunk, name=name: measure(context.backend, prompts, TASKS[name], chunk, settings, seed),
+                at_once=_EXAMPLES_AT_ONCE,
+                what=f"evaluate retention, {name}",
+                unit="question",
+            )
+    rows = task_rows(records, items)
+    by_task = {row["task_name"]: _present(row) for row in rows}
+    metrics = {"tinybenchmarks": {"tasks": by_task, "aggregate": _present(aggregate(rows))}}
+    everything = [record for members in records.values() for record in members]
+    flat = [_flat(record) for record in everything]
+    return context.results.finish(SUITE, fingerprint, asdict(settings), metrics, rows=flat, samples=everything)
 
 
 def _lm_eval() -> Any:
@@ -159,49 +184,6 @@ def load_items(settings: RetentionConfig) -> ItemParameters | None:
         return ItemParameters.load(Path(settings.item_parameters).expanduser())
     logging.info("no item parameters, so no gp-IRT estimates; %s", HOW_TO_GET)
     return None
-
-
-def run_retention(
-    backend: Backend, prompts: PromptText, settings: RetentionConfig, results: Results, *, seed: int
-) -> Summary:
-    """Asks every question and returns the summary; a killed run resumes where it stopped.
-
-    `per_prompt.csv` has a row per question, `samples.jsonl.gz` its scores or its answer.
-
-    Args:
-      backend: the model.
-      prompts: how questions become tokens.
-      settings: which tasks, and where the data lies.
-      results: where the files go.
-      seed: of the backend's generator, without effect as answers are greedy.
-
-    Raises:
-      UserError: data is missing or of another form, or an answer cannot be scored.
-    """
-    examples, items = load_examples(settings), load_items(settings)
-    shown = {name: [asdict(example) for example in members] for name, members in examples.items()}
-    options = [asdict(prompts.options), prompts.add_special_tokens, settings.max_new_tokens]
-    tokens = tokenizer_fingerprint(prompts.tokenizer)
-    # Where the data lies does not matter, only what it says.
-    fingerprint = fingerprint_of(SUITE, VERSION, backend.fingerprint, tokens, options, fingerprint_of(shown))
-    records: dict[str, list[Record]] = {}
-    with results.store(fingerprint) as store:
-        for name, members in examples.items():
-            records[name] = run_resumable(
-                store,
-                members,
-                lambda example, name=name: (name, example.example_id),
-                lambda chunk, name=name: measure(backend, prompts, TASKS[name], chunk, settings, seed),
-                at_once=_EXAMPLES_AT_ONCE,
-                what=f"evaluate retention, {name}",
-                unit="question",
-            )
-    rows = task_rows(records, items)
-    by_task = {row["task_name"]: _present(row) for row in rows}
-    figures = {"tinybenchmarks": {"tasks": by_task, "aggregate": _present(aggregate(rows))}}
-    everything = [record for members in records.values() for record in members]
-    flat = [_flat(record) for record in everything]
-    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=flat, samples=everything)
 
 
 def measure(
@@ -281,13 +263,13 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
     )
 
 
-def _present(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _present(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What was computed."""
-    return {name: value for name, value in figures.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    """A question's row: its single figures."""
+    """A question's row: its single numbers."""
     named = {"task": record["split"], "example_id": record["task_id"]}
     return named | {
         name: value

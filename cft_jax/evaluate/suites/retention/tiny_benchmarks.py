@@ -1,4 +1,4 @@
-"""TinyBenchmarks by the paper's protocol: rows of the data sets become examples, scores and answers become figures.
+"""TinyBenchmarks by the paper's protocol: rows of the data sets become examples, scores and answers become metrics.
 
 `tests/golden/RETENTION.md` describes the protocol. Pure functions; the suite is `suite.py`.
 """
@@ -325,7 +325,7 @@ def _row(name: str, benchmark: str, scores: Sequence[float]) -> dict[str, Any]:
 
 
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures over all task rows; GSM8K counts twice in `mean_accuracy`, as in the paper's."""
+    """The metrics over all task rows; GSM8K counts twice in `mean_accuracy`, as in the paper's."""
     by_name = {row["task_name"]: row["accuracy"] for row in rows}
     estimates = [row["gpirt"] for row in rows if row.get("gpirt") is not None]
     choices = [row["accuracy"] for row in rows if row["benchmark_name"] != "gsm8k"]

@@ -14,10 +14,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e 
 
 from cft_jax.checkpoints import from_pretrained
 from cft_jax.common.errors import UserError
-from cft_jax.config.suites import LmEvalConfig
+from cft_jax.config.suites import LmEvalConfig, SuiteConfig
 from cft_jax.evaluate.__main__ import run
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
-from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.store import ResultStore
 from cft_jax.evaluate.suites.retention import lm_eval_tasks
 from cft_jax.evaluate.suites.retention.lm_eval_tasks import BackendModel, load_tasks, run_lm_eval, task_manager
@@ -171,7 +170,7 @@ def test_generated_texts_are_equal(evaluated):
     assert any(text for (text,) in ours)
 
 
-def test_a_killed_run_ends_with_the_same_files(scripted_model, settings, tokenizer, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_same_files(run_suite, scripted_model, settings, tokenizer, tmp_path, monkeypatch):
     def counting(fail_after=10**9):
         return scripted_model(
             log_prob=lambda request: -float(sum(request[1]) % 97) / 7,
@@ -183,9 +182,8 @@ def test_a_killed_run_ends_with_the_same_files(scripted_model, settings, tokeniz
     monkeypatch.setattr(lm_eval_tasks, "_REQUESTS_AT_ONCE", 10)
 
     def measure(backend, name):
-        return run_lm_eval(
-            backend, tokenizer, TASKS, settings, ChatOptions(), Results(tmp_path / name, "it", write=True), seed=11
-        )
+        suite = SuiteConfig(lm_eval=settings)
+        return run_suite(run_lm_eval, backend, tokenizer, tmp_path / name, tasks=TASKS, suite=suite)
 
     whole = counting()
     summary = measure(whole, "whole")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cft_jax.common.errors import UserError
-from cft_jax.config.suites import RETENTION_TASKS, RetentionConfig
+from cft_jax.config.suites import RETENTION_TASKS, RetentionConfig, SuiteConfig
 from cft_jax.evaluate.__main__ import run
-from cft_jax.evaluate.results import Results
-from cft_jax.evaluate.suites.retention.suite import PromptText, run_retention
+from cft_jax.evaluate.suites.retention import suite as retention
+from cft_jax.evaluate.suites.retention.suite import PromptText
 from cft_jax.text import ChatOptions
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 from cft_jax.text.tokenizer import load_tokenizer
@@ -85,15 +85,20 @@ def hashing(scripted_model):
     return lambda fail_after=10**9: scripted_model(log_prob=log_prob, text=text, stop="</s>", fail_after=fail_after)
 
 
-def measure(backend, tokenizer, data, directory, **changes):
-    prompts = PromptText.of(tokenizer, ChatOptions(), duplicate_bos=True)
-    settings = RetentionConfig(data=str(data), **changes)
-    return run_retention(backend, prompts, settings, Results(directory, "it", write=True), seed=11)
+@pytest.fixture
+def measure(run_suite, tokenizer, data):
+    """Runs the suite into a directory on a backend, with changed settings."""
+
+    def start(backend, directory, **changes):
+        settings = RetentionConfig(**({"data": str(data)} | changes))
+        return run_suite(retention.run, backend, tokenizer, directory, suite=SuiteConfig(retention=settings))
+
+    return start
 
 
-def test_a_killed_run_ends_with_the_same_files(hashing, data, tokenizer, tmp_path):
+def test_a_killed_run_ends_with_the_same_files(hashing, measure, tmp_path):
     whole = hashing()
-    summary = measure(whole, tokenizer, data, tmp_path / "whole")
+    summary = measure(whole, tmp_path / "whole")
     assert whole.calls == 25
     found = summary["tinybenchmarks"]
     assert set(found["tasks"]) == {*RETENTION_TASKS[:-1], "tiny_gsm8k_strict", "tiny_gsm8k_flexible"}
@@ -101,19 +106,19 @@ def test_a_killed_run_ends_with_the_same_files(hashing, data, tokenizer, tmp_pat
     assert found["tasks"]["tiny_truthfulqa"]["metric_name"] == "mc2"
     for calls in (0, 7, 24):
         with pytest.raises(KeyboardInterrupt):
-            measure(hashing(calls), tokenizer, data, tmp_path / f"killed{calls}")
+            measure(hashing(calls), tmp_path / f"killed{calls}")
         rest = hashing()
-        assert measure(rest, tokenizer, data, tmp_path / f"killed{calls}") == summary
+        assert measure(rest, tmp_path / f"killed{calls}") == summary
         assert rest.calls == 25 - calls
     for name in ("summary.json", "per_prompt.csv", "samples.jsonl.gz"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed7" / name).read_bytes()
     # Half of the questions asked together were written when the machine failed.
     store = tmp_path / "killed7" / "per_prompt.jsonl"
     store.write_text("".join(line + "\n" for line in store.read_text().splitlines()[:210]))
-    assert measure(hashing(), tokenizer, data, tmp_path / "killed7") == summary
+    assert measure(hashing(), tmp_path / "killed7") == summary
 
 
-def test_estimates_come_with_item_parameters(hashing, data, tokenizer, golden, tmp_path):
+def test_estimates_come_with_item_parameters(hashing, measure, golden, tmp_path):
     # The golden arrays, with the order and the weights that stand in the JSON file.
     import numpy as np
 
@@ -124,16 +129,16 @@ def test_estimates_come_with_item_parameters(hashing, data, tokenizer, golden, t
         arrays[f"{name}.lambdas"] = np.array([scenario["optimal_lambda"] for scenario in bundle["scenarios"]])
     np.savez(tmp_path / "items.npz", **arrays)
     options = {"tasks": ("tiny_mmlu", "tiny_gsm8k"), "item_parameters": str(tmp_path / "items.npz")}
-    summary = measure(hashing(), tokenizer, data, tmp_path / "run", **options)["tinybenchmarks"]
+    summary = measure(hashing(), tmp_path / "run", **options)["tinybenchmarks"]
     estimates = [row["gpirt"] for row in summary["tasks"].values()]
     assert len(estimates) == 3 and all(0 <= value <= 1 for value in estimates)
     assert summary["aggregate"]["mean_gpirt"] == pytest.approx(sum(estimates) / 3)
 
 
-def test_missing_data_says_what_where_and_how(hashing, data, tokenizer, tmp_path):
+def test_missing_data_says_what_where_and_how(hashing, measure, tmp_path):
     def fails(pattern, **changes):
         with pytest.raises(UserError, match=pattern):
-            measure(hashing(), tokenizer, changes.pop("data", data), tmp_path, **changes)
+            measure(hashing(), tmp_path, **changes)
 
     fails(
         r"data='/no/where' holds neither tiny_mmlu\.jsonl nor tinyMMLU/; get it with `hf download "
@@ -143,7 +148,7 @@ def test_missing_data_says_what_where_and_how(hashing, data, tokenizer, tmp_path
     # HF_HUB_OFFLINE is set for all tests.
     pytest.importorskip("datasets")
     fails(r"tinyBenchmarks/tinyMMLU.*cannot be had.*config\.suite\.retention\.data=tiny", data="")
-    fails(r"x\.npz'.*no such file.*cft_jax\.convert_items", item_parameters="x.npz")
+    fails(r"x\.npz'.*no such file.*retention\.convert_items", item_parameters="x.npz")
     (tmp_path / "tiny_gsm8k.jsonl").write_text('{"a": 1}\nhalf')
     fails(r"tiny_gsm8k\.jsonl is damaged", data=tmp_path, tasks=("tiny_gsm8k",))
 
