@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from scipy import stats
+
 from cft_jax.common.errors import UserError
 
 
@@ -42,8 +44,8 @@ class Family:
       family_id: the name in code, configs and files.
       display_name: the name printed in prompts.
       tier: the paper's grouping: I basic, II common, III specialised.
-      kind: `continuous` or `discrete`; discrete families have integer values.
-      role: `train`, or `heldout` for a family the paper only tests.
+      role: the paper's use of it: `train`, or `heldout` for a family that is only tested; `own` for all others, which
+        are trained on or tested where a configuration names them.
       rules: for every parameter, in the order of the prompt, what it may be.
       distribution: the distribution in `scipy.stats`.
       arguments_of: the parameters in the order of the prompt → keyword arguments of `distribution`.
@@ -58,7 +60,6 @@ class Family:
     family_id: str
     display_name: str
     tier: str
-    kind: str
     role: str
     rules: Mapping[str, Rule]
     distribution: Any
@@ -77,7 +78,12 @@ class Family:
     @property
     def integer_only(self) -> bool:
         """Whether all values are integers."""
-        return self.kind == "discrete"
+        return isinstance(self.distribution, stats.rv_discrete)
+
+    @property
+    def kind(self) -> str:
+        """`discrete` for families of integers, else `continuous`."""
+        return "discrete" if self.integer_only else "continuous"
 
     def prompt_parameters(self, grid_values: Mapping[str, float]) -> dict[str, float]:
         """The parameters, in the order of the prompt, at one point of a grid."""
