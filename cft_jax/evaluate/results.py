@@ -55,7 +55,7 @@ class Results:
         suite: str,
         fingerprint: str,
         settings: Mapping[str, Any],
-        figures: Mapping[str, Any],
+        metrics: Mapping[str, Any],
         *,
         rows: Sequence[Mapping[str, Any]],
         samples: Sequence[Mapping[str, Any]],
@@ -66,7 +66,7 @@ class Results:
           suite: its name.
           fingerprint: of weights and settings.
           settings: recorded in the summary.
-          figures: the summary's others.
+          metrics: the rest of the summary.
           rows: of the table.
           samples: lines of the samples.
 
@@ -74,7 +74,7 @@ class Results:
           The summary, as written.
         """
         head = {"suite": suite, "checkpoint": self.checkpoint, "fingerprint": fingerprint, "settings": settings}
-        summary = head | dict(figures)
+        summary = head | dict(metrics)
         if self.write:
             write_atomically(self.directory / TABLE, csv_table(rows))
             write_atomically(self.directory / SAMPLES, gzip_lines(samples))

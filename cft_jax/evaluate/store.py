@@ -95,7 +95,7 @@ def run_resumable(
 ) -> list[Record]:
     """The records of all items: those in the store, and new ones, kept as they come.
 
-    The same items are always measured together: where one of them is missing, all are asked again, so that no figure
+    The same items are always measured together: where one of them is missing, all are asked again, so that no metric
     depends on where a run was killed.
 
     Args:

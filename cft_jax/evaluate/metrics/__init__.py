@@ -1,4 +1,4 @@
-"""Figures of every suite: of sampled numbers (the paper's and sound ones), exact ones, and those of other answers."""
+"""Metrics of every suite: of sampled numbers (the paper's and sound ones), exact ones, and those of other answers."""
 
 from cft_jax.evaluate.metrics.exact import as_numbers, calibration_bins, exact_figures, wasserstein_on_line
 from cft_jax.evaluate.metrics.mcq import answer_frequencies, mcq_summary

@@ -1,4 +1,4 @@
-"""Figures of the model's whole distribution over an output space, computed from log-probabilities, without sampling.
+"""Metrics of the model's whole distribution over an output space, computed from log-probabilities, without sampling.
 
 Throughout p are the target's probabilities and q the model's probabilities of the same strings, terminator included
 and not renormalised: what the model puts elsewhere is missing from their sum.
@@ -42,14 +42,14 @@ def distances(
     model = np.exp(log_probs)
     mass = float(model.sum())
     positive = target > 0
-    figures = {
+    metrics = {
         "kl": float(np.sum(target[positive] * (np.log(target[positive]) - log_probs[positive]))),
         "total_variation": 0.5 * (float(np.abs(target - model).sum()) + max(1.0 - mass, 0.0)),
         "support_mass": mass,
     }
     if numbers is not None and mass > 0:
-        figures["wasserstein_1"] = wasserstein_on_line(numbers, target, model / mass)
-    return figures
+        metrics["wasserstein_1"] = wasserstein_on_line(numbers, target, model / mass)
+    return metrics
 
 
 def as_numbers(values: Sequence[str]) -> Float[np.ndarray, "N"] | None:

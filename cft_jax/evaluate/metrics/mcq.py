@@ -1,4 +1,4 @@
-"""Figures of the multiple-choice suite: where the declared answers fall among the four positions."""
+"""Metrics of the multiple-choice suite: where the declared answers fall among the four positions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from cft_jax.evaluate.parsing import ANSWER_LABELS, Mcq
 
 
 def mcq_summary(records: Sequence[Mcq]) -> dict[str, float | int]:
-    """The paper's figures of a set of questions.
+    """The paper's metrics of a set of questions.
 
     Counts and frequencies of the answers are over parseable records, the other rates over all. The chi-square test is
     against equal counts, with 3 degrees of freedom; `tv_distance_from_uniform` is half the sum of |frequency - 1/4|.

@@ -1,4 +1,4 @@
-"""Figures of NoveltyBench (arXiv 2504.05228): classes of equivalent answers, and the utility of a list of answers."""
+"""Metrics of NoveltyBench (arXiv 2504.05228): classes of equivalent answers, and the utility of a list of answers."""
 
 import math
 from collections.abc import Callable, Sequence

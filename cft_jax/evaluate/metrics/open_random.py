@@ -1,4 +1,4 @@
-"""Figures of the open-random suite: how many different answers, and how many next tokens hold the mass."""
+"""Metrics of the open-random suite: how many different answers, and how many next tokens hold the mass."""
 
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ def open_random_counts(outputs: Sequence[str]) -> dict[str, float | int | dict[s
       distribution in nats, absent without any; `unique_fraction`, `num_unique` over all outputs, 0 without any.
     """
     counts = Counter(output for output in outputs if output)
-    figures: dict[str, float | int | dict[str, int]] = {
+    metrics: dict[str, float | int | dict[str, int]] = {
         "num_outputs": len(outputs),
         "num_unique": len(counts),
         "unique_fraction": len(counts) / max(len(outputs), 1),
@@ -30,8 +30,8 @@ def open_random_counts(outputs: Sequence[str]) -> dict[str, float | int | dict[s
     }
     if counts:
         total = counts.total()
-        figures["entropy"] = -math.fsum(count / total * math.log(count / total) for count in counts.values())
-    return figures
+        metrics["entropy"] = -math.fsum(count / total * math.log(count / total) for count in counts.values())
+    return metrics
 
 
 def top_p_sizes(probs: Float[np.ndarray, "V"], thresholds: Sequence[float]) -> Int[np.ndarray, "P"]:

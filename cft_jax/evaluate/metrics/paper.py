@@ -1,4 +1,4 @@
-"""The paper's figures of sampled numbers: moments, Wasserstein-1 and goodness of fit, under the paper's names.
+"""The paper's metrics of sampled numbers: moments, Wasserstein-1 and goodness of fit, under the paper's names.
 
 Several are unsound as statistics: the chi-square test pools no cells, the Anderson-Darling test fits the parameters
 to the sample, Kolmogorov-Smirnov ignores that values are rounded. Sound ones stand beside them in `sound.py`.
@@ -14,7 +14,7 @@ from jaxtyping import Float, Real
 from scipy import stats
 
 from cft_jax.distributions.splits import PromptSpec
-from cft_jax.evaluate.metrics.target import FamilyTarget, Target, moment_error, target_of_spec
+from cft_jax.evaluate.metrics.target import FamilyTarget, Target, target_of_spec
 
 MAX_CHI_SQUARE_CELLS = 10**7
 _MIN_EXPECTED = 1e-12
@@ -36,7 +36,7 @@ def moment_errors(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: P
       `sample_mean`; `sample_variance` (divisor n); `mean_error` and `variance_error`, absolute differences from the
       target's, NaN where that one is not finite; `wasserstein_1`. Without values NaN, and infinity for Wasserstein-1.
     """
-    return moment_figures(np.asarray(values, np.float64), target_of_spec(spec))
+    return moment_metrics(np.asarray(values, np.float64), target_of_spec(spec))
 
 
 def wasserstein_1(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> float:
@@ -52,20 +52,26 @@ def wasserstein_1(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: P
     return moment_errors(values, spec)["wasserstein_1"]
 
 
-def moment_figures(sample: Float[np.ndarray, "N"], target: Target) -> dict[str, float]:
+def moment_metrics(sample: Float[np.ndarray, "N"], target: Target) -> dict[str, float]:
     """`moment_errors` against any target."""
     if not sample.size:
         undefined = ("sample_mean", "sample_variance", "mean_error", "variance_error")
         return {**dict.fromkeys(undefined, math.nan), "wasserstein_1": math.inf}
     with np.errstate(all="ignore"):
-        mean, variance = float(np.mean(sample)), float(np.var(sample))
-    return {
-        "sample_mean": mean,
-        "sample_variance": variance,
-        "mean_error": moment_error(mean, target.mean),
-        "variance_error": moment_error(variance, target.variance),
-        "wasserstein_1": float(quantile_distance(np.sort(sample), target.quantiles(sample.size))),
-    }
+        moments = {"sample_mean": float(np.mean(sample)), "sample_variance": float(np.var(sample))}
+    return moments | {name: float(row[0]) for name, row in error_metrics(sample[None, :], target).items()}
+
+
+def error_metrics(samples: Float[np.ndarray, "R N"], target: Target) -> dict[str, Float[np.ndarray, "R"]]:
+    """`mean_error`, `variance_error` and `wasserstein_1` of every row; NaN where the target has no such moment."""
+    with np.errstate(all="ignore"):
+        mean, variance = samples.mean(axis=1), samples.var(axis=1)
+        nowhere = np.full(len(samples), math.nan)
+        return {
+            "mean_error": np.abs(mean - target.mean) if math.isfinite(target.mean) else nowhere,
+            "variance_error": np.abs(variance - target.variance) if math.isfinite(target.variance) else nowhere,
+            "wasserstein_1": quantile_distance(np.sort(samples, axis=1), target.quantiles(samples.shape[1])),
+        }
 
 
 def quantile_distance(

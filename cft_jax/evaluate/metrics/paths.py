@@ -1,4 +1,4 @@
-"""Figures along the paths of a trie: what the model says at every step of writing a value.
+"""Metrics along the paths of a trie: what the model says at every step of writing a value.
 
 `child_log_probs` float64[K] are the model's ln q(child | prompt, prefix) for every edge of the trie, in the order of
 `trie.child_ids`; NaN where the model was not asked.

@@ -1,4 +1,4 @@
-"""Figures of sampled numbers that hold as statistics: tests with the stated level, intervals, and an ideal sampler.
+"""Metrics of sampled numbers that hold as statistics: tests with the stated level, intervals, and an ideal sampler.
 
 Models write rounded numbers, so values are tied. The tests use the randomised probability integral transform: a value
 x becomes P(X < x) + U P(X = x) with U uniform, which is exactly uniform on (0, 1) for draws from the target, discrete
@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from cft_jax.evaluate.metrics.paper import quantile_distance
+from cft_jax.evaluate.metrics.paper import error_metrics
 from cft_jax.evaluate.metrics.target import FamilyTarget, Target
 
 MIN_EXPECTED_PER_CELL = 5.0
 REPLICATES = 200
-ERROR_FIGURES = ("mean_error", "variance_error", "wasserstein_1")
+ERROR_METRICS = ("mean_error", "variance_error", "wasserstein_1")
 
 
 def randomised_pit(values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator) -> Float[np.ndarray, "N"]:
@@ -116,15 +116,15 @@ def tests_of_target(values: Float[np.ndarray, "N"], target: Target, rng: np.rand
     if values.size < 2:
         return {}
     pit = randomised_pit(values, target, rng)
-    figures = {}
+    metrics = {}
     for name, test in (("ks_randomised", kolmogorov_smirnov), ("anderson_darling", anderson_darling)):
-        figures[f"{name}_statistic"], figures[f"{name}_pvalue"] = test(pit)
+        metrics[f"{name}_statistic"], metrics[f"{name}_pvalue"] = test(pit)
     if isinstance(target, FamilyTarget) and target.integer_only:
-        figures.update(chi_square_figures(*integer_cells(values, target)))
-    return figures
+        metrics.update(chi_square_metrics(*integer_cells(values, target)))
+    return metrics
 
 
-def chi_square_figures(observed: Float[np.ndarray, "C"], probabilities: Float[np.ndarray, "C"]) -> dict[str, float]:
+def chi_square_metrics(observed: Float[np.ndarray, "C"], probabilities: Float[np.ndarray, "C"]) -> dict[str, float]:
     """`chi_square_pooled_statistic`, `_pvalue` and `_cells` of `pooled_chi_square`; empty where it has no result."""
     result = pooled_chi_square(observed, probabilities)
     if result is None:
@@ -141,25 +141,13 @@ class Interval:
     standard_error: float
 
 
-def error_replicates(samples: Float[np.ndarray, "R N"], target: Target) -> dict[str, Float[np.ndarray, "R"]]:
-    """`mean_error`, `variance_error` and `wasserstein_1` of every row; NaN where the target has no such moment."""
-    with np.errstate(all="ignore"):
-        mean, variance = samples.mean(axis=1), samples.var(axis=1)
-        finite = [math.isfinite(moment) for moment in (target.mean, target.variance)]
-        return {
-            "mean_error": np.abs(mean - target.mean) if finite[0] else np.full(len(samples), math.nan),
-            "variance_error": np.abs(variance - target.variance) if finite[1] else np.full(len(samples), math.nan),
-            "wasserstein_1": quantile_distance(np.sort(samples, axis=1), target.quantiles(samples.shape[1])),
-        }
-
-
 def bootstrap_intervals(
     values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator
 ) -> dict[str, Interval]:
-    """95 % bootstrap intervals of the error figures of a sample.
+    """95 % bootstrap intervals of the error metrics of a sample.
 
     Errors are absolute values, so resampling inflates them: the percentiles are shifted by the mean excess of the
-    resampled figures over the sample's own, and cut at 0.
+    resampled metrics over the sample's own, and cut at 0.
 
     Args:
       values: finite numbers, in any order; at least two, else there are no intervals.
@@ -167,18 +155,18 @@ def bootstrap_intervals(
       rng: draws the resamples.
 
     Returns:
-      An interval for every figure that exists.
+      An interval for every metric that exists.
     """
     if values.size < 2:
         return {}
-    figures = {name: float(row[0]) for name, row in error_replicates(values[None, :], target).items()}
-    resampled = error_replicates(values[rng.integers(0, values.size, (REPLICATES, values.size))], target)
+    metrics = {name: float(row[0]) for name, row in error_metrics(values[None, :], target).items()}
+    resampled = error_metrics(values[rng.integers(0, values.size, (REPLICATES, values.size))], target)
     intervals = {}
-    for name, figure in figures.items():
+    for name, metric in metrics.items():
         replicates = resampled[name]
-        if not (math.isfinite(figure) and np.isfinite(replicates).all()):
+        if not (math.isfinite(metric) and np.isfinite(replicates).all()):
             continue
-        low, high = np.percentile(replicates, [2.5, 97.5]) - float(replicates.mean()) + figure
+        low, high = np.percentile(replicates, [2.5, 97.5]) - float(replicates.mean()) + metric
         intervals[name] = Interval(max(float(low), 0.0), float(high), float(replicates.std(ddof=1)))
     return intervals
 
@@ -193,23 +181,23 @@ def rate_interval(hits: int, count: int) -> Interval:
     return Interval(low, high, (high - low) / (2 * z))
 
 
-def ideal_figures(target: Target, count: int, rng: np.random.Generator) -> dict[str, float]:
-    """The error figures a sampler of exactly the target gets with `count` draws, from 200 such samples.
+def ideal_metrics(target: Target, count: int, rng: np.random.Generator) -> dict[str, float]:
+    """The error metrics a sampler of exactly the target gets with `count` draws, from 200 such samples.
 
     Heavy tails make their mean noisy and much larger than what is typical (Cauchy: its mean does not exist), hence
     the median.
 
     Returns:
-      For every error figure that exists its `<name>`, the mean, `<name>_median`, and `<name>_p95`, which 5 % exceed.
+      For every error metric that exists its `<name>`, the mean, `<name>_median`, and `<name>_p95`, which 5 % exceed.
     """
     if count < 1:
         return {}
-    figures = {}
-    for name, replicates in error_replicates(target.draw(rng, (REPLICATES, count)), target).items():
+    metrics = {}
+    for name, replicates in error_metrics(target.draw(rng, (REPLICATES, count)), target).items():
         if np.isfinite(replicates).all():
             median, high = np.percentile(replicates, [50, 95])
-            figures |= {name: float(replicates.mean()), f"{name}_median": float(median), f"{name}_p95": float(high)}
-    return figures
+            metrics |= {name: float(replicates.mean()), f"{name}_median": float(median), f"{name}_p95": float(high)}
+    return metrics
 
 
 def in_interquartile_ranges(distance: float, target: Target) -> float | None:

@@ -1,7 +1,6 @@
 """The distribution a sample is measured against: one of the families, or listed numbers with probabilities."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,8 +131,3 @@ Target = FamilyTarget | ListedTarget
 def target_of_spec(spec: PromptSpec, num_decimals: int = 5) -> FamilyTarget:
     """The target of a prompt; only the family and the parameters of `spec` matter."""
     return FamilyTarget(spec.family_id, spec.parameters, num_decimals)
-
-
-def moment_error(value: float, target: float) -> float:
-    """Absolute difference from a moment of the target; NaN where the target has none."""
-    return abs(value - target) if math.isfinite(target) else math.nan

@@ -106,14 +106,14 @@ def test_one_outlier_does_not_own_the_pooled_statistic():
 def test_ideal_sampler_has_the_known_noise():
     """W1 of 1,000 true draws; medians of 5,000 simulated samples are 1.83 for the Cauchy, 14.7 for the lognormal."""
     rng = np.random.default_rng(10)
-    gaussian = sound.ideal_figures(FamilyTarget("gaussian", {"mu": 0.0, "sigma": 1.0}, 5), 1000, rng)
+    gaussian = sound.ideal_metrics(FamilyTarget("gaussian", {"mu": 0.0, "sigma": 1.0}, 5), 1000, rng)
     # The mean of |N(0, 1/n)| is sqrt(2 / (pi n)).
     assert gaussian["mean_error"] == pytest.approx(math.sqrt(2 / (math.pi * 1000)), rel=0.15)
     assert gaussian["wasserstein_1_median"] < gaussian["wasserstein_1_p95"]
-    cauchy = sound.ideal_figures(FamilyTarget("cauchy", {"x0": 0.0, "gamma": 1.0}, 5), 1000, rng)
+    cauchy = sound.ideal_metrics(FamilyTarget("cauchy", {"x0": 0.0, "gamma": 1.0}, 5), 1000, rng)
     assert set(cauchy) == {"wasserstein_1", "wasserstein_1_median", "wasserstein_1_p95"}
     assert cauchy["wasserstein_1_median"] == pytest.approx(1.83, rel=0.15)
-    lognormal = sound.ideal_figures(FamilyTarget("lognormal", {"mu": 2.5, "sigma": 2.0}, 5), 1000, rng)
+    lognormal = sound.ideal_metrics(FamilyTarget("lognormal", {"mu": 2.5, "sigma": 2.0}, 5), 1000, rng)
     assert lognormal["wasserstein_1_median"] == pytest.approx(14.7, rel=0.15)
 
 

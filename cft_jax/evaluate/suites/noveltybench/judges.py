@@ -6,9 +6,9 @@ Weights come from safetensors alone and no checkpoint's own code is run.
 import hashlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from absl import logging
@@ -20,6 +20,7 @@ from cft_jax.common.errors import UserError
 _ANSWER_TOKENS = 128
 _EQUIVALENT = 1
 _TOKENIZERS = ("tokenizer.json", "spm.model", "vocab.txt")
+_Row = TypeVar("_Row")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -50,11 +51,7 @@ class Classifier:
 
     def __call__(self, answer: str, others: Sequence[str]) -> list[float]:
         """The probability of equivalence with each of the others, in order."""
-        rows = [self._pair(answer, other) for other in others]
-        found: list[float] = []
-        for start in range(0, len(rows), self._batch):
-            found += self._probabilities(rows[start : start + self._batch])
-        return found
+        return _in_batches(self._probabilities, [self._pair(answer, other) for other in others], self._batch)
 
     def _pair(self, first: str, second: str) -> tuple[list[int], int]:
         """[CLS] first [SEP] second [SEP], and the length of its first part."""
@@ -106,11 +103,7 @@ class RewardModel:
 
     def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
         """The reward of each answer, in order."""
-        rows = [self._conversation(prompt, answer) for answer in answers]
-        found: list[float] = []
-        for start in range(0, len(rows), self._batch):
-            found += self._rewards(rows[start : start + self._batch])
-        return found
+        return _in_batches(self._rewards, [self._conversation(prompt, answer) for answer in answers], self._batch)
 
     def _conversation(self, prompt: str, answer: str) -> list[int]:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -175,6 +168,10 @@ def _load(directory: Path, tokenizer: Path, dtype: str) -> tuple[Any, Any]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the judge in {directory} cannot be loaded: {first}") from error
     return reader, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _in_batches(judge: Callable[[Sequence[_Row]], list[float]], rows: Sequence[_Row], batch: int) -> list[float]:
+    return [number for start in range(0, len(rows), batch) for number in judge(rows[start : start + batch])]
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""From the figures of every prompt to those of a split: averages in which every family counts alike. Pure."""
+"""From the metrics of every prompt to those of a split: averages in which every family counts alike. Pure."""
 
 import math
 from collections import defaultdict
@@ -13,7 +13,7 @@ Record = Mapping[str, Any]
 
 AGGREGATION = "equal_family_weight"
 SIGNIFICANCE = 0.05
-# Sections of a prompt's record whose figures are averaged, and the names they have in a summary.
+# Sections of a prompt's record whose metrics are averaged, and the names they have in a summary.
 SECTIONS = (
     "path",
     "exact",
@@ -31,9 +31,9 @@ _Z95 = 1.959963984540054
 
 
 def summarise_split(records: Sequence[Record], num_samples: int) -> dict[str, Any]:
-    """The figures of one split.
+    """The metrics of one split.
 
-    Every average weighs prompts by their weight within a family and families equally. A prompt without a figure is
+    Every average weighs prompts by their weight within a family and families equally. A prompt without a metric is
     left out of its average, and `left_out` counts such prompts.
 
     Args:
@@ -43,18 +43,18 @@ def summarise_split(records: Sequence[Record], num_samples: int) -> dict[str, An
     Returns:
       `num_prompts`, `num_families`, `aggregation`; by section the averages (`path`, `exact`, `sampled`, ...);
       `medians`, where each family weighs alike; `intervals`, 95 % intervals of the sampled averages; `tests`, how often
-      each test rejects at 5 %; `left_out`, by section and figure; `calibration`; `lenient_parses`; and `families`, the
-      averages of each. Sections without any figure are absent.
+      each test rejects at 5 %; `left_out`, by section and metric; `calibration`; `lenient_parses`; and `families`, the
+      averages of each. Sections without any metric are absent.
     """
     groups = _by_group(records)
     summary: dict[str, Any] = {"num_prompts": len(records), "num_families": len(groups), "aggregation": AGGREGATION}
     left_out: dict[str, dict[str, int]] = {}
     for section in SECTIONS:
-        figures = {name: _average(groups, section, name) for name in _names(records, section)}
-        if figures:
-            summary[section] = {name: value for name, (value, _) in figures.items()}
+        metrics = {name: _average(groups, section, name) for name in _names(records, section)}
+        if metrics:
+            summary[section] = {name: value for name, (value, _) in metrics.items()}
             if section != "ideal":
-                left_out[section] = {name: count for name, (_, count) in figures.items() if count}
+                left_out[section] = {name: count for name, (_, count) in metrics.items() if count}
     if "sampled" in summary:
         summary["sampled"]["num_samples"] = num_samples
         summary["intervals"] = _intervals(groups, summary["sampled"])
@@ -79,7 +79,7 @@ def _by_group(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _names(records: Sequence[Record], section: str) -> list[str]:
-    """Names of the numeric figures of a section, in order of first appearance."""
+    """Names of the numeric metrics of a section, in order of first appearance."""
     found: dict[str, None] = {}
     for record in records:
         found.update(dict.fromkeys(name for name, value in record.get(section, {}).items() if _is_number(value)))
@@ -91,7 +91,7 @@ def _is_number(value: object) -> bool:
 
 
 def _weighted_mean(members: Sequence[Record], section: str, name: str) -> tuple[float | None, int]:
-    """Mean over one family's prompts, and the number of prompts without the figure."""
+    """Mean over one family's prompts, and the number of prompts without the metric."""
     having = [record for record in members if name in record.get(section, {})]
     left_out = len(members) - len(having)
     if not having:
@@ -107,7 +107,7 @@ def _average(groups: Mapping[str, Sequence[Record]], section: str, name: str) ->
 
 
 def _median(groups: Mapping[str, Sequence[Record]], section: str, name: str) -> float:
-    """Weighted median over prompts in which the families that have the figure weigh alike."""
+    """Weighted median over prompts in which the families that have the metric weigh alike."""
     values, weights = [], []
     for members in groups.values():
         having = [record for record in members if name in record.get(section, {})]
@@ -196,9 +196,9 @@ def _lenient_parses(records: Sequence[Record]) -> dict[str, int]:
 
 
 def _family(members: Sequence[Record]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"num_prompts": len(members)}
+    metrics: dict[str, Any] = {"num_prompts": len(members)}
     for section in _FAMILY_SECTIONS:
         means = {name: _weighted_mean(members, section, name)[0] for name in _names(members, section)}
         if means:
-            figures[section] = means
-    return figures
+            metrics[section] = means
+    return metrics

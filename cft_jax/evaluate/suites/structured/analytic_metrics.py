@@ -1,4 +1,4 @@
-"""Figures of a prompt whose answers are too many to list: every string of the given decimals. Pure.
+"""Metrics of a prompt whose answers are too many to list: every string of the given decimals. Pure.
 
 The model is asked about the most probable prefixes and about those of a few drawn strings. The children that are not
 followed, and the terminators, cut the strings into *cells*: every string lies in exactly one, and the model's
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from cft_jax.evaluate.metrics import exact, paths, sound
 from cft_jax.evaluate.metrics.target import FamilyTarget
-from cft_jax.evaluate.suites.structured.prompt_metrics import Figures, finite, rounded
+from cft_jax.evaluate.suites.structured.prompt_metrics import Metrics, finite, rounded
 from cft_jax.generate import TrieScore
 from cft_jax.text.analytic_trie import AnalyticTrie, Expansion
 from cft_jax.text.paths import sum_from_root
@@ -23,7 +23,7 @@ _PLOT_TAIL = 0.002
 
 def cell_sections(
     full: AnalyticTrie, expansion: Expansion, score: TrieScore, target: FamilyTarget, epsilon: float
-) -> Figures:
+) -> Metrics:
     """Sections of the prompt's record.
 
     Args:
@@ -35,7 +35,7 @@ def cell_sections(
 
     Returns:
       `exact` with `kl` over whole strings; `estimate` with `kl_standard_error` of its estimated part; `exact_cells`
-      with the figures of `exact_figures` over the cells, where `kl` and `total_variation` are at most those over
+      with the metrics of `exact_figures` over the cells, where `kl` and `total_variation` are at most those over
       strings and `support_mass` is at least theirs; `exact_cells_scaled`; `path` with `logit_kl_as_trained`;
       `calibration`; `distribution`, what plots need.
     """
@@ -47,12 +47,12 @@ def cell_sections(
     masses = trie.reach[parents] * trie.child_probs[cells]
     log_probs = score.prefix_log_probs[parents] + score.child_log_probs[cells]
     numbers = full.child_numbers(trie, cells)
-    figures = exact.distances(masses, log_probs, numbers)
-    scaled = sound.in_interquartile_ranges(figures["wasserstein_1"], target) if "wasserstein_1" in figures else None
+    metrics = exact.distances(masses, log_probs, numbers)
+    scaled = sound.in_interquartile_ranges(metrics["wasserstein_1"], target) if "wasserstein_1" in metrics else None
     return {
         "exact": finite({"kl": kl}),
         "estimate": finite({"kl_standard_error": error}),
-        "exact_cells": finite(figures),
+        "exact_cells": finite(metrics),
         "exact_cells_scaled": finite({"wasserstein_1_over_iqr": scaled}),
         "path": finite({"logit_kl_as_trained": path}),
         "calibration": rounded(exact.calibration_bins(masses, log_probs, numbers)[1]),
@@ -83,7 +83,7 @@ def _cells(expansion: Expansion) -> Int[np.ndarray, "C"]:
 
 def _distribution(
     target: Float[np.ndarray, "C"], model: Float[np.ndarray, "C"], numbers: Float[np.ndarray, "C"], num_decimals: int
-) -> Figures:
+) -> Metrics:
     """The cells' masses in bins of equal width around the middle of the target."""
     order = np.argsort(numbers)
     cumulative = np.cumsum(target[order])

@@ -1,4 +1,4 @@
-"""What to ask the model about one prompt for its exact figures, and the figures from its answers."""
+"""What to ask the model about one prompt for its exact metrics, and the metrics from its answers."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import SpaceSettings, Task
 from cft_jax.evaluate.metrics import paths
 from cft_jax.evaluate.metrics.target import FamilyTarget
-from cft_jax.evaluate.suites.structured import prompt_metrics as figures
+from cft_jax.evaluate.suites.structured import prompt_metrics
 from cft_jax.evaluate.suites.structured.analytic_metrics import cell_sections
 from cft_jax.generate import TrieScore
 from cft_jax.text.analytic_trie import AnalyticTrie, Expansion
@@ -81,7 +81,7 @@ class PaperPath:
             if not resolution.full_quantile:
                 raise
             return None
-        draws = figures.path_draws(space, PAPER_PATH_DRAWS, task_rng(task, seed, "path"))
+        draws = prompt_metrics.path_draws(space, PAPER_PATH_DRAWS, task_rng(task, seed, "path"))
         return cls(codec.build_trie(space), draws, resolution.epsilon)
 
     @property
@@ -90,33 +90,33 @@ class PaperPath:
         return paths.path_prefixes(self.trie, self.draws)
 
     def logit_kl(self, score: TrieScore) -> float:
-        """The figure, in nats."""
-        return figures.mean_path_kl(self.trie, score, self.draws, self.epsilon)
+        """The metric, in nats."""
+        return prompt_metrics.mean_path_kl(self.trie, score, self.draws, self.epsilon)
 
 
 @dataclass(frozen=True, eq=False)
 class ListedPlan:
-    """Exact figures over listed values; the model must score the whole of `trie`."""
+    """Exact metrics over listed values; the model must score the whole of `trie`."""
 
     task: Task
     space: OutputSpace
     trie: Trie
     resolution: Resolution
 
-    def sections(self, score: TrieScore, *, keep_distribution: bool) -> figures.Figures:
+    def sections(self, score: TrieScore, *, keep_distribution: bool) -> prompt_metrics.Metrics:
         """The sections of the prompt's record; with `distribution`, what plots need, where it is to be kept."""
-        target = figures.target_of_task(self.task, self.resolution.grid.num_decimals)
-        sections = figures.exact_section(self.space, score, target)
-        expected = figures.expected_path_kl(self.space, self.trie, score, self.resolution.epsilon)
-        sections["path"] = figures.finite({"logit_kl_as_trained": expected})
+        target = prompt_metrics.target_of_task(self.task, self.resolution.grid.num_decimals)
+        sections = prompt_metrics.exact_section(self.space, score, target)
+        expected = prompt_metrics.expected_path_kl(self.space, self.trie, score, self.resolution.epsilon)
+        sections["path"] = prompt_metrics.finite({"logit_kl_as_trained": expected})
         if keep_distribution:
-            sections["distribution"] = figures.distribution_section(self.task, self.space, score)
+            sections["distribution"] = prompt_metrics.distribution_section(self.task, self.space, score)
         return sections
 
 
 @dataclass(frozen=True, eq=False)
 class AnalyticPlan:
-    """Figures of a space at full resolution; the model must score the whole of `trie`, the most probable prefixes."""
+    """Metrics of a space at full resolution; the model must score the whole of `trie`, the most probable prefixes."""
 
     task: Task
     full: AnalyticTrie
@@ -127,14 +127,14 @@ class AnalyticPlan:
     def trie(self) -> Trie:
         return self.expansion.trie
 
-    def sections(self, score: TrieScore, *, keep_distribution: bool) -> figures.Figures:
+    def sections(self, score: TrieScore, *, keep_distribution: bool) -> prompt_metrics.Metrics:
         """As `ListedPlan.sections`."""
         assert self.task.spec is not None
         target = FamilyTarget(self.task.spec.family_id, self.task.spec.parameters, self.full.space.num_decimals)
         sections = cell_sections(self.full, self.expansion, score, target, self.resolution.epsilon)
         distribution = sections.pop("distribution")
         if keep_distribution:
-            sections["distribution"] = figures.named(self.task) | distribution
+            sections["distribution"] = prompt_metrics.named(self.task) | distribution
         return sections
 
 

@@ -1,4 +1,4 @@
-"""All figures of one prompt of the structured suite, from the model's probabilities and from its samples. Pure."""
+"""All metrics of one prompt of the structured suite, from the model's probabilities and from its samples. Pure."""
 
 import math
 from collections import Counter
@@ -18,11 +18,11 @@ from cft_jax.evaluate.metrics.target import FamilyTarget, ListedTarget, Target
 from cft_jax.generate import TrieScore
 from cft_jax.text.trie import Trie
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
-def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) -> Figures:
-    """Figures of the model's whole distribution over a listed space: sections of the prompt's record.
+def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) -> Metrics:
+    """Metrics of the model's whole distribution over a listed space: sections of the prompt's record.
 
     Args:
       space: the strings and the target.
@@ -34,10 +34,10 @@ def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) 
       mass in bins of equal target mass), and `other_stops`, the mass that ends a value by another stop token.
     """
     log_probs = scores.string_log_probs
-    figures = exact.exact_figures(space.probabilities, log_probs, space.values)
-    sections: Figures = {"exact": finite(figures)}
-    if target is not None and "wasserstein_1" in figures:
-        scaled = sound.in_interquartile_ranges(figures["wasserstein_1"], target)
+    metrics = exact.exact_figures(space.probabilities, log_probs, space.values)
+    sections: Metrics = {"exact": finite(metrics)}
+    if target is not None and "wasserstein_1" in metrics:
+        scaled = sound.in_interquartile_ranges(metrics["wasserstein_1"], target)
         sections["exact_scaled"] = finite({"wasserstein_1_over_iqr": scaled})
     _, model = exact.calibration_bins(space.probabilities, log_probs, exact.as_numbers(space.values))
     sections["calibration"] = rounded(model)
@@ -45,7 +45,7 @@ def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) 
     return sections
 
 
-def distribution_section(task: Task, space: OutputSpace, scores: TrieScore) -> Figures:
+def distribution_section(task: Task, space: OutputSpace, scores: TrieScore) -> Metrics:
     """What plots of one prompt need: its name, the values, the target and the model's probabilities, to 6 digits."""
     model = np.exp(scores.string_log_probs)
     if task.spec is not None:
@@ -56,7 +56,7 @@ def distribution_section(task: Task, space: OutputSpace, scores: TrieScore) -> F
     return named(task) | {"kind": kind} | values
 
 
-def named(task: Task) -> Figures:
+def named(task: Task) -> Metrics:
     """A prompt's name for plots: `title` and `parameters`."""
     if task.spec is None:
         return {"title": task.messages[-1]["content"], "parameters": {}}
@@ -146,30 +146,30 @@ def read_answers(completions: Sequence[str], task: Task, *, per_completion: int)
     )
 
 
-def sampled_section(answers: Answers, task: Task, target: Target | None, rng: np.random.Generator) -> Figures:
-    """Figures of one set of answers: sections of the prompt's record.
+def sampled_section(answers: Answers, task: Task, target: Target | None, rng: np.random.Generator) -> Metrics:
+    """Metrics of one set of answers: sections of the prompt's record.
 
     Returns:
       `sampled` under the paper's names; `sampled_scaled` (Wasserstein-1 in interquartile ranges); `intervals`, [low,
-      high, standard error] by figure; `ideal`, what a perfect sampler gets with as many answers; `paper_gof`, the
-      paper's test; `tests`, sound ones; `lenient_parses`. Figures that do not exist are absent.
+      high, standard error] by metric; `ideal`, what a perfect sampler gets with as many answers; `paper_gof`, the
+      paper's test; `tests`, sound ones; `lenient_parses`. Metrics that do not exist are absent.
     """
     count = answers.num_answers
     rates = {"valid_rate": answers.num_valid, "support_violation_rate": answers.num_violations}
     intervals = {name: sound.rate_interval(hits, count) for name, hits in rates.items()}
-    sections: Figures = {"sampled": {name: hits / count for name, hits in rates.items()}}
+    sections: Metrics = {"sampled": {name: hits / count for name, hits in rates.items()}}
     if target is None:
         space = task.space
         assert space is not None
         observed = Counter(answers.texts)
         cells = np.array([observed[value] for value in space.values], np.float64)
-        sections["tests"] = finite(sound.chi_square_figures(cells, space.probabilities)) if cells.any() else {}
+        sections["tests"] = finite(sound.chi_square_metrics(cells, space.probabilities)) if cells.any() else {}
     else:
-        figures = finite(paper.moment_figures(answers.numbers, target))
-        errors = {name: figures[name] for name in sound.ERROR_FIGURES if name in figures}
+        metrics = finite(paper.moment_metrics(answers.numbers, target))
+        errors = {name: metrics[name] for name in sound.ERROR_METRICS if name in metrics}
         sections["sampled"] |= errors
         intervals |= sound.bootstrap_intervals(answers.numbers, target, rng)
-        sections["ideal"] = sound.ideal_figures(target, count, rng)
+        sections["ideal"] = sound.ideal_metrics(target, count, rng)
         sections["tests"] = finite(sound.tests_of_target(answers.numbers, target, rng))
         if "wasserstein_1" in errors:
             scaled = sound.in_interquartile_ranges(errors["wasserstein_1"], target)
@@ -181,14 +181,14 @@ def sampled_section(answers: Answers, task: Task, target: Target | None, rng: np
     return sections
 
 
-def mean_sections(sections: Sequence[Figures]) -> Figures:
-    """The sections of several sets of answers as one: means of figures, sums of oddities, the first set's tests.
+def mean_sections(sections: Sequence[Metrics]) -> Metrics:
+    """The sections of several sets of answers as one: means of metrics, sums of lenient parses, the first set's tests.
 
-    A figure that some sets lack is left out. Standard errors of means shrink with the number of sets.
+    A metric that some sets lack is left out. Standard errors of means shrink with the number of sets.
     """
     if len(sections) == 1:
         return sections[0]
-    merged: Figures = {}
+    merged: Metrics = {}
     for name in sections[0]:
         parts = [section[name] for section in sections if name in section]
         if name == "lenient_parses":
@@ -202,11 +202,11 @@ def mean_sections(sections: Sequence[Figures]) -> Figures:
     return merged
 
 
-def finite(figures: Mapping[str, Any]) -> Figures:
-    """Without figures that do not exist: None, NaN and infinities."""
+def finite(metrics: Mapping[str, Any]) -> Metrics:
+    """Without metrics that do not exist: None, NaN and infinities."""
     return {
         name: value
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if value is not None and not (isinstance(value, float) and not math.isfinite(value))
     }
 
@@ -239,7 +239,7 @@ def _common(parts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _mean_interval(intervals: Sequence[Sequence[float]]) -> list[float]:
-    """The interval around the mean of independent figures: half-widths and errors add in quadrature."""
+    """The interval around the mean of independent metrics: half-widths and errors add in quadrature."""
     centre = [(low + high) / 2 for low, high, _ in intervals]
     half = math.sqrt(math.fsum(((high - low) / 2) ** 2 for low, high, _ in intervals)) / len(intervals)
     middle = math.fsum(centre) / len(centre)

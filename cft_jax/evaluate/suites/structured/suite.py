@@ -1,7 +1,7 @@
 """The structured-sampling suite: does the model answer with the distribution it is asked for?
 
-For every prompt: the exact figures of the model's whole distribution over the answers, the paper's path KL, and the
-figures of sampled answers. Each finished prompt is kept, so a killed evaluation resumes where it stopped and ends with
+For every prompt: the exact metrics of the model's whole distribution over the answers, the paper's path KL, and the
+metrics of sampled answers. Each finished prompt is kept, so a killed evaluation resumes where it stopped and ends with
 the same numbers.
 """
 
@@ -19,7 +19,7 @@ from cft_jax.evaluate.prompting import PromptStrategy, prompt_strategy
 from cft_jax.evaluate.results import STORE, Results, fingerprint_of, read_summary
 from cft_jax.evaluate.store import Record, read_records, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
-from cft_jax.evaluate.suites.structured import prompt_metrics as figures
+from cft_jax.evaluate.suites.structured import prompt_metrics
 from cft_jax.evaluate.suites.structured.aggregate import SECTIONS, summarise_split
 from cft_jax.evaluate.suites.structured.plan import (
     Messages,
@@ -107,12 +107,12 @@ def run_structured(
     for record in records:
         splits.setdefault(record["split"], []).append(record)
     protocol = "independent" if settings.numbers_per_completion == 1 else "batch"
-    figures = {
+    metrics = {
         "protocol": protocol if strategy is None else strategy.method,
         "splits": {name: summarise_split(members, settings.num_samples) for name, members in splits.items()},
     }
     rows, samples = _rows(records), _samples(records)
-    return results.finish(SUITE, fingerprint, asdict(settings), figures, rows=rows, samples=samples)
+    return results.finish(SUITE, fingerprint, asdict(settings), metrics, rows=rows, samples=samples)
 
 
 def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
@@ -153,7 +153,7 @@ def measure(
             tries, prefixes = zip(*((paper.trie, paper.prefixes) for paper in on_grid.values()), strict=True)
             drawn = backend.score([prompts[i] for i in on_grid], tries, prefixes=prefixes)
             for (i, paper), score in zip(on_grid.items(), drawn, strict=True):
-                records[i]["path"] = figures.finite({"logit_kl": paper.logit_kl(score)}) | records[i]["path"]
+                records[i]["path"] = prompt_metrics.finite({"logit_kl": paper.logit_kl(score)}) | records[i]["path"]
     if settings.num_samples:
         for record, sections in zip(records, _sample(backend, tasks, prompts, settings, strategy), strict=True):
             record |= sections
@@ -166,7 +166,7 @@ def _sample(
     prompts: Sequence[Sequence[int]],
     settings: StructuredSettings,
     strategy: PromptStrategy | None,
-) -> Iterator[figures.Figures]:
+) -> Iterator[prompt_metrics.Metrics]:
     per_completion = settings.numbers_per_completion
     completions = {
         seed: backend.sample(
@@ -180,20 +180,20 @@ def _sample(
         for seed in settings.seeds
     }
     for i, task in enumerate(tasks):
-        target = figures.target_of_task(task, settings.resolution.grid.num_decimals)
+        target = prompt_metrics.target_of_task(task, settings.resolution.grid.num_decimals)
         sections = []
         for seed in settings.seeds:
             texts = completions[seed][i]
             read = [] if strategy is None else [strategy.read(text) for text in texts]
-            answers = figures.read_answers(
+            answers = prompt_metrics.read_answers(
                 texts if strategy is None else [answer.text for answer in read],
                 task,
                 per_completion=per_completion,
             )
             if degraded := sum(answer.degraded for answer in read):
                 answers = replace(answers, lenient_parses={**answers.lenient_parses, "without_answer_tag": degraded})
-            sections.append(figures.sampled_section(answers, task, target, task_rng(task, seed, "figures")))
-        yield figures.mean_sections(sections) | {
+            sections.append(prompt_metrics.sampled_section(answers, task, target, task_rng(task, seed, "figures")))
+        yield prompt_metrics.mean_sections(sections) | {
             "samples": {str(seed): completions[seed][i] for seed in settings.seeds}
         }
 
@@ -223,7 +223,7 @@ def _shown(tasks: Sequence[Task]) -> frozenset[tuple[str, str]]:
 
 
 def _rows(records: Sequence[Record]) -> list[Record]:
-    """One row per prompt, a column per figure."""
+    """One row per prompt, a column per metric."""
     sections = (*SECTIONS, "estimate", "tests", "paper_gof")
     return [
         {"split": r["split"], "family": r["group"], "task_id": r["task_id"]}
