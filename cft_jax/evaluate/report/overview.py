@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cft_jax.evaluate.report.runs import Run
-from cft_jax.evaluate.report.tables import Cell, Row, Table, flat, metric_table, section_at, value_at
+from cft_jax.evaluate.report.runs import Run, flat, section_at, value_at
+from cft_jax.evaluate.report.tables import Cell, Row, Table, metric_table
 from cft_jax.evaluate.results import ALL
 from cft_jax.evaluate.suites.protocol import Headline
 from cft_jax.evaluate.suites.registry import SUITES
@@ -75,13 +75,15 @@ def overview_table(runs: Sequence[Run]) -> Table | None:
         return None
     by_name = {(run.name, run.summary["suite"]): run for run in runs}
     rows: list[Row] = []
+    notes = []
     for suite in suites:
         of_suite = [by_name.get((model.name, suite), Run(model.name, {}, style=model.style)) for model in models]
         rows.append(Row(suite_title(suite), [Cell(_status(run)) for run in of_suite], is_heading=True))
         summaries = [run.summary for run in of_suite if "missing" not in run.summary]
-        table = metric_table(of_suite, headlines_of(suite, summaries))
-        rows += table.rows if table is not None else []
-    return Table(models, [""], rows)
+        if table := metric_table(of_suite, headlines_of(suite, summaries)):
+            rows += table.rows
+            notes += [f"{suite_title(suite)}: {table.note}"] if table.note else []
+    return Table(models, [""], rows, " ".join(notes))
 
 
 def models_of(runs: Sequence[Run]) -> list[Run]:

@@ -46,6 +46,28 @@ class Training:
     config: Mapping[str, Any]
 
 
+def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The values of a record and of the records inside it, by their paths."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for name, value in values.items():
+        leaves |= flat(value, (*path, name)) if isinstance(value, Mapping) else {(*path, name): value}
+    return leaves
+
+
+def section_at(summary: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
+    """The section at a path of a summary; an empty one where there is none."""
+    for name in path:
+        inner = summary.get(name)
+        summary = inner if isinstance(inner, Mapping) else {}
+    return summary
+
+
+def value_at(summary: Mapping[str, Any], path: Sequence[str]) -> float | int | None:
+    """The number at a path of a summary; None where there is none."""
+    value = section_at(summary, path[:-1]).get(path[-1])
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def read_training(workdir: Path) -> tuple[list[Run], Training]:
     """The evaluations of a run of the main job, named by their stages, and its training; what is missing is left out.
 

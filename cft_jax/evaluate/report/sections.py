@@ -20,21 +20,18 @@ from cft_jax.evaluate.report.overview import (
     task_headlines,
 )
 from cft_jax.evaluate.report.panels import choose_panels, record_key
-from cft_jax.evaluate.report.runs import Run, Training
+from cft_jax.evaluate.report.runs import Run, Training, flat, section_at, value_at
 from cft_jax.evaluate.report.tables import (
     METRICS,
     at,
     families_table,
-    flat,
     metric_table,
     number,
     numbers_table,
-    section_at,
     shown,
     split_table,
     split_title,
     tests_table,
-    value_at,
 )
 from cft_jax.evaluate.suites.protocol import Headline
 from cft_jax.evaluate.suites.structured.suite import SUITE

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
-from cft_jax.evaluate.report.runs import Run
+from cft_jax.evaluate.report.conditions import measured_alike
+from cft_jax.evaluate.report.runs import Run, flat, section_at, value_at
 from cft_jax.evaluate.suites.protocol import Headline
 
 # What the structured suite measures in a split.
@@ -61,11 +62,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: groups of columns by their headings, each with a column for every run."""
+    """Groups of columns by their headings, each with a column for every run; a note on what tells the runs apart."""
 
     runs: Sequence[Run]
     groups: Sequence[str]
     rows: Sequence[Row]
+    note: str = ""
 
 
 def split_title(split: str) -> str:
@@ -100,28 +102,6 @@ def shown(value: float | int | None, metric: Headline) -> str:
     return percent(value) if metric.is_share else number(value)
 
 
-def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The values of a record and of the records inside it, by their paths."""
-    leaves: dict[tuple[str, ...], Any] = {}
-    for name, value in values.items():
-        leaves |= flat(value, (*path, name)) if isinstance(value, Mapping) else {(*path, name): value}
-    return leaves
-
-
-def section_at(summary: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
-    """The section at a path of a summary; an empty one where there is none."""
-    for name in path:
-        inner = summary.get(name)
-        summary = inner if isinstance(inner, Mapping) else {}
-    return summary
-
-
-def value_at(summary: Mapping[str, Any], path: Sequence[str]) -> float | int | None:
-    """The number at a path of a summary; None where there is none."""
-    value = section_at(summary, path[:-1]).get(path[-1])
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def at(summaries: Iterable[Mapping[str, Any]], root: Sequence[str], metric: Headline) -> Headline:
     """A metric below a section; where that has none over strings, which were too many to list, the one over cells."""
     listed = replace(metric, path=(*root, *metric.path))
@@ -129,25 +109,25 @@ def at(summaries: Iterable[Mapping[str, Any]], root: Sequence[str], metric: Head
     return listed if _is_known(summaries, listed) else replace(metric, path=(*root, *cells))
 
 
-def cells_of(runs: Sequence[Run], metric: Headline) -> list[Cell]:
-    """A metric of every run, the best in bold, each but the first with its difference to the first."""
+def cells_of(runs: Sequence[Run], metric: Headline, alike: Sequence[int]) -> list[Cell]:
+    """A metric of every run, each but the first with its difference to the first, the best of those alike in bold."""
     values = [value_at(run.summary, metric.path) for run in runs]
-    known = {value for value in values if value is not None}
-    best = (max(known) if metric.better > 0 else min(known)) if len(known) > 1 and metric.better else None
     cells = []
     for index, (run, value) in enumerate(zip(runs, values, strict=True)):
+        peers = {v for v, group in zip(values, alike, strict=True) if group == alike[index] and v is not None}
+        is_best = len(peers) > 1 and metric.better and value == (max(peers) if metric.better > 0 else min(peers))
         change = ""
         if index and metric.better and value is not None and values[0] is not None:
             change = _difference(value - values[0], metric)
         intervals = section_at(run.summary, (*metric.path[:-2], "intervals")) if "sampled" in metric.path else {}
         interval = ", ".join(shown(end, metric) for end in intervals.get(metric.path[-1], ()))
         bar = value if "families" in metric.path and metric.path[-1] == "total_variation" else None
-        cells.append(Cell(shown(value, metric), interval, change, value is not None and value == best, bar))
+        cells.append(Cell(shown(value, metric), interval, change, bool(is_best), bar))
     return cells
 
 
 def table_of(
-    runs: Sequence[Run], rows: Mapping[str, Sequence[Headline]], groups: Sequence[str] = ("",)
+    runs: Sequence[Run], rows: Mapping[str, Sequence[Headline]], groups: Sequence[str] = ("",), *, split: str = ""
 ) -> Table | None:
     """A table of metrics; rows and groups of columns in which no run has any are left out.
 
@@ -155,20 +135,20 @@ def table_of(
       runs: the columns of every group.
       rows: by title the metric in each group of columns.
       groups: headings.
+      split: that all metrics are of; empty where there is none.
 
     Returns:
       The table, or None if no row is left.
     """
     summaries, columns = [run.summary for run in runs], list(zip(*rows.values(), strict=True))
     kept = [any(_is_known(summaries, metric) for metric in column) for column in columns]
+    alike, note = measured_alike(runs, split)
     lines = [
-        Row(
-            title, [cell for metric, keep in zip(metrics, kept, strict=True) if keep for cell in cells_of(runs, metric)]
-        )
+        Row(title, [cell for metric in itertools.compress(metrics, kept) for cell in cells_of(runs, metric, alike)])
         for title, metrics in rows.items()
         if any(_is_known(summaries, metric) for metric in metrics)
     ]
-    return Table(runs, list(itertools.compress(groups, kept)), lines) if lines else None
+    return Table(runs, list(itertools.compress(groups, kept)), lines, note) if lines else None
 
 
 def metric_table(runs: Sequence[Run], metrics: Iterable[Headline]) -> Table | None:
@@ -187,7 +167,7 @@ def split_table(runs: Sequence[Run], split: str) -> Table | None:
         ]
         for metric in METRICS
     }
-    return table_of(runs, rows, ("", "median", "ideal sampler"))
+    return table_of(runs, rows, ("", "median", "ideal sampler"), split=split)
 
 
 def families_table(runs: Sequence[Run], split: str) -> Table | None:
@@ -198,7 +178,7 @@ def families_table(runs: Sequence[Run], split: str) -> Table | None:
         family.replace("_", " "): [at(summaries, (*root, family), metric) for metric in metrics]
         for family in dict.fromkeys(name for summary in summaries for name in section_at(summary, root))
     }
-    return table_of(runs, rows, [metric.title for metric in metrics])
+    return table_of(runs, rows, [metric.title for metric in metrics], split=split)
 
 
 def tests_table(runs: Sequence[Run], splits: Sequence[str]) -> Table | None:

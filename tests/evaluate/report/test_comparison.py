@@ -9,7 +9,7 @@ import pytest
 from cft_jax.common.errors import UserError
 from cft_jax.distributions import SpaceSettings, build_splits, task_from_spec
 from cft_jax.evaluate.report.page import render_page
-from cft_jax.evaluate.report.runs import read_runs
+from cft_jax.evaluate.report.runs import Run, read_runs
 from cft_jax.evaluate.results import Results
 from cft_jax.evaluate.suites.structured.plan import Resolution
 from cft_jax.evaluate.suites.structured.settings import StructuredSettings
@@ -57,6 +57,37 @@ def test_one_run_and_other_suites(root, tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"suite": "mcq", "parse_rate": 0.75, "more": {"x": 0.25}}))
     page = render_page(read_runs([root / "base<1>", tmp_path]))
     assert "more x" in page and "75.0 %" in page and "not run" in page
+
+
+def test_only_runs_measured_alike_have_a_best():
+    def mcq(style, name, num_samples, parse_rate, **settings):
+        settings = {"num_samples": num_samples, "seeds": [11], **settings}
+        return Run(name, {"suite": "mcq", "settings": settings, "parse_rate": parse_rate}, (), style)
+
+    few, fewer_right, many = mcq(0, "a<b", 100, 0.75), mcq(1, "c", 100, 0.5), mcq(2, "d", 1000, 0.875)
+    page = render_page([few, fewer_right, many])
+    row = page[page.index("<td>parsed</td>") :].partition("</tr>")[0]
+    # Of the two that were asked alike the better one; the third has nobody to be better than.
+    assert "<b>75.0 %</b>" in row and row.count("<b>") == 1 and "+12.5 points" in row
+    assert "num_samples is 100 (a&lt;b, c), 1000 (d). The best is bold only among those that were." in page
+    assert "seeds" not in page.partition("Every metric")[0]
+    # An older summary says less, which is not the same.
+    assert "tau is not recorded (a&lt;b), 1 (e)" in render_page([few, mcq(1, "e", 100, 0.75, tau=1)])
+    assert "measured alike" not in render_page([few, fewer_right])
+
+
+def test_other_prompts_are_other_conditions():
+    def structured(style, name, *prompts):
+        metrics = {"num_prompts": len(prompts), "exact": {"kl": 1.0 + style}}
+        summary = {"suite": "structured", "protocol": "independent", "splits": {"train": metrics}}
+        records = [{"split": "train", "task_id": prompt, "group": "custom"} for prompt in prompts]
+        return Run(name, summary, records, style)
+
+    alike = [structured(0, "a", "x", "y"), structured(1, "b", "y", "x")]
+    for runs, best in ((alike, 1), ([alike[0], structured(1, "b", "x", "z")], 0)):
+        page = render_page(runs)
+        row = page[page.index("<td>exact KL, nats</td>") :].partition("</tr>")[0]
+        assert row.count("<b>") == best and ("list of prompts is " in page) == (not best)
 
 
 def test_what_is_no_evaluation(tmp_path):
