@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cft_jax.common.storage import Workdir
 from cft_jax.config import Config, from_config_dict
 from cft_jax.data.dataset import Dataset
 from cft_jax.data.objectives import training_dataset
@@ -130,7 +131,7 @@ def curve(objective: str, seed: int, seconds: float, place: Path) -> list[float]
     """KL after each of the `MEASURED` shares of the time."""
     config = demo_config(objective, seed)
     tasks = configured_tasks(config.data)
-    base = base_checkpoint(config, tasks, place / str(seed))
+    base = base_checkpoint(config, tasks, Workdir(place / str(seed)))
     tokenizer = base_tokenizer(config.model, base)
     dataset = training_dataset(config, tokenizer, tasks["train"], row_multiple=1, share_prefix=True)
     run = Run(config, dataset, load_model(config, base, make_mesh(1, 1, 1)))

@@ -18,9 +18,10 @@ from cft_jax.config import Config, config_name, config_of
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     """The whole job in one process; see `cft_jax.jobs.calibrate.run`."""
+    from cft_jax.common.storage import Workdir
     from cft_jax.jobs import calibrate
 
-    return calibrate.run(config, workdir)
+    return calibrate.run(config, Workdir(workdir))
 
 
 def _main(values: flags.FlagValues) -> None:

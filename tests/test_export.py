@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from cft_jax import export
 from cft_jax.checkpoints import save_pretrained
 from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
+from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import read_metrics
 from cft_jax.config import from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
@@ -103,7 +104,7 @@ def text_ids(tokenizer):
 
 def jax_logits(workdir, ids):
     """Of the newest orbax checkpoint."""
-    model, *_ = load_trained(workdir, from_config_dict(read_config(workdir)))
+    model, *_ = load_trained(Workdir(workdir), from_config_dict(read_config(workdir)))
     return np.asarray(model(ids))
 
 
@@ -160,7 +161,7 @@ def test_the_terminator_of_training_ends_texts_everywhere(soft, tokenizer, end, 
     place, _ = soft
     token, (eos,) = tokenizer.get_vocab()[end], named_stop_ids(place / "base")
     for form in ("adapter", "merged"):
-        model, *_ = load_trained(place / "run", from_config_dict(read_config(place / "run")))
+        model, *_ = load_trained(Workdir(place / "run"), from_config_dict(read_config(place / "run")))
         save_pretrained(model, tmp_path / form, format=form)
         assert GenerationConfig.from_pretrained(tmp_path / form).eos_token_id == [eos, token]
 

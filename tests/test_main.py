@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from cft_jax.common.writer import read_metrics
-from cft_jax.jobs.calibrate import PREEMPTED, _say_where, run
+from cft_jax.jobs.calibrate import PREEMPTED, last_words
+from cft_jax.main import run
 
 TINY = Path(__file__).parent / "configs" / "tiny.py"
 # The same model, trained alone and long enough to be interrupted.
@@ -147,10 +148,9 @@ def test_a_finished_run_does_nothing(finished, configured, capsys):
     assert said.startswith(f"{workdir} is finished (step 4)") and "another run" in said
 
 
-def test_the_last_words_hold_the_figures(finished, capsys):
+def test_the_last_words_hold_the_metrics(finished):
     workdir, returned = finished
-    _say_where(workdir, workdir / "report.html", None, returned["evaluations"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = last_words(str(workdir), returned["evaluations"], exported=False).splitlines()
     assert any(line.split() == ["before", "->", "after"] for line in lines)
     splits = [returned["evaluations"]["structured"][stage]["test_ood_family"] for stage in ("before", "after")]
     before, after = (f"{split['exact']['total_variation']:.3f}" for split in splits)
@@ -158,8 +158,7 @@ def test_the_last_words_hold_the_figures(finished, capsys):
     assert lines[-1] == f"            python -m cft_jax.compare --output=FILE.html {workdir} [OTHER RUNS]"
     # A suite that could not run has no figures; what did run is shown all the same.
     missing = {stage: {"missing": "no weights"} for stage in ("before", "after")}
-    _say_where(workdir, workdir / "report.html", None, {"structured": missing})
-    assert "report  " in capsys.readouterr().out
+    assert "report  " in last_words(str(workdir), {"structured": missing}, exported=False)
 
 
 def test_more_steps_go_on(finished, configured, tmp_path):

@@ -14,7 +14,7 @@ from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from cft_jax.checkpoints import hf_names, hub, peft_export
+from cft_jax.checkpoints import hf_names, peft_export
 from cft_jax.checkpoints.directories import check_free, new_directory
 from cft_jax.checkpoints.hf_checkpoint import GENERATION, HfCheckpoint, named_stop_ids, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
@@ -28,6 +28,7 @@ from cft_jax.checkpoints.tensor_files import (
     weight_files,
     write_tensors,
 )
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
 from cft_jax.models.rope_spelling import with_both_spellings

@@ -14,10 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from cft_jax.checkpoints import hf_names, hub, placement
+from cft_jax.checkpoints import hf_names, placement
 from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, named_stop_ids, read_checkpoint, read_config
 from cft_jax.checkpoints.lora_weights import adapter_tensors
 from cft_jax.checkpoints.peft_import import PeftAdapter, check_matches, is_adapter, read_adapter, stack
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
 from cft_jax.models.config import LoraSpec, ModelConfig

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from cft_jax.checkpoints import hf_names, hub
+from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.lora_weights import AdapterTensor
 from cft_jax.checkpoints.peft_export import CONFIG, ROOT, WEIGHTS, WRAPPED
 from cft_jax.checkpoints.tensor_files import StoredTensor, read_header, read_record
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import LoraSpec
 

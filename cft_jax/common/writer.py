@@ -9,7 +9,6 @@ from typing import Any
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
-from cft_jax.common.mirror import publish
 
 
 class MetricsWriter:
@@ -66,7 +65,6 @@ class MetricsWriter:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-            publish(Path(self._file.name))
 
     def close(self) -> None:
         """Closes the file; the writer is done."""

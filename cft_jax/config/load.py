@@ -37,14 +37,14 @@ def config_of(
     """
     if not values["config"].value:
         raise UserError(f"--config is missing; try --config={example}")
-    config = load_config(values["config"].value, values["override"].value)
+    config = load_config(values["config"].value, values["override"].value or ())
     validate(config)
     return config
 
 
 def config_name(values: flags.FlagValues) -> str:
     """Name of the config file with its argument, fit for a directory: `configs/llama.py:3b` is `llama-3b`."""
-    file, _, argument = values["config"].value.partition(":")
+    file, _, argument = str(values["config"].value).partition(":")
     return Path(file).stem + (f"-{re.sub('[^A-Za-z0-9._-]+', '-', argument)}" if argument else "")
 
 

@@ -23,9 +23,10 @@ from cft_jax.config import Config, config_name, config_of
 
 def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     """One evaluation in one process; see `cft_jax.jobs.evaluate.run`."""
+    from cft_jax.common.storage import Workdir
     from cft_jax.jobs import evaluate
 
-    return evaluate.run(config, workdir)
+    return evaluate.run(config, Workdir(workdir))
 
 
 def _main(values: flags.FlagValues) -> None:

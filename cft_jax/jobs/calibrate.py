@@ -18,7 +18,7 @@ from cft_jax.checkpoints import save_pretrained
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.mirror import local_workdir, shown
+from cft_jax.common.storage import Workdir, opened
 from cft_jax.config import Config, validate
 from cft_jax.data.objectives import training_dataset
 from cft_jax.data.render import render_example
@@ -51,11 +51,11 @@ def start(config: Config, place: str) -> None:
     """
     distributed.start()
     use_compilation_cache()
-    with local_workdir(place, write=jax.process_index() == 0) as workdir:
+    with opened(place, write=jax.process_index() == 0) as workdir:
         run(config, workdir)
 
 
-def run(config: Config, workdir: Path) -> Mapping[str, Any]:
+def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
     """The whole job; returns what `summary.json` holds, or what it held if the run was finished.
 
     Raises:
@@ -65,13 +65,13 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     start = time.monotonic()
     validate(config)
     if config.eval.enabled:
-        check_stages(config, workdir)
+        check_stages(config, workdir.path)
     check_workdir(workdir, config)
-    finished = _finished(workdir, config)
+    finished = _finished(workdir.path, config)
     if finished is not None:
         if jax.process_index() == 0:
             sys.stdout.write(
-                f"{shown(workdir)} is finished (step {finished['step']}): {shown(workdir / 'report.html')}\n"
+                f"{workdir} is finished (step {finished['step']}): {workdir}/report.html\n"
                 "raise config.train.max_steps where it was set, or name a new --workdir for another run\n"
             )
         return finished
@@ -95,7 +95,7 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         end_at(model, terminator_id(tokenizer, config.data.terminator))
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
-        summaries["before"] = evaluate_stage(config, model, tokenizer, workdir, stage="before", checkpoint=base)
+        summaries["before"] = evaluate_stage(config, model, tokenizer, workdir.path, stage="before", checkpoint=base)
     result = train(
         model,
         dataset,
@@ -108,12 +108,13 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         identity={"seed": config.seed, "lora": str(model.lora_spec), "tasks": trained},
     )
     if result.preempted:
-        logging.warning("stopped after step %d of %d; the same command goes on from there", result.step, result.stop)
+        logging.warning("stopped after step %d of %d; the same command resumes there", result.step, result.stop)
         raise SystemExit(PREEMPTED)
     if config.eval.enabled:
         name = f"{workdir}, step {result.step}"
-        summaries["after"] = evaluate_stage(config, model, tokenizer, workdir, stage="after", checkpoint=name)
-    exported = _export(config, model, workdir, summaries, base) if config.export.enabled else None
+        summaries["after"] = evaluate_stage(config, model, tokenizer, workdir.path, stage="after", checkpoint=name)
+    if config.export.enabled:
+        _export(config, model, workdir.path, summaries, base)
     summary = {
         "checkpoint": base,
         "step": result.step,
@@ -123,13 +124,13 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
         "evaluations": _by_suite(summaries),
     }
     if writes:
-        report = write_report(workdir)
-        write_json(workdir / "summary.json", summary)
-        _say_where(workdir, report, exported, summary["evaluations"])
+        write_report(workdir.path)
+        write_json(workdir.path / "summary.json", summary)
+        sys.stdout.write(last_words(str(workdir), summary["evaluations"], exported=config.export.enabled))
     return summary
 
 
-def _announce(config: Config, workdir: Path, mesh: Mesh, base: str, tasks: Mapping[str, Sequence[Task]]) -> None:
+def _announce(config: Config, workdir: Workdir, mesh: Mesh, base: str, tasks: Mapping[str, Sequence[Task]]) -> None:
     """The first words of a run: where it happens, with what."""
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     logging.info("run in %s on %s, mesh %s", workdir, _devices(), sizes)
@@ -153,7 +154,7 @@ def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     return summary if step >= wanted else None
 
 
-def _export(config: Config, model: Transformer, workdir: Path, summaries: Mapping[str, Any], base: str) -> Path:
+def _export(config: Config, model: Transformer, workdir: Path, summaries: Mapping[str, Any], base: str) -> None:
     """Writes the trained weights in HF format, in place of what an earlier part of this run exported."""
     directory = workdir / "export"
     if jax.process_index() == 0:
@@ -164,7 +165,6 @@ def _export(config: Config, model: Transformer, workdir: Path, summaries: Mappin
     form = config.export.format
     card = card_of_run(config, form=form, base=base, summaries=structured)
     save_pretrained(model, directory, format=form, tokenizer=config.model.tokenizer or None, card=card)
-    return directory
 
 
 def _by_suite(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -182,21 +182,16 @@ def _figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in summary.items() if name not in ("suite", "checkpoint", "settings")}
 
 
-def _say_where(workdir: Path, report: Path, exported: Path | None, evaluations: Mapping[str, Any]) -> None:
-    """The last words of a run: its headline figures, where everything is, what to do next."""
-    lines = [
-        *_headline(evaluations.get(SUITE, {})),
-        f"report      {shown(report)}",
-        f"figures     {shown(workdir / 'summary.json')}",
-    ]
-    if exported is not None:
-        lines.append(f"weights     {shown(exported)} (Hugging Face format; README.md there says how to load them)")
-    lines.append(
-        f"next        python -m cft_jax.export --workdir={shown(workdir)} --output=DIR --format=merged|adapter"
-    )
+def last_words(workdir: str, evaluations: Mapping[str, Any], *, exported: bool) -> str:
+    """What a finished run says: its headline metrics, where everything is, what to do next."""
+    lines = ["", *_headline(evaluations.get(SUITE, {})), f"report      {workdir}/report.html"]
+    lines.append(f"metrics     {workdir}/summary.json")
+    if exported:
+        lines.append(f"weights     {workdir}/export (Hugging Face format; README.md there says how to load them)")
+    lines.append(f"next        python -m cft_jax.export --workdir={workdir} --output=DIR --format=merged|adapter")
     if evaluations:
-        lines.append(f"            python -m cft_jax.compare --output=FILE.html {shown(workdir)} [OTHER RUNS]")
-    sys.stdout.write("\n".join(["", *lines, ""]))
+        lines.append(f"            python -m cft_jax.compare --output=FILE.html {workdir} [OTHER RUNS]")
+    return "\n".join([*lines, ""])
 
 
 def _headline(stages: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,7 @@ from etils import epath
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
-from cft_jax.common.mirror import local_workdir
-from cft_jax.common.stores import is_remote, reaching
+from cft_jax.common.storage import is_remote, opened, reaching
 from cft_jax.evaluate.report.page import render_page
 from cft_jax.evaluate.report.runs import read_runs
 
@@ -29,7 +28,7 @@ def start(output: str, places: Sequence[str]) -> None:
     if not is_remote(output) and file.is_dir():
         raise UserError(f"--output={output} is a directory; name a file in it, as in {output}/comparison.html")
     with contextlib.ExitStack() as mirrors:
-        runs = [mirrors.enter_context(local_workdir(place, write=False, flag="RUN")) for place in places]
+        runs = [mirrors.enter_context(opened(place, write=False, flag="RUN")).path for place in places]
         page = render_page(read_runs(runs))
     if is_remote(output):
         with reaching(output, "--output"):

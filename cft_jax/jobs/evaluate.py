@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from absl import logging
 from cft_jax.common.compilation import use_compilation_cache
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
-from cft_jax.common.mirror import local_workdir
+from cft_jax.common.storage import Workdir, opened
 from cft_jax.config import Config, validate
 from cft_jax.evaluate.backends.load import load_measured_model
 from cft_jax.evaluate.report.overview import all_summary, headline_metrics
@@ -31,7 +30,7 @@ def start(config: Config, place: str) -> None:
     """
     distributed.start()
     use_compilation_cache()
-    with local_workdir(place, write=jax.process_index() == 0) as workdir:
+    with opened(place, write=jax.process_index() == 0) as workdir:
         summary = run(config, workdir)
     suites = summary.get("suites", {summary["suite"]: {"figures": headline_metrics(summary)}})
     for suite, entry in suites.items():
@@ -40,7 +39,7 @@ def start(config: Config, place: str) -> None:
     sys.stdout.write(f"{place}/{SUMMARY}\n{place}/report.html\n")
 
 
-def run(config: Config, workdir: Path) -> Mapping[str, Any]:
+def run(config: Config, place: Workdir) -> Mapping[str, Any]:
     """Measures what `config` names and returns the summary, as written.
 
     Raises:
@@ -49,8 +48,8 @@ def run(config: Config, workdir: Path) -> Mapping[str, Any]:
     validate(config)
     if config.model.scratch.enabled:
         raise UserError("config.model.scratch makes a model to train; name one to measure by config.model.checkpoint")
-    writes = jax.process_index() == 0
-    with setting_up(workdir, config, devices=f"{len(jax.devices())} x {jax.devices()[0].device_kind}", write=writes):
+    writes, workdir = jax.process_index() == 0, place.path
+    with setting_up(place, config, devices=f"{len(jax.devices())} x {jax.devices()[0].device_kind}", write=writes):
         suites = selected_suites(config)
         # Of several, those that lack something are named and left out.
         alone = next(iter(suites)) if len(suites) == 1 else None

@@ -6,7 +6,7 @@ import jax
 
 from cft_jax.checkpoints import save_pretrained
 from cft_jax.checkpoints.directories import check_free
-from cft_jax.common.mirror import local_workdir
+from cft_jax.common.storage import opened
 from cft_jax.config import from_config_dict, read_config
 from cft_jax.evaluate.report.model_card import card_of_run
 from cft_jax.evaluate.report.runs import STAGES
@@ -29,15 +29,15 @@ def start(workdir: str, output: str, form: str, dtype: str | None) -> None:
     """
     distributed.start()
     writes = jax.process_index() == 0
-    with local_workdir(output, write=writes, flag="--output") as directory, local_workdir(workdir, write=False) as run:
+    with opened(output, write=writes, flag="--output") as target, opened(workdir, write=False) as run:
         # Before minutes of loading.
-        check_free(directory)
-        config = from_config_dict(read_config(run))
+        check_free(target.path)
+        config = from_config_dict(read_config(run.path))
         model, _, step = load_trained(run, config)
-        found = {stage: read_results(run / "eval" / SUITE / stage) for stage in STAGES}
+        found = {stage: read_results(run.path / "eval" / SUITE / stage) for stage in STAGES}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
         card = card_of_run(config, form=form, base=config.model.checkpoint, summaries=summaries)
         tokenizer = config.model.tokenizer or None
-        save_pretrained(model, directory, format=form, dtype=dtype, tokenizer=tokenizer, card=card)
+        save_pretrained(model, target.path, format=form, dtype=dtype, tokenizer=tokenizer, card=card)
     if writes:
         sys.stdout.write(f"step {step} of {workdir}, {form}: {output} (README.md there says how to load it)\n")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.mirror import local_workdir
+from cft_jax.common.storage import opened
 from cft_jax.config import Config
 from cft_jax.data.batch import padding_fraction
 from cft_jax.data.objectives import training_dataset
@@ -35,12 +35,12 @@ def start(config: Config, output: str) -> None:
     Raises:
       UserError: see `prepare_data`; or `output` cannot be written.
     """
-    with local_workdir(output, write=True, flag="--output") as directory:
+    with opened(output, write=True, flag="--output") as target:
         try:
             # Before minutes of work.
-            directory.mkdir(parents=True, exist_ok=True)
+            target.path.mkdir(parents=True, exist_ok=True)
             figures, example = prepare_data(config)
-            write_json(directory / "prepare.json", figures)
+            write_json(target.path / "prepare.json", figures)
         except OSError as error:
             raise UserError(f"cannot write --output={output}: {error.strerror or error}; name another one") from error
     width = max(map(len, figures))

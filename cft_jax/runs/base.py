@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from cft_jax.checkpoints import from_pretrained, write_random_llama
 from cft_jax.checkpoints.hf_io import model_config
 from cft_jax.common.errors import UserError
-from cft_jax.common.mirror import publish, refresh
+from cft_jax.common.storage import Workdir
 from cft_jax.config import Config, ModelSettings, ScratchConfig
 from cft_jax.distributions import Task
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
@@ -29,18 +29,18 @@ _SCRATCH_THETA = 10_000.0
 _SCRATCH_NORM_EPS = 1e-5
 
 
-def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Path) -> str:
+def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
     """Directory or hub id of the base model; one made on the spot lies in the workdir and is made once."""
     if not config.model.scratch.enabled:
         return config.model.checkpoint
-    directory = workdir / "base"
+    directory = workdir.path / "base"
     if jax.process_index() == 0 and not (directory / _LAST_FILE).exists():
         shutil.rmtree(directory, ignore_errors=True)
         _make(directory, config, itertools.chain.from_iterable(tasks.values()))
-        publish(directory)
+        workdir.publish()
     multihost_utils.sync_global_devices("base")
     if jax.process_index() > 0:
-        refresh(directory)
+        workdir.fetch("base")
     return str(directory)
 
 

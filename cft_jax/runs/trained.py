@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
-from cft_jax.common.mirror import checkpoint_directory
+from cft_jax.common.storage import Workdir
 from cft_jax.config import Config
 from cft_jax.generate.stops import end_at
 from cft_jax.models.transformer import Transformer
@@ -20,16 +19,15 @@ from cft_jax.train.optimizer import adamw
 from cft_jax.train.state import abstract_state, split_model
 
 
-def load_trained(workdir: Path, config: Config) -> tuple[Transformer, PreTrainedTokenizerBase, int]:
+def load_trained(workdir: Workdir, config: Config) -> tuple[Transformer, PreTrainedTokenizerBase, int]:
     """The model of a run with the weights of its newest whole checkpoint, its tokenizer, and that checkpoint's step.
 
     Raises:
       UserError: the run has no checkpoint, or its base model is gone or another one.
     """
-    directory = checkpoint_directory(workdir)
-    if not directory.is_dir():
+    if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
-    base = base_of_run(config, workdir)
+    base = base_of_run(config, workdir.path)
     tokenizer = base_tokenizer(config.model, base)
     if config.model.lora.enabled:
         # The checkpoint holds the adapters; the one that training started from may be gone.
@@ -39,7 +37,7 @@ def load_trained(workdir: Path, config: Config) -> tuple[Transformer, PreTrained
     parts, weights, frozen = split_model(model)
 
     optimizer = adamw(weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)
-    with Checkpoints(directory, keep=config.checkpoint.keep, read_only=True) as checkpoints:
+    with Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, read_only=True) as checkpoints:
         same_base = functools.partial(check_same, base_identity(model, frozen))
         restored = checkpoints.restore(abstract_state(weights, optimizer), same_base)
     if restored is None:

@@ -1,4 +1,4 @@
-"""A run's directory: what it was started with, and whether it may go on or is finished."""
+"""A run's directory: what it was started with, and whether it may be resumed."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from absl import logging
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
-from cft_jax.common.mirror import shown
+from cft_jax.common.storage import Workdir
 from cft_jax.config import RECORD, read_config
 
 # What may differ when a run is resumed, as paths in the config; everything else shapes the weights.
@@ -23,7 +23,7 @@ MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "suite", "
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy", "scipy")
 
 
-def check_workdir(workdir: Path, config: Any) -> bool:
+def check_workdir(workdir: Workdir, config: Any) -> bool:
     """Whether the run's directory is still to be made; changes nothing.
 
     Args:
@@ -33,23 +33,24 @@ def check_workdir(workdir: Path, config: Any) -> bool:
     Raises:
       UserError: the directory belongs to a run of another configuration (the fields are named), or holds other files.
     """
-    if (workdir / RECORD).exists():
-        check_same_run(read_config(workdir), _plain(config), workdir)
+    directory = workdir.path
+    if (directory / RECORD).exists():
+        _check_same_run(read_config(directory), _plain(config), workdir)
         return False
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={shown(workdir)} is a file; name a new or empty directory")
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a new or empty directory")
     # Another process of the same run may be writing the record just now.
-    if workdir.exists() and any(not path.name.startswith(f".{RECORD}.") for path in workdir.iterdir()):
-        raise UserError(f"--workdir={shown(workdir)} is not empty and holds no run; name a new or empty directory")
+    if directory.exists() and any(not path.name.startswith(f".{RECORD}.") for path in directory.iterdir()):
+        raise UserError(f"--workdir={workdir} is not empty and holds no run; name a new or empty directory")
     return True
 
 
 @contextlib.contextmanager
-def setting_up(workdir: Path, config: Any, *, devices: str, write: bool, tasks: str = "") -> Iterator[None]:
+def setting_up(workdir: Workdir, config: Any, *, devices: str, write: bool, tasks: str = "") -> Iterator[None]:
     """Records a run's configuration around the work that may still find a mistake in it.
 
-    A new run's record stands from the beginning, so that the same command goes on with what a kill left behind; after
-    a UserError nothing is left of the directory. A run that goes on keeps its old record until the work is done.
+    A new run's record stands from the beginning, so that the same command resumes what a kill left behind; after a
+    UserError nothing is left of the directory. A run that resumes keeps its old record until the work is done.
 
     Args:
       workdir: the directory.
@@ -66,7 +67,7 @@ def setting_up(workdir: Path, config: Any, *, devices: str, write: bool, tasks: 
         _check_same_tasks(workdir, tasks)
     record = {"config": _plain(config), "versions": versions(), "revision": git_revision(), "devices": devices}
     record |= {"tasks": tasks} if tasks else {}
-    existed = workdir.exists()
+    directory, existed = workdir.path, workdir.path.exists()
     try:
         if new and write:
             _record(workdir, record)
@@ -74,40 +75,30 @@ def setting_up(workdir: Path, config: Any, *, devices: str, write: bool, tasks: 
         if not new and write:
             _record(workdir, record)
     except UserError:
-        if new and write and workdir.is_dir():
-            _empty(workdir)
+        if new and write and directory.is_dir():
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             if not existed:
-                workdir.rmdir()
+                directory.rmdir()
         raise
 
 
-def _check_same_tasks(workdir: Path, tasks: str) -> None:
-    before = json.loads((workdir / RECORD).read_text(encoding="utf-8")).get("tasks")
+def _check_same_tasks(workdir: Workdir, tasks: str) -> None:
+    before = json.loads((workdir.path / RECORD).read_text(encoding="utf-8")).get("tasks")
     if before is None:
-        logging.warning("%s does not record what it trained on; taken to be today's prompts", shown(workdir))
+        logging.warning("%s does not record what it trained on; taken to be today's prompts", workdir)
     elif before != tasks:
         raise UserError(
-            f"--workdir={shown(workdir)} was started with other prompts or distributions to train on (digest "
+            f"--workdir={workdir} was started with other prompts or distributions to train on (digest "
             f"{before[:12]}, now {tasks[:12]}); restore the rows of config.data.custom, or name a new --workdir"
         )
 
 
-def _record(workdir: Path, record: Mapping[str, Any]) -> None:
+def _record(workdir: Workdir, record: Mapping[str, Any]) -> None:
     try:
-        write_json(workdir / RECORD, record)
+        write_json(workdir.path / RECORD, record)
     except OSError as error:
-        raise UserError(
-            f"cannot write to --workdir={shown(workdir)}: {error.strerror or error}; name another one"
-        ) from error
-
-
-def _empty(workdir: Path) -> None:
-    """Removes what is in a directory that was empty."""
-    for path in workdir.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}; name another one") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -115,8 +106,8 @@ def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """Refuses to go on with a run whose configuration differs where it may not.
+def _check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Workdir) -> None:
+    """Refuses to resume a run whose configuration differs where it may not.
 
     Raises:
       UserError: naming each field with its saved and its present value.
@@ -130,7 +121,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Pa
     ]
     if changed:
         raise UserError(
-            f"--workdir={shown(workdir)} holds a run of another config: {'; '.join(changed)}. Name a new --workdir, or "
+            f"--workdir={workdir} holds a run of another config: {'; '.join(changed)}. Name a new --workdir, or "
             f"restore these fields (only {', '.join(MAY_CHANGE)} may change on resume)"
         )
 

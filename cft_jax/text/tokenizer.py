@@ -8,14 +8,11 @@ from pathlib import Path
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
-from cft_jax.common.hub_access import hub_answers
-from cft_jax.common.stores import fetched, is_remote
 
 # Any one of these makes a directory loadable; transformers converts the older two.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# What is copied from an object store: all but the weights.
-_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) -> PreTrainedTokenizerBase:
@@ -30,48 +27,25 @@ def load_tokenizer(path_or_id: str, *, revision: str, local_files_only: bool) ->
       UserError: the directory is missing, holds no tokenizer or a half-written one; the hub has no such
         tokenizer or cannot be reached; or the tokenizer has no fast implementation.
     """
-    path = fetched(path_or_id, _FILES) if is_remote(path_or_id) else Path(path_or_id).expanduser()
-    is_directory = path.is_dir()
-    if is_directory:
-        _check_directory(path)
-    elif path.exists():
-        raise UserError(f"{path_or_id!r} is a file; give the directory that holds it")
-    elif not _could_be_hub_id(path_or_id):
+    path, _ = hub.resolve(path_or_id, revision=revision, local_files_only=local_files_only, patterns=hub.TOKENIZER)
+    if not any((path / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
-            f"{path_or_id!r}: no such directory; give config.model.checkpoint (or config.model.tokenizer) a directory "
-            "in HF format or a hub id"
+            f"tokenizer directory {str(path)!r} holds none of {', '.join(_VOCABULARY_FILES)}; copy the tokenizer's "
+            "files there or set config.model.tokenizer"
         )
-    asked = not is_directory and not local_files_only and hub_answers()
     loaded = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path) if is_directory else path_or_id,
-            revision=revision,
-            local_files_only=not asked,
-            trust_remote_code=False,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         loaded = True
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(_loading_problem(path_or_id, is_directory, local_files_only, asked, error)) from error
+        raise UserError(f"the tokenizer of {path_or_id!r} cannot be loaded: {_first_line(error)}") from error
     finally:
         # The fast tokenizers raise a bare Exception for a damaged file; only then are files of many MB worth a check.
-        if not loaded and is_directory:
+        if not loaded:
             _check_files(path)
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         raise UserError(f"tokenizer {path_or_id!r} has no fast implementation; save it with a tokenizer.json")
     return tokenizer
-
-
-def _could_be_hub_id(text: str) -> bool:
-    return bool(text) and text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
-
-
-def _check_directory(path: Path) -> None:
-    if not any((path / name).is_file() for name in _VOCABULARY_FILES):
-        raise UserError(
-            f"tokenizer directory {str(path)!r} holds none of {', '.join(_VOCABULARY_FILES)}; "
-            "copy the tokenizer's files there or set config.model.tokenizer"
-        )
 
 
 def _check_files(path: Path) -> None:
@@ -85,27 +59,6 @@ def _check_files(path: Path) -> None:
             raise UserError(
                 f"{str(file)!r} is damaged or half-written ({_first_line(error)}); copy it again"
             ) from error
-
-
-def _loading_problem(path_or_id: str, is_directory: bool, local_files_only: bool, asked: bool, error: Exception) -> str:
-    if is_directory:
-        return f"tokenizer directory {path_or_id!r} cannot be loaded: {_first_line(error)}"
-    if local_files_only:
-        return f"{path_or_id!r} was not downloaded before; set config.model.local_files_only=False to download it"
-    if not asked:
-        return (
-            f"{path_or_id!r} was not downloaded before, and the Hugging Face hub does not answer; check the network "
-            "and HF_HUB_OFFLINE, or give a directory as config.model.checkpoint"
-        )
-    if "gated" in str(error):
-        return (
-            f"{path_or_id} is gated: accept its licence at https://huggingface.co/{path_or_id} and set HF_TOKEN to a "
-            "token of that account"
-        )
-    return (
-        f"the tokenizer of {path_or_id!r} cannot be had from the Hugging Face hub ({_first_line(error)}); check the "
-        "name, the network and HF_TOKEN, or give a local directory"
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,8 +17,8 @@ from jaxtyping import Array, Int32
 from cft_jax.checkpoints.fingerprint import fingerprint, settings_digest
 from cft_jax.checkpoints.orbax_io import Checkpoints
 from cft_jax.common.errors import UserError
-from cft_jax.common.mirror import checkpoint_directory
 from cft_jax.common.progress import Progress
+from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import MetricsWriter
 from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
@@ -95,7 +94,7 @@ def train(
     train: TrainConfig,
     checkpoint: CheckpointConfig,
     log: LogConfig,
-    workdir: Path,
+    workdir: Workdir,
     identity: Mapping[str, Any],
 ) -> TrainResult:
     """Trains the model's adapters, or all its weights if it has none, and leaves it with the trained weights.
@@ -125,7 +124,7 @@ def train(
     per_epoch = dataset.steps_per_epoch
     total = per_epoch * train.epochs
     stop = min(total, train.max_steps) if train.max_steps else total
-    profile = ProfileWindow(log.profile, workdir / "profile")
+    profile = ProfileWindow(log.profile, workdir.path / "profile")
     parts, weights, frozen = split_model(model)
     optimizer = adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm)
     options = StepOptions(
@@ -143,21 +142,20 @@ def train(
     with (
         _clear_memory_errors(),
         PreemptionWatch(enabled=checkpoint.on_preemption) as watch,
-        Checkpoints(checkpoint_directory(workdir), keep=checkpoint.keep) as checkpoints,
+        Checkpoints(workdir.checkpoints, keep=checkpoint.keep) as checkpoints,
     ):
         restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(check_same, record))
         state = initial_state(weights, optimizer) if restored is None else restored.state
         done = 0 if restored is None else restored.step
         _announce(weights, done=done, stop=stop, per_epoch=per_epoch)
-        run = _Run(
-            step_function, frozen, dataset, model.mesh, checkpoints, record, checkpoint.every_steps or per_epoch, stop
-        )
+        save_every = checkpoint.every_steps or per_epoch
+        run = _Run(step_function, frozen, dataset, model.mesh, workdir, checkpoints, record, save_every, stop)
         first = jax.process_index() == 0
         with (
-            contextlib.closing(Dashboards(log, workdir, enabled=first)) as dashboards,
+            contextlib.closing(Dashboards(log, workdir.path, enabled=first)) as dashboards,
             Progress("train", total=stop, unit="step", done=done) as progress,
             Ledger(
-                MetricsWriter(workdir / "metrics.jsonl", after_step=done, enabled=first, mirror=dashboards.write),
+                MetricsWriter(workdir.path / "metrics.jsonl", after_step=done, enabled=first, mirror=dashboards.write),
                 progress,
                 every=log.every_steps,
                 done=done,
@@ -183,6 +181,7 @@ class _Run:
     frozen: dict[str, Array]
     dataset: Batches
     mesh: Mesh
+    workdir: Workdir
     checkpoints: Checkpoints
     record: Mapping[str, Any]
     save_every: int
@@ -205,6 +204,7 @@ class _Run:
                     if stopping or done == self.stop or done % self.save_every == 0:
                         # Read first: a state saved here has no loss behind it that was not finite.
                         ledger.drain()
+                        self.workdir.publish()
                         self.checkpoints.save(done, state, self.record)
                     if stopping:
                         logging.warning("SIGTERM: saving step %d of %d before stopping", done, self.stop)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from etils.epath import backend, gpath
 
-from cft_jax.common.stores import google_answers
+from cft_jax.common.storage import google_answers
 
 
 class Bucket(backend._OsPathBackend):

@@ -6,12 +6,13 @@ import json
 import pytest
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.storage import Workdir
 from cft_jax.config import Config, MeshConfig, TrainConfig, read_config
 from cft_jax.runs.workdir import MAY_CHANGE, check_workdir, setting_up
 
 
 def opened(path, config, mistake="", tasks=""):
-    with setting_up(path, config, devices="cpu", write=True, tasks=tasks):
+    with setting_up(Workdir(path), config, devices="cpu", write=True, tasks=tasks):
         (path / "base").mkdir(exist_ok=True)
         if mistake:
             raise UserError(mistake)
@@ -36,7 +37,7 @@ def test_nothing_is_left_of_a_run_that_could_not_be_set_up(tmp_path):
     for place in ("new", "empty"):
         with pytest.raises(UserError, match="too long"):
             opened(tmp_path / place, Config(seed=3), mistake="too long")
-        assert check_workdir(tmp_path / place, Config(seed=4))
+        assert check_workdir(Workdir(tmp_path / place), Config(seed=4))
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -47,7 +48,7 @@ def test_a_run_that_cannot_go_on_keeps_its_record(tmp_path):
         opened(tmp_path, Config(mesh=MeshConfig(tensor=3)), mistake="no such mesh")
     assert (tmp_path / "config.json").read_bytes() == before
     assert (tmp_path / "base").exists()
-    assert not check_workdir(tmp_path, Config())
+    assert not check_workdir(Workdir(tmp_path), Config())
 
 
 def test_a_run_goes_on_with_the_tasks_that_it_began_with(tmp_path, caplog):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cft_jax.common.storage import Workdir
 from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
@@ -165,7 +166,7 @@ def run_training(workdir, dataset=None, *, mesh=(1, 1, 1), seed=11, identity=Non
         train=records[0],
         checkpoint=records[1],
         log=LogConfig(every_steps=3, profile=settings.get("profile", "")),
-        workdir=workdir,
+        workdir=workdir if isinstance(workdir, Workdir) else Workdir(workdir),
         identity=identity or {"config": "abc"},
     )
     return result, jax.device_get(split_model(model)[1])

@@ -6,8 +6,10 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import read_metrics
 from cft_jax.train import NonFiniteLossError
 from cft_jax.train.loop import _clear_memory_errors, check_same
@@ -53,6 +55,21 @@ def test_a_run_left_alone(undisturbed):
     np.testing.assert_allclose(found[1]["learning_rate"], 1e-2 * 0.5 * (1 + np.cos(np.pi * 1 / 14)), rtol=1e-5)
     for row in found:
         np.testing.assert_allclose(row["examples_per_second"] * row["step_seconds"], 8, rtol=1e-6)
+
+
+def test_metrics_reach_the_store_before_the_checkpoint_they_belong_to(tmp_path, run, tiny_batches):
+    """A workdir that mirrors another one; the run dies without a chance to copy anything more."""
+
+    def die(step, batch):
+        if step >= 8:
+            raise KeyboardInterrupt
+        return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Workdir(tmp_path / "here", epath.Path(tmp_path / "there")), tiny_batches(die))
+    assert saved(tmp_path / "there") == [4, 8]
+    assert [row["step"] for row in read_metrics(tmp_path / "there" / "metrics.jsonl")] == [1, 3, 6]
+    assert not (tmp_path / "here" / "checkpoints").exists()
 
 
 def test_going_on_is_bit_exact_and_measures_every_step_once(tmp_path, run, undisturbed):

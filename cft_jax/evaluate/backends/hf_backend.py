@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float32, Int
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from cft_jax.checkpoints import hub
 from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
 from cft_jax.checkpoints.peft_import import adapter_weights, is_adapter, read_adapter
 from cft_jax.checkpoints.tensor_files import weight_files
+from cft_jax.common import hub
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.generate.stops import StopStrings
 from cft_jax.text.paths import prefix_log_probs, string_log_probs

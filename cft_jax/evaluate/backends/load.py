@@ -1,15 +1,13 @@
 """The model that an evaluation measures, from whatever names it, ready to be sampled from and scored."""
 
-import contextlib
-
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
-from cft_jax.checkpoints import from_pretrained, hub
+from cft_jax.checkpoints import from_pretrained
 from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
-from cft_jax.common.mirror import CHECKPOINTS, local_workdir
-from cft_jax.common.stores import is_remote, reaching
+from cft_jax.common.storage import CHECKPOINTS, opened, reaching
 from cft_jax.config import Config, from_config_dict, read_config
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.backends.protocol import Backend, MeasuredModel
@@ -30,8 +28,8 @@ def load_measured_model(config: Config) -> MeasuredModel:
     settings, what = config.model, config.model.checkpoint
     if _is_run(what):
         if config.backend == "jax":
-            with local_workdir(what, write=False, flag="config.model.checkpoint") as directory:
-                model, tokenizer, step = load_trained(directory, from_config_dict(read_config(directory)))
+            with opened(what, write=False, flag="config.model.checkpoint") as run:
+                model, tokenizer, step = load_trained(run, from_config_dict(read_config(run.path)))
             return MeasuredModel(_jax_backend(model, tokenizer, config), tokenizer, f"{what}, step {step}")
         what = f"{what.rstrip('/')}/export"
         if not epath.Path(what).is_dir():
@@ -53,7 +51,7 @@ def load_measured_model(config: Config) -> MeasuredModel:
 
 def _is_run(what: str) -> bool:
     """Whether a directory, here or on a store, is that of a run of cft_jax.main."""
-    with reaching(what, "config.model.checkpoint") if is_remote(what) else contextlib.nullcontext():
+    with reaching(what, "config.model.checkpoint"):
         return (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
 
 

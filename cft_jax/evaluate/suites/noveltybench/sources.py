@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cft_jax.checkpoints import hub
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.config.suites import NoveltyBenchConfig
 from cft_jax.evaluate.suites.hub_rows import data_set_rows

@@ -1,14 +1,17 @@
 """Hub ids: what is downloaded, and one clear line for everything that can go wrong."""
 
 import fnmatch
+import http.server
 import inspect
+import threading
 import types
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
-from cft_jax.checkpoints import from_pretrained, hub
+from cft_jax.checkpoints import from_pretrained
+from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -120,3 +123,40 @@ def test_a_published_name_with_other_numbers_is_told(snapshot, tmp_path, write_h
     assert "config.json of Qwen/Qwen3-0.6B has embed_dim=48, published was 1024" in caplog.text
     assert model.config.embed_dim == 48
     assert (model.source.name, model.source.revision) == ("Qwen/Qwen3-0.6B", COMMIT)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Asks anew at an address."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_PAUSES", (0.0, 0.0))
+
+    def ask(address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        hub.hub_answers.cache_clear()
+        return hub.hub_answers()
+
+    yield ask
+    hub.hub_answers.cache_clear()
+
+
+def test_a_server_that_refuses_answers_and_a_closed_port_does_not(answers):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(503)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert answers(address)
+        server.shutdown()
+    assert not answers(address)
+
+
+def test_offline_asks_nobody(answers, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("the hub was asked"))
+    assert not answers("http://127.0.0.1:9")

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cft_jax.checkpoints import hub
-from cft_jax.common import stores
+from cft_jax.common import hub, storage
 from cft_jax.common.errors import UserError
 from cft_jax.text import load_tokenizer
 from cft_jax.text.scratch import save_tokenizer, train_tokenizer
@@ -68,16 +67,16 @@ def test_a_store_that_does_not_answer_is_told_at_once(monkeypatch):
     client.__spec__ = importlib.machinery.ModuleSpec("gcsfs", None)
     monkeypatch.setitem(sys.modules, "gcsfs", client)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    monkeypatch.setattr(stores, "GOOGLE", "http://127.0.0.1:9")  # a port that nobody listens on
-    stores.google_answers.cache_clear()
+    monkeypatch.setattr(storage, "GOOGLE", "http://127.0.0.1:9")  # a port that nobody listens on
+    storage.google_answers.cache_clear()
     with pytest.raises(UserError, match=r"--workdir=gs://b/x: http://127\.0\.0\.1:9 does not answer"):
-        with stores.reaching("gs://b/x", "--workdir"):
+        with storage.reaching("gs://b/x", "--workdir"):
             pytest.fail("the client was asked")
-    stores.google_answers.cache_clear()
+    storage.google_answers.cache_clear()
 
 
 def test_a_disk_too_small_is_told_before_copying(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr(stores.shutil, "disk_usage", lambda path: SimpleNamespace(free=3))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(free=3))
     with pytest.raises(UserError, match=r"0\.0 GiB are free; free some space, or set XDG_CACHE_HOME"):
         resolve()
     assert not (tmp_path / "home").exists()
