@@ -67,10 +67,10 @@ class McqConfig:
 
 @dataclass(frozen=True)
 class NoveltyBenchConfig:
-    """NoveltyBench: prompts (JSONL file or hub id), the two scorers (hub ids or directories), and what runs now.
+    """NoveltyBench: prompts (JSONL file or hub id), the two judges (hub ids or directories), and what runs now.
 
     `num_samples=0` stands for `eval.num_samples`. `classifier_tokenizer` is taken where the classifier brings none, as
-    the published one. `scorer_batch` is of both scorers; their dtypes are those of NoveltyBench's own code.
+    the published one. `scorer_batch` is of both judges; their dtypes are those of NoveltyBench's own code.
     """
 
     data: str = "yimingzhang/novelty-bench"

@@ -5,7 +5,7 @@
 WHAT is a hub id, a directory in HF format or the directory of a run. Prompts come from the hub's data set or from
 `--config.suite.noveltybench.data=FILE.jsonl` (rows with id and prompt). The three stages generate, partition and score
 can run one by one, `--config.suite.noveltybench.stages=partition`; without generate no model is loaded, so that the
-scorers (DeBERTa, and a reward model of 27 billion parameters) have the device to themselves. They need
+judges (DeBERTa, and a reward model of 27 billion parameters) have the device to themselves. They need
 `pip install -e ".[eval]"`.
 """
 

@@ -1,4 +1,4 @@
-"""The structured-sampling suite: exact and sampled figures of a model on the paper's test prompts.
+"""The structured-sampling suite: exact and sampled metrics of a model on the paper's test prompts.
 
     python -m cft_jax.evaluate --config=configs/eval/structured.py --workdir=eval/base --config.model.checkpoint=WHAT
     python -m cft_jax.evaluate --config=configs/eval/structured.py:runs/llama --workdir=eval/llama

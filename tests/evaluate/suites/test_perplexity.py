@@ -85,7 +85,7 @@ def alone(model, rows):
 
 
 @pytest.mark.parametrize("has_bos", [False, True])
-def test_figures_are_those_of_transformers(run_suite, has_bos, data, paloma_texts, checkpoint, tmp_path):
+def test_metrics_are_those_of_transformers(run_suite, has_bos, data, paloma_texts, checkpoint, tmp_path):
     directory, tokenizer, model = checkpoint
     tokenizer = with_bos(tokenizer, has_bos)
     backend = JaxBackend(from_pretrained(directory, dtype=jnp.float32, param_dtype=jnp.float32), tokenizer)

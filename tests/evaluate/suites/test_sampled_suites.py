@@ -1,4 +1,4 @@
-"""The suites of open-ended answers: by a scripted model whose figures are known, and by real models end to end."""
+"""The suites of open-ended answers: by a scripted model whose metrics are known, and by real models end to end."""
 
 import csv
 import gzip
@@ -78,7 +78,7 @@ def open_random(run_suite, tokenizer, tmp_path):
     return start
 
 
-def test_open_random_figures(open_random, tmp_path):
+def test_open_random_metrics(open_random, tmp_path):
     model = Scripted(["Oslo", ' "Oslo"\nNorway', "Rome", "<think>hm</think> "])
     summary = open_random(model, tmp_path)
     # By hand: of four outputs two are Oslo, one Rome, one empty.
@@ -159,7 +159,7 @@ def mcq(run_suite, tokenizer):
     return start
 
 
-def test_mcq_figures(mcq, tmp_path):
+def test_mcq_metrics(mcq, tmp_path):
     model = Scripted([QUESTION.format("C"), QUESTION.format("C"), QUESTION.format("A"), "I cannot."])
     summary = mcq(model, tmp_path)
     assert summary["parse_rate"] == 0.75 and summary["count_c"] == 2
@@ -173,7 +173,7 @@ def test_mcq_figures(mcq, tmp_path):
     assert read_samples(tmp_path)[0]["samples"] == model.texts
 
 
-def test_mcq_with_nothing_to_read_has_no_figures(mcq, tmp_path):
+def test_mcq_with_nothing_to_read_has_no_metrics(mcq, tmp_path):
     summary = mcq(Scripted(["no"]), tmp_path)
     assert summary["parse_rate"] == 0 and summary["num_samples"] == 4
     for name in ("freq_a", "chi_square_statistic", "tv_distance_from_uniform", "max_abs_deviation_from_uniform"):

@@ -141,7 +141,7 @@ def whole(settings, program_cache, tmp_path_factory):
     return directory
 
 
-def test_figures_are_those_of_the_answers(whole, classifier, reward_model):
+def test_metrics_are_those_of_the_answers(whole, classifier, reward_model):
     summary = json.loads((whole / "summary.json").read_text())
     assert {name: split["num_prompts"] for name, split in summary["splits"].items()} == {"curated": 3, "wildchat": 1}
     with gzip.open(whole / "samples.jsonl.gz", "rt") as file:

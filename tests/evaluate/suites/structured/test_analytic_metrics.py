@@ -39,7 +39,7 @@ def listed(case, character_codec):
     return sections(plan, case)
 
 
-def test_the_whole_trie_gives_the_listed_figures(case, listed, character_codec, monkeypatch):
+def test_the_whole_trie_gives_the_listed_metrics(case, listed, character_codec, monkeypatch):
     monkeypatch.setattr(exact_plan, "MAX_LISTED", 10)
     monkeypatch.setattr(exact_plan, "MAX_PREFIXES", 10**6)
     plan = plan_of(case[0], character_codec, RESOLUTION, 11)
