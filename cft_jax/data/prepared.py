@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import time
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from cft_jax.common.files import user_cache
 from cft_jax.common.progress import Progress
 from cft_jax.config import DataConfig
 from cft_jax.data import cache
-from cft_jax.data.spaces import ListedSpace, listed_forest, task_space
+from cft_jax.data.spaces import listed_forest, task_space
 from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.tasks import Task, digest_of_tasks
 from cft_jax.text.analytic_trie import AnalyticTrie
@@ -24,13 +24,12 @@ from cft_jax.text.chat import ChatOptions, encode_chats, terminator_id
 from cft_jax.text.digits import digit_tokens
 from cft_jax.text.number_grammar import NumberTokens
 from cft_jax.text.tokenizer import fingerprint
-from cft_jax.text.trie import CHILD_ARRAYS, LEAF_ARRAYS, PREFIX_ARRAYS, Forest, Trie
+from cft_jax.text.trie import ARRAYS, Forest
 from cft_jax.text.values import ValueEncoder
 
 _TASKS_AT_ONCE = 32
 # The packages whose code decides what is cached.
 _CODE = ("distributions", "text", "data")
-_FLOATS = ("reach", "child_probs", "leaf_probs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,40 +37,25 @@ class Prepared:
     """Tasks with their prompts and tries.
 
     Attributes:
-      tasks: the tasks.
       prompts: token ids of each task's prompt, the generation prompt included.
-      terminator_id: the token that ends an answer.
       forest: the tries of the tasks with listed values, in their order.
-      analytic: the tries of the tasks with analytic tries, in their order; the others are in `forest`.
+      analytic: the tries of the other tasks, in their order.
       is_analytic: which tasks those are.
       depths: tokens of each task's longest answer, without the terminator.
       lost_mass: how much of each task's probability none of its values stands for.
-      seconds: that making or loading took.
-      from_cache: whether the tries were found in the cache.
+      from_cache: whether prompts and tries were found in the cache.
     """
 
-    tasks: tuple[Task, ...]
     prompts: tuple[Int32[np.ndarray, "_"], ...]
-    terminator_id: int
     forest: Forest
     analytic: tuple[AnalyticTrie, ...]
     is_analytic: Bool[np.ndarray, "G"]
     depths: Int64[np.ndarray, "G"]
     lost_mass: Float64[np.ndarray, "G"]
-    seconds: float
     from_cache: bool
 
-    def trie(self, index: int) -> Trie | AnalyticTrie:
-        """The trie of one task."""
-        if self.is_analytic[index]:
-            return self.analytic[int(self.is_analytic[:index].sum())]
-        return self.forest.trie(index - int(self.is_analytic[:index].sum()))
-
-    def statistics(self) -> dict[str, int | float]:
-        """Counts, size and time: `prompts`, `values`, `prefixes`, `max_children`, `bytes`, `seconds`.
-
-        Values and prefixes are those of the listed tries.
-        """
+    def statistics(self) -> dict[str, int]:
+        """Counts and size: `prompts`, and of the listed tries `values`, `prefixes`, `max_children` and `bytes`."""
         arrays = self.forest.arrays
         return {
             "prompts": len(self.prompts),
@@ -79,7 +63,6 @@ class Prepared:
             "prefixes": arrays["token"].size,
             "max_children": int(np.diff(arrays["child_offsets"]).max(initial=0)),
             "bytes": sum(array.nbytes for array in arrays.values()) + sum(prompt.nbytes for prompt in self.prompts),
-            "seconds": round(self.seconds, 3),
         }
 
 
@@ -95,20 +78,18 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
       UserError: the tokenizer has no chat template or terminator, a prompt with its longest answer is longer than
         `data.max_length`, values of a task cannot be told apart by their tokens, or the cache cannot be written.
     """
-    start = time.monotonic()
     end = terminator_id(tokenizer, data.terminator)
     is_analytic = np.array([data.space == "full" and task.space is None for task in tasks], dtype=bool)
-    analytic = _analytic_tries(tokenizer, [task for task, at in zip(tasks, is_analytic, strict=True) if at], data, end)
+    analytic = _analytic_tries(tokenizer, list(itertools.compress(tasks, is_analytic)), data, end)
     root = Path(data.cache_dir).expanduser() if data.cache_dir else user_cache("data")
     key = cache.key_of(_content(tokenizer, tasks, data, end))
     arrays = cache.load(root, key)
     from_cache = arrays is not None
     if arrays is None:
-        listed = [task for task, at in zip(tasks, is_analytic, strict=True) if not at]
-        arrays = cache.store(root, key, _pieces(tokenizer, tasks, listed, data, end))
+        arrays = cache.store(root, key, _pieces(tokenizer, tasks, is_analytic, data, end))
     prompts = tuple(np.split(arrays["prompt_ids"], arrays["prompt_counts"].cumsum()[:-1])) if len(tasks) else ()
     forest = Forest(
-        {name: arrays[name] for name in _array_types()},
+        {name: arrays[name] for name in ARRAYS},
         prefix_starts=np.append(0, arrays["prefix_counts"].cumsum()),
         child_starts=np.append(0, arrays["child_counts"].cumsum()),
         leaf_starts=np.append(0, arrays["leaf_counts"].cumsum()),
@@ -121,8 +102,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], data: Dat
     check_lengths(tasks, prompts, depths.tolist(), data.max_length)
     lost_mass = np.zeros(len(tasks))
     lost_mass[~is_analytic] = arrays["lost_mass"]
-    seconds = time.monotonic() - start
-    return Prepared(tuple(tasks), prompts, end, forest, analytic, is_analytic, depths, lost_mass, seconds, from_cache)
+    return Prepared(prompts, forest, analytic, is_analytic, depths, lost_mass, from_cache)
 
 
 def check_lengths(
@@ -165,33 +145,24 @@ def _analytic_tries(
     return tuple(AnalyticTrie(space, tokens) for space in spaces if isinstance(space, AnalyticSpace))
 
 
-def _array_types() -> dict[str, type]:
-    names = (*PREFIX_ARRAYS, *CHILD_ARRAYS, *LEAF_ARRAYS)
-    types = {name: np.float64 if name in _FLOATS else np.int32 for name in names}
-    return {**types, "child_offsets": np.int64}
-
-
 def _pieces(
-    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], listed: Sequence[Task], data: DataConfig, end: int
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], is_analytic: np.ndarray, data: DataConfig, end: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of an entry: first the prompts, then the tries of a few tasks at a time."""
+    """The arrays of an entry: first the prompts, then the listed tries of a few tasks at a time."""
     prompts = encode_prompts(tokenizer, tasks, data)
     yield {
-        **{name: np.empty(0, dtype=kind) for name, kind in _array_types().items()},
+        **{name: np.empty(0, dtype=kind) for name, kind in ARRAYS.items()},
         **{f"{name}_counts": np.empty(0, dtype=np.int64) for name in ("prefix", "child", "leaf")},
         "lost_mass": np.empty(0),
         "prompt_ids": np.concatenate([np.empty(0, dtype=np.int32), *prompts]),
         "prompt_counts": np.array([prompt.size for prompt in prompts], dtype=np.int64),
     }
+    listed = list(itertools.compress(tasks, ~is_analytic))
     encoder = ValueEncoder(tokenizer)
     with Progress("build tries", total=len(listed), unit="prompt") as progress:
         for first in range(0, len(listed), _TASKS_AT_ONCE):
             some = listed[first : first + _TASKS_AT_ONCE]
-            spaces: list[ListedSpace] = []
-            for task in some:
-                space = task_space(task, data)
-                assert not isinstance(space, AnalyticSpace)
-                spaces.append(space)
+            spaces = [space for task in some if not isinstance(space := task_space(task, data), AnalyticSpace)]
             forest = listed_forest(encoder, spaces, [task.task_id for task in some], end)
             yield {
                 **forest.arrays,

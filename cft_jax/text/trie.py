@@ -16,10 +16,12 @@ from cft_jax.common.errors import UserError
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.text.tokenizer import encode_strings
 
-# The arrays of a trie by what they run over; `child_offsets` has one more entry per trie than there are prefixes.
-PREFIX_ARRAYS = ("token", "parent", "depth", "subtree_end", "reach")
-CHILD_ARRAYS = ("child_ids", "child_probs", "child_prefix")
-LEAF_ARRAYS = ("leaf_prefix", "leaf_probs")
+# The arrays of a trie and their types by what they run over.
+_PREFIX_ARRAYS = dict.fromkeys(("token", "parent", "depth", "subtree_end"), np.int32) | {"reach": np.float64}
+_CHILD_ARRAYS = {"child_ids": np.int32, "child_probs": np.float64, "child_prefix": np.int32}
+_LEAF_ARRAYS = {"leaf_prefix": np.int32, "leaf_probs": np.float64}
+# `child_offsets` has one more entry per trie than there are prefixes.
+ARRAYS = {**_PREFIX_ARRAYS, "child_offsets": np.int64, **_CHILD_ARRAYS, **_LEAF_ARRAYS}
 # In `child_prefix`: the token leads to a prefix that the trie does not hold.
 CUT = -2
 
@@ -131,9 +133,9 @@ class Forest:
     def trie(self, index: int) -> Trie:
         """One of the tries, as views."""
         bounds = {
-            **dict.fromkeys(PREFIX_ARRAYS, slice(*self.prefix_starts[index : index + 2])),
-            **dict.fromkeys(CHILD_ARRAYS, slice(*self.child_starts[index : index + 2])),
-            **dict.fromkeys(LEAF_ARRAYS, slice(*self.leaf_starts[index : index + 2])),
+            **dict.fromkeys(_PREFIX_ARRAYS, slice(*self.prefix_starts[index : index + 2])),
+            **dict.fromkeys(_CHILD_ARRAYS, slice(*self.child_starts[index : index + 2])),
+            **dict.fromkeys(_LEAF_ARRAYS, slice(*self.leaf_starts[index : index + 2])),
             "child_offsets": slice(self.prefix_starts[index] + index, self.prefix_starts[index + 1] + index + 1),
         }
         return Trie(

@@ -192,7 +192,7 @@ def hard_source(tokenizer, found, **data):
     settings = DataConfig(num_decimals=1, max_bins=100, **data)
     table = SpaceTable(task_space(task, settings) for task in make_tasks())
     names = [task.task_id for task in make_tasks()]
-    return DrawnStrings(found.prompts, ones(), table, names, ValueEncoder(tokenizer), found.terminator_id)
+    return DrawnStrings(found.prompts, ones(), table, names, ValueEncoder(tokenizer), found.forest.terminator_id)
 
 
 @pytest.mark.parametrize("space", ["grid", "full"])
