@@ -1,4 +1,4 @@
-"""The trie of a full-resolution space, computed where it is needed and never as a whole.
+"""The trie of a analytic space, computed where it is needed and never as a whole.
 
 `AnalyticTrie.children` gives the tokens that can follow any prefix and their probabilities. `drawn_forest` makes the
 tries of drawn strings, for all prompts of a batch at once; `AnalyticTrie.expand` those of the most probable prefixes.
@@ -23,7 +23,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class AnalyticTrie:
-    """The trie of a full-resolution space in one tokenizer's tokens.
+    """The trie of a analytic space in one tokenizer's tokens.
 
     Attributes:
       space: the strings and their probabilities.
@@ -47,22 +47,6 @@ class AnalyticTrie:
         children = grammar.children(self._find(grammar, prefix))
         total = children.mass.sum()
         return self.tokens.ids[children.slot], children.mass / total if total > 0 else children.mass
-
-    def intervals(
-        self, prefix: Sequence[int]
-    ) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"], Float[np.ndarray, "M"]]:
-        """The strings that begin with a prefix as disjoint intervals of k: starts, stops (exclusive), probabilities.
-
-        Raises:
-          KeyError: no string begins with `prefix`.
-        """
-        grammar = NumberGrammar(self.tokens, [self.space])
-        _, start, stop = grammar.intervals(self._find(grammar, prefix))
-        order = np.argsort(start)
-        start, stop = start[order], stop[order]
-        joins = np.append(False, start[1:] == stop[:-1])
-        start, stop = start[~joins], stop[~np.append(joins[1:], False)]
-        return start, stop, self.space.interval_masses(start, stop)
 
     def expand(self, max_prefixes: int, max_depth: int, drawn: Int[np.ndarray, "N"]) -> "Expansion":
         """The most probable prefixes, and the paths of drawn strings below them.
@@ -95,7 +79,7 @@ class AnalyticTrie:
 
         Args:
           trie: of an `Expansion` of this trie.
-          children: places in `trie.child_ids`; a terminator stands for its string.
+          children: indices in `trie.child_ids`; a terminator stands for its string.
         """
         grammar = NumberGrammar(self.tokens, [self.space])
         slots = np.full(trie.num_prefixes, -1)
@@ -117,19 +101,19 @@ class AnalyticTrie:
         return integers / 10.0**self.space.num_decimals
 
     def _find(self, grammar: NumberGrammar, prefix: Sequence[int]) -> NumberState:
-        found = NumberState.empty(np.zeros(1, dtype=np.int64))
+        state = NumberState.empty(np.zeros(1, dtype=np.int64))
         for token in prefix:
-            slots = grammar.children(found).slot
+            slots = grammar.children(state).slot
             slot = slots[self.tokens.ids[slots] == token]
             if slot.size == 0 or slot[0] == self.tokens.terminator:
                 raise KeyError(tuple(prefix))
-            found = found.extended(slot, self.tokens)
-        return found
+            state = state.extended(slot, self.tokens)
+        return state
 
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """Part of a full-resolution trie. M prefixes.
+    """Part of a analytic trie. M prefixes.
 
     The sum of weight times loss over all prefixes is the exact objective but for the prefixes left out, whose part
     the drawn strings' prefixes estimate without bias: a drawn string counts at those of its prefixes that are not
@@ -138,26 +122,15 @@ class Expansion:
     Attributes:
       trie: the most probable prefixes and all prefixes of the drawn strings; its leaves are the drawn strings.
       exact: whether a prefix is one of the most probable ones.
-      mean_weights: Σ probability(s) / steps(s) over the strings s below a prefix (mean over a string's steps); below
-        the exact prefixes, its estimate by the drawn strings.
-      sequence_weights: the probability of passing through a prefix (sum over a string's steps), or its estimate.
+      mean_weights: Σ probability(s) / T(s) over the strings s below a prefix, T(s) their target positions (the mean
+        over these); below the exact prefixes, its estimate by the drawn strings.
+      sequence_weights: the probability of passing through a prefix (sum over its target positions), or its estimate.
     """
 
     trie: Trie
     exact: Bool[np.ndarray, "M"]
     mean_weights: Float[np.ndarray, "M"]
     sequence_weights: Float[np.ndarray, "M"]
-
-    def exits(self) -> tuple[Int[np.ndarray, "E"], Int[np.ndarray, "E"], Float[np.ndarray, "E"]]:
-        """The tokens that end a string or leave the trie; the strings below them part the space without remainder.
-
-        Returns:
-          int64[E] numbers of children (as `trie.child_ids`), int64[E] the prefixes that they follow, and float64[E]
-          the probabilities of the strings below.
-        """
-        children = np.flatnonzero(self.trie.child_prefix < 0)
-        prefix = np.searchsorted(self.trie.child_offsets, children, side="right") - 1
-        return children, prefix, self.trie.reach[prefix] * self.trie.child_probs[children]
 
 
 def drawn_forest(tries: Sequence[AnalyticTrie], drawn: Sequence[Int[np.ndarray, "_"]]) -> Forest:
@@ -200,7 +173,7 @@ def _along_paths(trie: Trie, leaf_weights: np.ndarray) -> Float[np.ndarray, "M"]
 def _forest(
     grammar: NumberGrammar, rows: np.ndarray, lengths: np.ndarray, groups: np.ndarray
 ) -> tuple[Forest, Float[np.ndarray, "M"]]:
-    """Tries of all prefixes of token rows, with their children, and each prefix's sum of probability / steps.
+    """Tries of all prefixes of token rows with their children, and of each prefix what `Children.weight` sums up to.
 
     A row need not be a whole string, and rows may repeat; groups ascend, and none is left out.
     """
@@ -258,10 +231,12 @@ def _states(
     grammar: NumberGrammar, owner: np.ndarray, parent: np.ndarray, depth: np.ndarray, slots: np.ndarray
 ) -> NumberState:
     """What has been read at every prefix of a forest."""
-    states = NumberState.empty(owner)
+    states = NumberState(*(field.copy() for field in NumberState.empty(owner)))
     for level in range(1, int(depth.max()) + 1):
         nodes = np.flatnonzero(depth == level)
-        states = states.replaced(nodes, states.take(parent[nodes]).extended(slots[nodes], grammar.tokens))
+        extended = states.take(parent[nodes]).extended(slots[nodes], grammar.tokens)
+        for field, new in zip(states, extended, strict=True):
+            field[nodes] = new
     return states
 
 

@@ -10,6 +10,7 @@ possible, any other prefix has one. A group shorter than the tokenizer's largest
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -66,7 +67,7 @@ class NumberTokens:
 
     @cached_property
     def ranks(self) -> Int[np.ndarray, "S"]:
-        """The place of every slot in the order of token ids."""
+        """The rank of every slot in the order of token ids."""
         return np.argsort(self.by_id)
 
     @property
@@ -91,15 +92,14 @@ class NumberTokens:
           ValueError: a token is none of a number.
         """
         ordered = self.ids[self.by_id]
-        place = np.minimum(np.searchsorted(ordered, tokens), ordered.size - 1)
-        if (ordered[place] != tokens).any():
-            raise ValueError(f"tokens {tokens[ordered[place] != tokens].tolist()} are no part of a number")
-        return self.by_id[place]
+        rank = np.minimum(np.searchsorted(ordered, tokens), ordered.size - 1)
+        if (ordered[rank] != tokens).any():
+            raise ValueError(f"tokens {tokens[ordered[rank] != tokens].tolist()} are no part of a number")
+        return self.by_id[rank]
 
 
-@dataclass(frozen=True, eq=False)
-class NumberState:
-    """N prefixes of numbers.
+class NumberState(NamedTuple):
+    """What has been read of N numbers: their prefixes.
 
     Attributes:
       owner: int64[N], which space a prefix belongs to.
@@ -123,16 +123,7 @@ class NumberState:
 
     def take(self, indices: Int[np.ndarray, "M"]) -> "NumberState":
         """The prefixes at these indices."""
-        return NumberState(*(field[indices] for field in self._fields()))
-
-    def replaced(self, indices: Int[np.ndarray, "M"], others: "NumberState") -> "NumberState":
-        """A copy in which the prefixes at these indices are others."""
-        fields = []
-        for mine, theirs in zip(self._fields(), others._fields(), strict=True):
-            field = mine.copy()
-            field[indices] = theirs
-            fields.append(field)
-        return NumberState(*fields)
+        return NumberState(*(field[indices] for field in self))
 
     def extended(self, slots: Int[np.ndarray, "N"], tokens: NumberTokens) -> "NumberState":
         """Every prefix with one more token, which must be able to follow and not be the terminator."""
@@ -146,19 +137,15 @@ class NumberState:
             self.value * _POWERS[width] + tokens.values[slots],
         )
 
-    def _fields(self) -> tuple[np.ndarray, ...]:
-        return self.owner, self.negative, self.digits, self.decimals, self.value
 
-
-@dataclass(frozen=True, eq=False)
-class Children:
+class Children(NamedTuple):
     """What may follow each of N prefixes, ordered by prefix and token id.
 
     Attributes:
       prefix: int64[K], which of the prefixes.
       slot: int64[K], the child's token as a slot of `NumberTokens`.
       mass: float64[K], probability of the strings below the child.
-      weight: float64[K], the sum over those strings of probability / number of steps, the terminator's step included.
+      weight: float64[K], the sum over those strings of probability / number of tokens, the terminator included.
     """
 
     prefix: Int[np.ndarray, "K"]
@@ -167,8 +154,7 @@ class Children:
     weight: Float[np.ndarray, "K"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Ladders:
+class _Ladders(NamedTuple):
     """Steps start + j·step ≤ |k| < start + (j + 1)·step for 0 ≤ j < count; step j is below the child slot + j.
 
     `whole_digits` is the number of digits that the whole part has in all of them.
@@ -181,17 +167,6 @@ class _Ladders:
     step: np.ndarray
     count: np.ndarray
     slot: np.ndarray
-
-    def take(self, indices: np.ndarray) -> "_Ladders":
-        return _Ladders(*(column[indices] for column in self._columns()))
-
-    @classmethod
-    def joined(cls, parts: Sequence["_Ladders"]) -> "_Ladders":
-        columns = zip(*(part._columns() for part in parts), strict=True)
-        return cls(*(np.concatenate(column) for column in columns))
-
-    def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.prefix, self.negative, self.whole_digits, self.start, self.step, self.count, self.slot
 
 
 class NumberGrammar:
@@ -213,7 +188,7 @@ class NumberGrammar:
         num_cells = prefixes.owner.size * num_slots
         cell = ladders.prefix[ladder] * num_slots + self.tokens.ranks[ladders.slot[ladder] + step]
         cells = np.flatnonzero(np.bincount(cell, minlength=num_cells))
-        weights = masses / self._num_steps(ladders, prefixes.owner[ladders.prefix])[ladder]
+        weights = masses / self._num_positions(ladders, prefixes.owner[ladders.prefix])[ladder]
         return Children(
             cells // num_slots,
             self.tokens.by_id[cells % num_slots],
@@ -231,7 +206,7 @@ class NumberGrammar:
         far = self._edges(ladders.negative, ladders.start + ladders.count * ladders.step, owner)
         return ladders.prefix, np.minimum(near, far), np.maximum(near, far)
 
-    def _num_steps(self, ladders: _Ladders, owner: np.ndarray) -> np.ndarray:
+    def _num_positions(self, ladders: _Ladders, owner: np.ndarray) -> np.ndarray:
         """Tokens of the strings on each ladder, sign and terminator included."""
         decimals = self._decimals[owner]
         after = np.where(decimals > 0, 1 - (-decimals // self._group), 0)
@@ -281,33 +256,27 @@ class NumberGrammar:
         reading = np.flatnonzero(~before_point & (prefixes.decimals < decimals))
         complete = np.flatnonzero(~before_point & (prefixes.decimals == decimals))
         unsigned = np.flatnonzero(before_point & (prefixes.digits == 0) & ~prefixes.negative)
-        ladders = _Ladders.joined(
-            [
-                self._sign(prefixes, unsigned),
-                self._whole_part(prefixes, growing),
-                self._single(prefixes, closing, np.where(decimals > 0, self.tokens.point, self.tokens.terminator)),
-                self._decimal_part(prefixes, reading),
-                self._single(prefixes, complete, np.full(decimals.size, self.tokens.terminator)),
-            ]
-        )
-        ladders = self._cut(ladders, prefixes.owner[ladders.prefix])
-        return ladders.take(np.argsort(ladders.prefix, kind="stable"))
+        parts = [
+            self._sign(prefixes, unsigned),
+            self._whole_part(prefixes, growing),
+            self._single(prefixes, closing, np.where(decimals > 0, self.tokens.point, self.tokens.terminator)),
+            self._decimal_part(prefixes, reading),
+            self._single(prefixes, complete, np.full(decimals.size, self.tokens.terminator)),
+        ]
+        ladders = _Ladders(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return self._cut(ladders, prefixes.owner[ladders.prefix])
 
     def _cut(self, ladders: _Ladders, owner: np.ndarray) -> _Ladders:
+        """The ladders without the steps that hold no string of their space, in order of the prefixes."""
         smallest, largest = self._sizes(ladders.negative, owner)
         skipped = np.maximum((smallest - ladders.start) // ladders.step, 0)
         stop = np.minimum((largest - ladders.start) // ladders.step + 1, ladders.count)
-        kept = np.flatnonzero(stop > skipped)
-        cut = _Ladders(
-            ladders.prefix,
-            ladders.negative,
-            ladders.whole_digits,
-            ladders.start + skipped * ladders.step,
-            ladders.step,
-            stop - skipped,
-            ladders.slot + skipped,
+        cut = ladders._replace(
+            start=ladders.start + skipped * ladders.step, count=stop - skipped, slot=ladders.slot + skipped
         )
-        return cut.take(kept)
+        kept = np.flatnonzero(stop > skipped)
+        kept = kept[np.argsort(ladders.prefix[kept], kind="stable")]
+        return _Ladders(*(column[kept] for column in cut))
 
     def _sizes(self, negative: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The smallest and the largest |k| of this sign in each space; the largest is -1 where there is none."""
