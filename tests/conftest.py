@@ -212,11 +212,20 @@ def hf_config():
 
 
 @pytest.fixture(scope="session")
-def program_cache(tmp_path_factory) -> Path:
+def shared_dir(tmp_path_factory) -> Path:
+    """A directory of this session of tests, the same for all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def program_cache(shared_dir) -> Path:
     """Directory of compiled programs, shared by the runs of a test session, in this process and in others."""
     import jax
 
-    directory = tmp_path_factory.mktemp("programs")
+    directory = shared_dir / "programs"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
@@ -233,12 +242,29 @@ def log_restored():
 
 
 @pytest.fixture(scope="session")
-def configured(tmp_path_factory):
+def configured(shared_dir):
     """Reads a config file with overrides (`train.epochs=2`) as the commands do; the data cache is a fresh one."""
     from cft_jax.config import load_config
 
-    cache = tmp_path_factory.mktemp("data")
+    cache = shared_dir / "data"
     return lambda file, *overrides: load_config(str(file), [f"data.cache_dir={cache}", *overrides])
+
+
+TINY = Path(__file__).parent / "configs" / "tiny.py"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shared_dir, configured, program_cache):
+    """Directory of a finished run of `configs/tiny.py`, four steps of its six, and what `run` returned.
+
+    For reading: it is made once for all tests. The worker that comes second finds it finished.
+    """
+    from filelock import FileLock
+
+    from cft_jax.jobs.calibrate import run
+
+    with FileLock(shared_dir / "tiny_run.lock"):
+        return shared_dir / "tiny_run", run(configured(TINY, "train.max_steps=4"), shared_dir / "tiny_run")
 
 
 @pytest.fixture(scope="session")

@@ -227,9 +227,8 @@ def test_another_base_is_refused(soft, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_made_on_the_spot_is_never_made_twice(configured, tmp_path, capsys):
-    tiny = Path(__file__).parent / "configs" / "tiny.py"
-    run(configured(tiny, "train.max_steps=1", "eval.enabled=False", "export.enabled=False"), tmp_path / "run")
+def test_a_base_made_on_the_spot_is_never_made_twice(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "base")
     with pytest.raises(SystemExit) as stopped:
         export_command(tmp_path / "run", tmp_path / "out", "merged")

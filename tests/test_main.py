@@ -53,10 +53,9 @@ def steps(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, configured):
+def finished(tiny_run):
     """The directory of a run of four steps out of six, and what `run` returned."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    return workdir, run(configured(TINY, "train.max_steps=4"), workdir)
+    return tiny_run
 
 
 def test_a_run_leaves_the_files_it_promises(finished):
@@ -277,6 +276,15 @@ def test_twenty_interruptions_end_with_the_same_bits(start_command, undisturbed,
     assert_same_end(job.workdir, undisturbed, (codes, seed))
 
 
+def test_another_mesh_trains_alike(finished, configured, tmp_path):
+    overrides = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.max_steps=2")
+    run(configured(TINY, *overrides, "eval.enabled=False", "export.enabled=False"), tmp_path / "run")
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    want = [row["loss"] for row in read_metrics(finished[0] / "metrics.jsonl")][:2]
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_eight_devices_train_as_one(undisturbed, configured, tmp_path):
     overrides = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.max_steps=20", "export.enabled=False")
     run(configured(TINY, *LONG, *overrides), tmp_path / "run")

@@ -38,15 +38,21 @@ def attempt(monkeypatch, capsys, tmp_path, program_cache, log_restored):
     return run
 
 
-@pytest.fixture
-def base(tmp_path, write_hf, hf_config):
+@pytest.fixture(scope="module")
+def whole_base(tmp_path_factory, write_hf, hf_config):
     """A checkpoint in three or more shards, with a tokenizer."""
     tokenizer = train_tokenizer(["Generate exactly ONE random number from a Poisson distribution with parameters"])
-    directory = tmp_path / "base"
+    directory = tmp_path_factory.mktemp("base")
     config = hf_config("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     write_hf(directory, config, max_shard_size="30KB")
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def base(whole_base, tmp_path):
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(whole_base, tmp_path / "base")
 
 
 def overrides(*assignments):
@@ -223,9 +229,9 @@ def test_workdirs_of_others(attempt, tmp_path):
     assert [(path.name, path.read_text()) for path in other.iterdir()] == [("thesis.tex", "x")]
 
 
-def test_a_run_of_another_config(attempt, configured, tmp_path):
+def test_a_run_of_another_config(attempt, tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    main.run(configured(TINY, "train.max_steps=1", "eval.enabled=False", "export.enabled=False"), workdir)
+    shutil.copytree(tiny_run[0], workdir)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     cache = json.loads((workdir / "config.json").read_text())["config"]["data"]["cache_dir"]
     line = attempt("--config.seed=12", "--config.train.tau=2.0", f"--config.data.cache_dir={cache}")

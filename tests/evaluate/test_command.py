@@ -6,20 +6,16 @@ import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.evaluate.__main__ import run
-from cft_jax.main import run as train
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 EVAL = Path(__file__).parents[2] / "configs" / "eval" / "structured.py"
 FEW = ("eval.max_prompts_per_split=2", "eval.num_samples=200", "eval.max_new_tokens=8")
 pytestmark = pytest.mark.usefixtures("program_cache")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, configured):
-    """The directory of a finished run without evaluations of its own."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    train(configured(TINY, "train.max_steps=4", "eval.enabled=False"), workdir)
-    return workdir
+@pytest.fixture
+def trained(tiny_run):
+    """The directory of a finished run."""
+    return tiny_run[0]
 
 
 def test_checkpoint_export_and_both_backends_agree(trained, configured, tmp_path):

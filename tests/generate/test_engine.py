@@ -68,7 +68,7 @@ def test_decode_beyond_the_window_equals_prefill(family, make_model, make_sample
             assert completions[sample].tokens == drawn_alone(model, prompt, 4, sample, length)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1, 1), (0.5, 1), (1.8, 1), (1, 0.8), (0.9, 0.7), (1.3, 0.95)])
+@pytest.mark.parametrize("temperature, top_p", [(1, 1), (0.5, 1), (1, 0.8), (1.3, 0.95)])
 def test_texts_follow_the_model(temperature, top_p, make_model, make_sampler):
     model, prompt, vocab = make_model("few_tokens"), [4, 9, 1], 13
 

@@ -58,6 +58,7 @@ def checkout(tmp_path, monkeypatch, program_cache):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_runs_from_top_to_bottom(checkout, display, capsys):
     run_cells(CODE, {"CONFIG": "configs/demo.py", "WORKDIR": "runs/demo", "OVERRIDES": SHORT})
     out = capsys.readouterr().out

@@ -76,6 +76,7 @@ exit "$code"
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_the_slurm_script(stand_ins, program_cache):
     """sbatch starts the job's script, srun its tasks; the two processes meet and train as one."""
     stand_ins.answer("squeue")

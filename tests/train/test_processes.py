@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 HERE = Path(__file__).parent
 KILLS = 2
+pytestmark = pytest.mark.slow
 
 
 def start(workdir, cache, *, mesh="1,1,1", devices=8, **environment):
