@@ -77,8 +77,9 @@ def test_angles_equal_transformers(rope, head_dim):
     theirs = LlamaRotaryEmbedding(config)
     ours = config_from_hf(config.to_dict()).layer_pattern[0].rope
     inverse, amplitude = inverse_frequencies(ours, head_dim)
-    # torch's float32 power is off by one bit here and there, and the ramps add a rounding.
-    np.testing.assert_array_max_ulp(inverse, theirs.inv_freq.numpy(), maxulp=3)
+    # torch's float32 power is off by one bit here and there, which bits depends on the CPU; ramps magnify that.
+    ramp = rope["rope_type"] in ("llama3", "yarn")
+    np.testing.assert_array_max_ulp(inverse, theirs.inv_freq.numpy(), maxulp=16 if ramp else 3)
     assert amplitude == pytest.approx(theirs.attention_scaling, rel=1e-12)
     positions = np.array([[0, 1, 2, 17, 63, 64, 70]])
     expected = theirs(torch.zeros(1), torch.tensor(positions))

@@ -68,14 +68,14 @@ def tiny_soft(**changes):
 
 def test_soft_loss_by_hand():
     # Step 1: 0.5 ln(0.5/0.5) + 0.5 ln(0.5/0.25) = 0.5 ln 2. Step 2: ln(1/0.2) = ln 5.
-    np.testing.assert_allclose(tiny_soft(), (0.5 * np.log(2) + np.log(5)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(tiny_soft(), (0.5 * np.log(2) + np.log(5)) / 2, rtol=1e-5)
 
 
 def test_soft_loss_leaves_out_masked_and_targetless_steps():
     only_second = np.log(5)
-    np.testing.assert_allclose(tiny_soft(step_mask=np.array([[False, True]])), only_second, rtol=1e-6)
+    np.testing.assert_allclose(tiny_soft(step_mask=np.array([[False, True]])), only_second, rtol=1e-5)
     no_target = np.array([[[False, False], [True, False]]])
-    np.testing.assert_allclose(tiny_soft(target_mask=no_target), only_second, rtol=1e-6)
+    np.testing.assert_allclose(tiny_soft(target_mask=no_target), only_second, rtol=1e-5)
 
 
 def test_soft_loss_zero_target_under_zero_model_probability_counts_nothing():
@@ -83,7 +83,7 @@ def test_soft_loss_zero_target_under_zero_model_probability_counts_nothing():
     probs = np.array([[[1.0, 0.0], [1.0, 0.0]]], np.float32)
     ids = np.array([[[0, 1], [1, 0]]], np.int32)
     loss = tiny_soft(logits=logits, target_ids=ids, target_probs=probs, step_mask=np.array([[True, False]]))
-    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-5)
 
 
 def test_nothing_to_score_is_nan_with_finite_gradients():
