@@ -87,7 +87,9 @@ def encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of all that decides token ids and rendered chats: vocabulary, merges, rules, template, special tokens."""
-    digest = hashlib.sha256(backend(tokenizer).to_str().encode())
+    rules = backend(tokenizer).to_str()
+    # Before them stand the padding and truncation of the latest call.
+    digest = hashlib.sha256(rules[rules.index('"added_tokens"') :].encode())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     for part in (tokenizer.chat_template, special):
         digest.update(json.dumps(part, sort_keys=True).encode())

@@ -56,3 +56,11 @@ def test_a_hub_id_without_network_is_one_line():
     with pytest.raises(UserError, match="some/tokenizer") as caught:
         load("some/tokenizer")
     assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_does_not_depend_on_calls_before(small_tokenizer):
+    before = fingerprint(small_tokenizer)
+    small_tokenizer.pad_token = small_tokenizer.eos_token
+    named = fingerprint(small_tokenizer)
+    small_tokenizer(["a", "abc"], padding=True, truncation=True, max_length=8)
+    assert fingerprint(small_tokenizer) == named != before
