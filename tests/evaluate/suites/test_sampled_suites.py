@@ -12,7 +12,6 @@ import pytest
 from cft_jax.common.errors import UserError
 from cft_jax.config.suites import EvalConfig, OpenRandomConfig, SuiteConfig
 from cft_jax.evaluate.__main__ import run
-from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.suites import mcq as mcq_suite
 from cft_jax.evaluate.suites import open_random as open_random_suite
 from cft_jax.evaluate.suites.mcq import read_prompt
@@ -220,22 +219,6 @@ def test_open_random_on_a_real_model(small_checkpoint, configured, program_cache
     hf_summary = run(configured(CONFIGS / "open_random.py", *which, "backend=hf"), tmp_path / "hf")
     assert jax_summary["median_support_sizes"] == hf_summary["median_support_sizes"]
     assert {"report.html", "config.json", *FILES} <= {path.name for path in (tmp_path / "jax").iterdir()}
-    # Killed between its two parts, and repeated.
-    real, calls = JaxBackend.sample, []
-
-    def killed(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JaxBackend, "sample", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, tmp_path / "killed")
-    run(config, tmp_path / "killed")
-    for name in FILES:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "jax" / name).read_bytes(), name
 
 
 def test_mcq_on_a_real_model(small_checkpoint, configured, program_cache, tmp_path):

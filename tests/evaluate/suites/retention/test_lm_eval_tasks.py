@@ -212,6 +212,7 @@ def test_mistakes_say_what_to_do(settings, tmp_path):
         load_tasks(("broken",), LmEvalConfig(include_path=str(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("program_cache")
 def test_the_command(settings, checkpoint, configured, tmp_path):
     config = configured(

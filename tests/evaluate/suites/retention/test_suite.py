@@ -153,6 +153,7 @@ def test_missing_data_says_what_where_and_how(hashing, measure, tmp_path):
     fails(r"tiny_gsm8k\.jsonl is damaged", data=tmp_path, tasks=("tiny_gsm8k",))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("program_cache")
 def test_the_command_with_both_backends(data, checkpoint, configured, tmp_path):
     few = ("suite.retention.tasks=tiny_winogrande,tiny_gsm8k", "suite.retention.max_new_tokens=4")
