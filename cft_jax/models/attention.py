@@ -5,6 +5,7 @@ Every mask is one array: query i of a row sees key j of the same row iff `j <= i
 prompt shared by many rows, a decode cache) come as further segments.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -118,30 +119,17 @@ class Attention(nnx.Module):
     ) -> None:
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
 
-        def linear(name: str, equation: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Linear:
-            return Linear(
-                name,
-                equation,
-                shape,
-                axes,
-                layers,
-                bias=config.attn_bias,
-                lora=lora,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(
+            Linear, layers=layers, bias=config.attn_bias, lora=lora, param_dtype=param_dtype, rngs=rngs
+        )
         self.q_proj = linear("q_proj", "BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"))
         self.k_proj = linear("k_proj", "BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"))
         self.v_proj = linear("v_proj", "BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"))
         self.o_proj = linear("o_proj", "BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"))
-
-        def head_norm() -> RmsNorm | None:
-            if not config.qk_norm:
-                return None
-            return RmsNorm(H, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
-
-        self.q_norm, self.k_norm = head_norm(), head_norm()
+        norm = functools.partial(
+            RmsNorm, H, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype
+        )
+        self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
         self.sinks = (
             nnx.Param(jnp.zeros((layers, N), param_dtype), axes=("layers", "heads")) if config.attn_sinks else None
         )

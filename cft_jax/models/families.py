@@ -32,8 +32,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             + ", ".join(sorted([*_FAMILIES, "gemma3"]))
         )
     fields = Fields(raw, model_type)
-    sizes = _common(fields)
-    sizes |= _FAMILIES[model_type](fields, sizes)
+    sizes = _common(fields) | _FAMILIES[model_type](fields)
     fields.close()
     try:
         return ModelConfig(**sizes)
@@ -118,17 +117,17 @@ def _layer_types(f: Fields, num_layers: int) -> list[str]:
     return ["sliding_attention" if sliding else "full_attention" for sliding in slides] if given is None else given
 
 
-def _llama(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _llama(f: Fields) -> dict[str, Any]:
     f.only("mlp_bias", (False,))
     f.only("pretraining_tp", (1, None))
     return {}
 
 
-def _qwen3(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3(f: Fields) -> dict[str, Any]:
     return {"qk_norm": True}
 
 
-def _gemma3_text(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma3_text(f: Fields) -> dict[str, Any]:
     f.only("use_bidirectional_attention", (False, None))
     # transformers reads it and never applies it.
     f.only("attn_logit_softcapping", (None,))
@@ -137,13 +136,13 @@ def _gemma3_text(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm": True,
         "post_norms": True,
         "norm_offset": 1.0,
-        "embed_scale": sizes["embed_dim"] ** 0.5,
+        "embed_scale": f.number("hidden_size", int) ** 0.5,
         "attn_scale": f.number("query_pre_attn_scalar", float) ** -0.5,
         "final_softcap": None if cap is None else f.number("final_logit_softcapping", float),
     }
 
 
-def _gpt_oss(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt_oss(f: Fields) -> dict[str, Any]:
     moe = Moe(
         hidden_dim=f.number("intermediate_size", int),
         num_experts=f.number("num_local_experts", int),
@@ -157,7 +156,7 @@ def _gpt_oss(f: Fields, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What a family adds to what all have in common.
-_FAMILIES: dict[str, Callable[[Fields, Mapping[str, Any]], dict[str, Any]]] = {
+_FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "gemma3_text": _gemma3_text,
     "gpt_oss": _gpt_oss,
     "llama": _llama,

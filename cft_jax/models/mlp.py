@@ -29,15 +29,10 @@ class Mlp(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         D, F = embed_dim, mlp.hidden_dim
-        up = functools.partial(
-            Linear, equation="BTD,DF->BTF", shape=(D, F), axes=("embed", "mlp"), layers=layers,
-            lora=lora, param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
-        self.gate_proj, self.up_proj = up("gate_proj"), up("up_proj")
-        self.down_proj = Linear(
-            "down_proj", "BTF,FD->BTD", (F, D), ("mlp", "embed"), layers,
-            lora=lora, param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
+        linear = functools.partial(Linear, layers=layers, lora=lora, param_dtype=param_dtype, rngs=rngs)
+        self.gate_proj = linear("gate_proj", "BTD,DF->BTF", (D, F), ("embed", "mlp"))
+        self.up_proj = linear("up_proj", "BTD,DF->BTF", (D, F), ("embed", "mlp"))
+        self.down_proj = linear("down_proj", "BTF,FD->BTD", (F, D), ("mlp", "embed"))
         self.activation = ACTIVATIONS[mlp.activation]
 
     def __call__(

@@ -1,5 +1,7 @@
 """Mixture of experts as in gpt-oss (HF modeling_gpt_oss.py): every token reaches its experts, none is dropped."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,11 +20,11 @@ class ExpertLinear(nnx.Module):
     def __init__(
         self,
         name: str,
-        experts: int,
         shape: tuple[int, int],
         axes: tuple[str, str],
-        layers: int,
         *,
+        layers: int,
+        experts: int,
         lora: LoraSpec | None,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -66,12 +68,11 @@ class MoeMlp(nnx.Module):
         D, E, F = embed_dim, moe.num_experts, moe.hidden_dim
         self.router_kernel = normal_param(rngs.params(), (layers, D, E), ("layers", "embed", "experts"), D, param_dtype)
         self.router_bias = nnx.Param(jnp.zeros((layers, E), param_dtype), axes=("layers", "experts"))
-        self.gate_up_proj = ExpertLinear(
-            "gate_up_proj", E, (D, 2 * F), ("embed", "mlp"), layers, lora=lora, param_dtype=param_dtype, rngs=rngs
+        linear = functools.partial(
+            ExpertLinear, layers=layers, experts=E, lora=lora, param_dtype=param_dtype, rngs=rngs
         )
-        self.down_proj = ExpertLinear(
-            "down_proj", E, (F, D), ("mlp", "embed"), layers, lora=lora, param_dtype=param_dtype, rngs=rngs
-        )
+        self.gate_up_proj = linear("gate_up_proj", (D, 2 * F), ("embed", "mlp"))
+        self.down_proj = linear("down_proj", (F, D), ("mlp", "embed"))
         self.moe = moe
 
     def __call__(

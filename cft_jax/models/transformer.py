@@ -1,5 +1,6 @@
 """One decoder-only transformer for all families: embeddings, scanned layers, final norm, head."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -47,11 +48,9 @@ class Block(nnx.Module):
     def __init__(
         self, config: ModelConfig, layers: int, *, lora: LoraSpec | None, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        def norm() -> RmsNorm:
-            return RmsNorm(
-                config.embed_dim, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype
-            )
-
+        norm = functools.partial(
+            RmsNorm, config.embed_dim, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype
+        )
         self.attn_norm, self.mlp_norm = norm(), norm()
         self.post_attn_norm = norm() if config.post_norms else None
         self.post_mlp_norm = norm() if config.post_norms else None
