@@ -9,14 +9,14 @@ from cft_jax.common.files import write_atomically
 from cft_jax.evaluate.report.runs import Run, Training, read_training
 from cft_jax.evaluate.report.tables import split_title
 
-_ENVIRONMENT = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("cft_jax.evaluate.report"),
-    autoescape=True,
+    autoescape=jinja2.select_autoescape(["html"]),
     trim_blocks=True,
-    lstrip_blocks=True,
+    keep_trailing_newline=True,
     undefined=jinja2.StrictUndefined,
 )
-_ENVIRONMENT.filters["split_title"] = split_title
+TEMPLATES.filters["split_title"] = split_title
 
 
 def write_report(workdir: Path) -> Path:
@@ -40,4 +40,4 @@ def render_page(runs: Sequence[Run], training: Training | None = None) -> str:
     # Here, since it takes a second to import matplotlib, and most processes that import this module draw nothing.
     from cft_jax.evaluate.report.sections import page_sections
 
-    return _ENVIRONMENT.get_template("page.html").render(page_sections(runs, training))
+    return TEMPLATES.get_template("page.html").render(page_sections(runs, training))

@@ -80,7 +80,7 @@ def panel_figure(panel: Panel) -> Figure:
     """One prompt: probabilities beside their cumulative sums; text values have no order, so only the former."""
     figure, axes = new_figure(5.6, 1.95, 1, 1 if panel.kind == "text" else 2)
     draw_probabilities(axes[0], panel)
-    axes[0].set_title("density" if panel.kind == "continuous" else "probability", **_CAPTION)
+    axes[0].set_title("density" if _is_dense(panel) else "probability", **_CAPTION)
     if panel.kind != "text":
         draw_cumulative(axes[1], panel)
         axes[1].set_title("cumulative probability", **_CAPTION)
@@ -107,13 +107,8 @@ def gallery_figure(panels: Sequence[Panel], columns: int) -> Figure:
 
 
 def draw_probabilities(ax: Axes, panel: Panel) -> None:
-    """Bars of probabilities for discrete values and texts, densities for continuous ones."""
-    if panel.kind == "continuous":
-        _draw_density(ax, panel)
-    elif panel.kind == "discrete" and len(panel.values) > _MAX_BARS:
-        _draw_mass_lines(ax, panel)
-    else:
-        _draw_bars(ax, panel)
+    """Bars of probabilities for texts and a few discrete values, densities for many and for continuous ones."""
+    (_draw_density if _is_dense(panel) else _draw_bars)(ax, panel)
     ax.yaxis.set_major_locator(MaxNLocator(4))
 
 
@@ -273,6 +268,10 @@ def _label_bars(ax: Axes, labels: Sequence[str]) -> None:
     )
 
 
+def _is_dense(panel: Panel) -> bool:
+    return panel.kind == "continuous" or (panel.kind == "discrete" and len(panel.values) > _MAX_BARS)
+
+
 def _sorted(panel: Panel) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     numbers = as_numbers(panel.values)
     assert numbers is not None
@@ -342,13 +341,4 @@ def _draw_bars(ax: Axes, panel: Panel) -> None:
     ax.bar(centres, target, width, color=TARGET, linewidth=0)
     for style, q in models.items():
         ax.plot(centres, q, **_dot(style))
-    _limit_height(ax, target, list(models.values()))
-
-
-def _draw_mass_lines(ax: Axes, panel: Panel) -> None:
-    numbers, target, models = _sorted(panel)
-    ax.fill_between(numbers, target, step="mid", color=TARGET, linewidth=0)
-    for style, q in models.items():
-        ax.step(numbers, q, where="mid", **_line(style))
-    ax.set_xlim(*_shown_range(numbers, target, panel.kind))
     _limit_height(ax, target, list(models.values()))

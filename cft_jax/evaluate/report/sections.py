@@ -92,8 +92,7 @@ def page_sections(runs: Sequence[Run], training: Training | None) -> dict[str, A
         "split_tables": {split: split_table(structured, split) for split in splits},
         "panels": _panels(structured, splits),
         "family_tables": {split: families_table(structured, split) for split in splits},
-        "calibration": _calibration(structured, splits),
-        "loss": _loss(training),
+        "curves": _curves(structured, splits, training),
         "tests": tests_table(structured, splits),
         "suites": [_suite(measured, suite) for suite in suites_of(measured) if suite != SUITE],
         "left_out": [line for run in structured for line in _left_out(run, splits)],
@@ -162,37 +161,27 @@ def _cards(runs: Sequence[Run], split: str) -> Iterator[dict[str, str]]:
 def _panels(runs: Sequence[Run], splits: Sequence[str]) -> list[dict[str, Any]]:
     """Plots of prompts, with the total variation by a model's style."""
     gallery = []
-    names = ", ".join(run.name for run in runs)
     variation = next(metric for metric in METRICS if metric.title == "total variation")
-    for index, (key, panel) in enumerate(choose_panels(runs, splits, _MAX_PANELS)):
+    for key, panel in choose_panels(runs, splits, _MAX_PANELS):
         of_prompt = {run.style: record for run in runs for record in run.records if record_key(record) == key}
         path = at(of_prompt.values(), (), variation).path
-        image = _image(
-            plots.panel_figure(panel), f"panel{index}", f"{panel.title} {panel.subtitle}: target and {names}"
-        )
         variations = {style: number(value_at(record, path)) for style, record in of_prompt.items()}
-        gallery.append({"title": panel.title, "subtitle": panel.subtitle, "image": image, "variations": variations})
+        gallery.append(_plot(panel.title, plots.panel_figure(panel), panel.subtitle) | {"variations": variations})
     return gallery
 
 
-def _calibration(runs: Sequence[Run], splits: Sequence[str]) -> list[dict[str, Any]]:
+def _curves(runs: Sequence[Run], splits: Sequence[str], training: Training | None) -> list[dict[str, Any]]:
+    """Calibration by split, and the loss of the training."""
     gallery = []
-    for index, split in enumerate(splits):
+    for split in splits:
         sections = {run.style: section_at(run.summary, ("splits", split, "calibration")) for run in runs}
         if curves := {style: section for style, section in sections.items() if section}:
-            title = split_title(split)
-            image = _image(plots.calibration_figure(curves), f"calibration{index}", f"calibration, {title}")
-            gallery.append({"title": "Calibration", "subtitle": title, "image": image})
-    return gallery
-
-
-def _loss(training: Training | None) -> list[dict[str, Any]]:
+            gallery.append(_plot("Calibration", plots.calibration_figure(curves), split_title(split)))
     rows = [row for row in training.metrics if row.get("loss") is not None] if training else []
-    if len(rows) < 2:
-        return []
-    figure = plots.loss_figure([row["step"] for row in rows], [row["loss"] for row in rows])
-    image = _image(figure, "loss", "training loss")
-    return [{"title": "Training loss", "subtitle": f"{rows[-1]['step']:,} steps", "image": image}]
+    if len(rows) > 1:
+        figure = plots.loss_figure([row["step"] for row in rows], [row["loss"] for row in rows])
+        gallery.append(_plot("Training loss", figure, f"{rows[-1]['step']:,} steps"))
+    return gallery
 
 
 def _left_out(run: Run, splits: Sequence[str]) -> Iterator[str]:
@@ -215,19 +204,13 @@ def _suite(measured: Sequence[Run], suite: str) -> dict[str, Any]:
     bars = {metric.title: group for metric, group in further.items() if any("*" in name for name in metric.path)}
     bars["lm-eval"] = [headline for headline in headlines if headline.path[0] == "lm_eval" and headline.is_share]
     gallery = []
-    for index, (title, group) in enumerate(bars.items()):
+    for title, group in bars.items():
         heights = {run.style: [_height(run, metric) for metric in group] for run in runs}
         heights = {style: values for style, values in heights.items() if not all(map(math.isnan, values))}
         if heights:
             labels = [metric.title.removeprefix(f"{title}, ") for metric in group]
             figure = plots.bars_figure(labels, heights, percent=group[0].is_share, uniform=suite == "mcq")
-            gallery.append(
-                {
-                    "title": title[0].upper() + title[1:],
-                    "subtitle": "",
-                    "image": _image(figure, f"{suite}{index}", title),
-                }
-            )
+            gallery.append(_plot(title[0].upper() + title[1:], figure))
     unique = {metric.path: metric for metric in reversed(metrics)}.values()
     table = metric_table(runs, list(unique)[::-1])
     return {"title": suite_title(suite), "table": table, "plots": gallery, "numbers": numbers_table(runs)}
@@ -253,5 +236,7 @@ def _height(run: Run, metric: Headline) -> float:
     return math.nan if value is None else float(value)
 
 
-def _image(figure: Figure, name: str, description: str) -> Markup:
-    return Markup(plots.svg(figure, name, description))
+def _plot(title: str, figure: Figure, subtitle: str = "") -> dict[str, Any]:
+    # The title keeps the ids inside the image apart from those of the page's other images.
+    image = plots.svg(figure, f"{title} {subtitle}", f"{title} {subtitle}".strip())
+    return {"title": title, "subtitle": subtitle, "image": Markup(image)}

@@ -43,12 +43,12 @@ def test_a_prompt_with_fences_stays_inside_its_block(prompt):
     assert ast.literal_eval(ast.parse(block).body[0].value) == prompt
 
 
-def test_figures_are_those_measured():
+def test_metrics_are_those_measured():
     text = card(summaries={"before": {"splits": {}}, "after": SUMMARY})
     assert "| exact KL, nats | – | 0.0302 |" in text
     assert "| valid answers | – | 99.0 % |" in text
     assert "Wasserstein" not in text
-    assert "## Figures" not in card(summaries={})
+    assert "## Metrics" not in card(summaries={})
 
 
 def test_a_model_from_scratch_names_no_base():
