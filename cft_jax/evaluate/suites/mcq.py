@@ -68,6 +68,7 @@ def run(context: SuiteContext) -> Summary:
     ]
     samples = [{name: record[name] for name in ("seed", "first", "samples")} for record in records]
     metrics |= {"answers": answer_frequencies(metrics), "format_errors": dict(errors)}
+    used |= {"prompt": prompt}
     return context.results.finish(SUITE, fingerprint, used, metrics, rows=rows, samples=samples)
 
 

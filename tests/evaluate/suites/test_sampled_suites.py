@@ -162,6 +162,8 @@ def test_mcq_metrics(mcq, tmp_path):
     model = Scripted([QUESTION.format("C"), QUESTION.format("C"), QUESTION.format("A"), "I cannot."])
     summary = mcq(model, tmp_path)
     assert summary["parse_rate"] == 0.75 and summary["count_c"] == 2
+    # What was asked, so that comparisons see whether it was the same.
+    assert summary["settings"]["prompt"] == read_prompt("")
     # By hand: frequencies 1/3, 0, 2/3, 0.
     assert summary["tv_distance_from_uniform"] == pytest.approx(0.5)
     assert summary["max_abs_deviation_from_uniform"] == pytest.approx(2 / 3 - 1 / 4)
