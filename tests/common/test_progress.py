@@ -5,7 +5,6 @@ import io
 import pytest
 from absl import logging
 
-from cft_jax.common import progress as module
 from cft_jax.common.progress import Progress
 
 
@@ -35,7 +34,7 @@ def test_terminal_shows_throughput_and_time_left(monkeypatch, informed):
 
 def test_log_gets_a_line_now_and_then(monkeypatch, informed, caplog):
     clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("sys.stderr", io.StringIO())
     with caplog.at_level("INFO", logger="absl"), Progress("evaluate", total=100, unit="prompt", done=50) as progress:
         for _ in range(25):
@@ -43,17 +42,17 @@ def test_log_gets_a_line_now_and_then(monkeypatch, informed, caplog):
             progress.advance(2, kl=0.5)
     # A line each 32 s (the first advance past 30 s), and one at the end, after 100 s: 50 prompts were done before.
     assert [record.getMessage() for record in caplog.records] == [
-        "evaluate: 66/100 prompts, 2 s/prompt, 1:08 left, kl 0.5",
-        "evaluate: 82/100 prompts, 2 s/prompt, 0:36 left, kl 0.5",
-        "evaluate: 98/100 prompts, 2 s/prompt, 0:04 left, kl 0.5",
-        "evaluate: 100/100 prompts, 2 s/prompt, kl 0.5",
+        "evaluate: 66/100 prompts, 2.00s/prompt, 01:08 left, kl=0.5",
+        "evaluate: 82/100 prompts, 2.00s/prompt, 00:36 left, kl=0.5",
+        "evaluate: 98/100 prompts, 2.00s/prompt, 00:04 left, kl=0.5",
+        "evaluate: 100/100 prompts, 2.00s/prompt, 00:00 left, kl=0.5",
     ]
 
 
 def test_the_time_left_follows_the_speed_of_late(monkeypatch, informed, caplog):
     """The first step, which waits for XLA, does not foretell that all steps take as long."""
     clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("sys.stderr", io.StringIO())
     with caplog.at_level("INFO", logger="absl"), Progress("train", total=200, unit="step") as progress:
         for seconds in (60.0, *[1.0] * 60):
@@ -61,9 +60,9 @@ def test_the_time_left_follows_the_speed_of_late(monkeypatch, informed, caplog):
             progress.advance(1)
     # By hand: 1 step in 60 s; then 30 steps in 30 s, 169 and 139 are left; at the end 61 steps in 120 s.
     assert [record.getMessage() for record in caplog.records] == [
-        "train: 1/200 steps, 60 s/step, 3:19:00 left",
-        "train: 31/200 steps, 1 steps/s, 2:49 left",
-        "train: 61/200 steps, 1 steps/s, 2:19 left",
+        "train: 1/200 steps, 60.00s/step, 3:19:00 left",
+        "train: 31/200 steps, 1.00step/s, 02:49 left",
+        "train: 61/200 steps, 1.00step/s, 02:19 left",
     ]
 
 
