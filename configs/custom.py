@@ -3,8 +3,8 @@
     python -m cft_jax.main --config=configs/custom.py
     python -m cft_jax.main --config=configs/custom.py:mine.jsonl
 
-`configs/custom.jsonl` has an evenly balanced A/B/C/D, a loaded die, a survey and more; a small model is made on the
-spot and learns them. For a real model set `config.model.scratch.enabled=False`, `config.model.lora.enabled=True`,
+`configs/custom.jsonl` has an evenly balanced A/B/C/D, a loaded die, a survey and more; a small, randomly initialised
+model learns them. For a real model set `config.model.scratch.enabled=False`, `config.model.lora.enabled=True`,
 `config.model.checkpoint=...` and `config.export.format=adapter`.
 """
 

@@ -2,7 +2,7 @@
 
     python -m cft_jax.main --config=configs/demo.py
 
-A small Llama-architecture model and a tokenizer are made on the spot and trained from scratch on four families, by the
+A small Llama-architecture model and a tokenizer are made and trained from scratch on four families, by the
 exact objective: every step sees all answers of its prompts with their probabilities. The report shows the model's
 distributions before and after, on parameters that lie between those it was trained on. Expected there: exact KL down
 by 99 %, total variation below 0.2, all but a few samples valid. The family it never saw stays out of reach of so

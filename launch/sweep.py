@@ -8,7 +8,7 @@
     python launch/sweep.py --set=seed=11,12 --set=data.space=grid,full --print
 
 Every run has a directory of its own under --root, named after its model, target and settings; those that are finished
-are left alone, so the same line goes on where it stopped. What follows -- is handed to every run as it stands.
+are left alone, so the same line resumes where it stopped. What follows -- is handed to every run as it stands.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from absl import flags, logging
 from cft_jax.common.errors import UserError
 from cft_jax.common.memory import keep_freed_memory
 
-# What a machine refuses, and its cure.
+# What a machine refuses, and the fix.
 _REFUSED = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -90,7 +90,7 @@ def run(main: Main, values: flags.FlagValues, description: str) -> None:
             f"({' '.join(str(error).split())[:200]})"
         )
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
+        sys.stderr.write("interrupted; the same command resumes where this run stopped\n")
         sys.exit(130)
 
 

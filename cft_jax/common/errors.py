@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message names the value, the rule and the cure, in one line.
+    """A mistake the user can mend: the message names the value, the rule and the fix, in one line.
 
     Commands print the message alone and exit with code 2 (`cft_jax.common.cli`); every other exception is our own
     mistake and keeps its stack trace.

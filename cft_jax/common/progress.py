@@ -49,9 +49,9 @@ class Progress:
           unit: name of one unit, singular.
           done: units done earlier (a resumed run); they do not count towards the throughput.
         """
-        self._is_bar = sys.stderr.isatty()
         options: dict[str, Any] = {"total": total, "initial": done, "desc": what, "disable": not logging.level_info()}
-        if self._is_bar:
+        self._logs = logging.level_info() and not sys.stderr.isatty()
+        if not self._logs:
             self._bar = tqdm(**options, unit=f" {unit}s", dynamic_ncols=True)
         else:
             now_and_then = {"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "miniters": 0, "smoothing": 1}
@@ -62,7 +62,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if not self._is_bar and (kind is not None or self._bar.n == self._bar.last_print_n):
+        if self._logs and (kind is not None or self._bar.n == self._bar.last_print_n):
             self._bar.leave = False  # no line that says nothing new
         self._bar.close()
 

@@ -14,7 +14,7 @@ from cft_jax.common.files import write_atomically
 class MetricsWriter:
     """Appends rows to a run's `metrics.jsonl`; each step stands in it once, whatever interrupted the run.
 
-    Opening it for a run that goes on after `step` drops rows beyond that step (they will be measured again) and a line
+    Opening it for a run that resumes after `step` drops rows beyond that step (they will be measured again) and a line
     that a crash left half-written. Rows are flushed as they are written.
     """
 

@@ -46,7 +46,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ScratchConfig:
-    """A small Llama-architecture model with a tokenizer of its own, made on the spot instead of a checkpoint."""
+    """A small Llama-architecture model with a tokenizer of its own, randomly initialised in place of a checkpoint."""
 
     enabled: bool = False
     num_layers: int = at_least(1, 4)

@@ -1,4 +1,4 @@
-"""What a run starts from: a checkpoint with its tokenizer, from the hub, from a directory, or made on the spot."""
+"""What a run starts from: a checkpoint with its tokenizer, from the hub, from a directory, or randomly initialised."""
 
 import itertools
 import shutil
@@ -30,7 +30,7 @@ _SCRATCH_NORM_EPS = 1e-5
 
 
 def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
-    """Directory or hub id of the base model; one made on the spot lies in the workdir and is made once."""
+    """Directory or hub id of the base model; one that the run makes lies in the workdir and is made once."""
     if not config.model.scratch.enabled:
         return config.model.checkpoint
     directory = workdir.path / "base"
@@ -48,7 +48,7 @@ def base_of_run(config: Config, workdir: Path) -> str:
     """Directory or hub id of the base model of a run that has been started; makes none.
 
     Raises:
-      UserError: it was made on the spot and is gone.
+      UserError: the run made it and it is gone.
     """
     if not config.model.scratch.enabled:
         return config.model.checkpoint
@@ -74,7 +74,7 @@ def _make(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
 
 
 def scratch_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model made on the spot, fitted to the tasks' prompts and listed values."""
+    """The tokenizer of a model trained from scratch, fitted to the tasks' prompts and listed values."""
     texts = []
     for task in tasks:
         texts += [message["content"] for message in task.messages]
@@ -83,7 +83,7 @@ def scratch_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
 
 
 def scratch_model(scratch: ScratchConfig, *, vocab_size: int) -> ModelConfig:
-    """The architecture of a model made on the spot: Llama's, with a tied head."""
+    """The architecture of a model trained from scratch: Llama's, with a tied head."""
     return ModelConfig(
         num_layers=scratch.num_layers,
         embed_dim=scratch.embed_dim,

@@ -14,7 +14,7 @@ class Dashboards:
     """Receives each row of `metrics.jsonl` as it is written.
 
     TensorBoard reads `workdir/tensorboard`. Weights & Biases takes its settings from its own WANDB_* variables; a run
-    that goes on is continued there too, by an id kept in `workdir/wandb_run_id`.
+    that resumes is continued there too, by an id kept in `workdir/wandb_run_id`.
     """
 
     def __init__(self, log: LogConfig, workdir: Path, *, enabled: bool) -> None:

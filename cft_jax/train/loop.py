@@ -99,7 +99,7 @@ def train(
 ) -> TrainResult:
     """Trains the model's adapters, or all its weights if it has none, and leaves it with the trained weights.
 
-    Goes on from the newest whole checkpoint in `workdir/checkpoints`. A run that was interrupted and goes on with the
+    Resumes from the newest whole checkpoint in `workdir/checkpoints`. A run that was interrupted and resumed with the
     same mesh and processes gives the same weights, bit for bit, as one left alone: a step is a function of the state
     and the step's number. The schedule spans all epochs; `train.max_steps` only stops earlier.
 
@@ -227,7 +227,7 @@ class _Run:
 def _announce(weights: Weights, *, done: int, stop: int, per_epoch: int) -> None:
     count = sum(math.prod(weight.shape) for weight in weights.values())
     if done:
-        logging.info("going on after step %d", done)
+        logging.info("resuming after step %d", done)
     logging.info("training %s weights for %d steps, %d an epoch", f"{count:,}", stop, per_epoch)
 
 

@@ -5,7 +5,7 @@
     python -m cft_jax.compare --output=comparison.html eval/base eval/soft eval/hard
 
 Each suite has a directory of its own in --workdir. One that lacks its data or a scorer is named in the table with the
-command that gets it, and the others go on; the same command completes the table later. Local data:
+command that gets it, and the others run; the same command completes the table later. Local data:
 `--config.suite.{perplexity.data=DIR, noveltybench.data=FILE.jsonl, retention.data=DIR}`.
 """
 

@@ -73,14 +73,15 @@ def test_short_work_leaves_no_line(monkeypatch, informed, caplog):
     assert not caplog.records
 
 
-def test_quiet_shows_nothing(monkeypatch):
-    terminal = Terminal()
+@pytest.mark.parametrize("make", [Terminal, io.StringIO])
+def test_quiet_shows_nothing(monkeypatch, make):
+    terminal = make()
     monkeypatch.setattr("sys.stderr", terminal)
     before = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)  # what --quiet sets
     try:
         with Progress("train", total=4, unit="step") as progress:
-            progress.advance(4)
+            progress.advance(4, loss=0.5)
     finally:
         logging.set_verbosity(before)
     assert terminal.getvalue() == ""

@@ -1,4 +1,4 @@
-"""A run's directory: the same run goes on, another one is refused, nothing is overwritten."""
+"""A run's directory: the same run resumes, another one is refused, nothing is overwritten."""
 
 import dataclasses
 import json
