@@ -328,7 +328,7 @@ def _ignored(config: Config) -> Iterator[str]:
         "train.exact_max_nodes": exact,
         "train.samples_per_prompt_per_epoch": (not exact[0], "config.train.objective=path or paths"),
         "train.paths_per_prompt": (several, "config.train.objective=paths, or exact and config.data.space=full"),
-        "tasks": ("retention" in config.eval.suites, "retention in config.eval.suites"),
+        "tasks": (not {"retention", "all"}.isdisjoint(config.eval.suites), "retention in config.eval.suites"),
     }
     counts |= {f"suite.lm_eval.{item.name}": (bool(config.tasks), "config.tasks") for item in fields(LmEvalConfig)}
     defaults = Config()

@@ -121,7 +121,8 @@ def test_what_would_be_ignored_in_silence_is_refused(fields, words):
 def test_what_counts_is_accepted():
     validate(config(train__objective="exact", data__space="full", train__paths_per_prompt=3, data__full_quantile=1e-4))
     validate(config(train__objective="paths", train__paths_per_prompt=4, train__weighting="sequence"))
-    validate(config(tasks=("arc_easy",), eval__suites=("retention",), suite__lm_eval__limit=10))
+    for suite in ("retention", "all"):
+        validate(config(tasks=("arc_easy",), eval__suites=(suite,), suite__lm_eval__limit=10))
     hard = from_config_dict(paper_config_dict({"1b": "a"}, "1b-hard"))
     validate(dataclasses.replace(hard, data=dataclasses.replace(hard.data, space="full")))
 
