@@ -215,21 +215,34 @@ def near_target(noise):
     return divergence, hidden, kernel, Targets(*(jnp.asarray(x) for x in entries)), gradients
 
 
-@pytest.mark.parametrize("max_scores", [10**9, 1], ids=["plain", "blocks"])
-@pytest.mark.parametrize(("noise", "divergence"), [(0.09, 4e-3), (0.01, 5e-5), (0.0028, 4e-6)])
-def test_bfloat16_gradients_hold_where_the_model_is_near_its_target(noise, divergence, max_scores):
+@pytest.mark.parametrize(
+    ("noise", "divergence", "max_scores", "shape"),
+    [
+        (0.01, 5e-5, 10**9, None),
+        (0.09, 4e-3, 1, None),
+        (0.01, 5e-5, 1, None),
+        (0.0028, 4e-6, 1, None),
+        (0.01, 5e-5, 1, (2, 2, 2)),
+    ],
+    ids=["plain", "4e-3", "5e-5", "4e-6", "sharded"],
+)
+def test_bfloat16_gradients_hold_where_the_model_is_near_its_target(noise, divergence, max_scores, shape):
     """p and q agree to a few thousandths there: rounded before they are subtracted, nothing would be left of p - q.
 
     Reference: numpy, float64, on the same rounded operands. What stays is bfloat16's own rounding of the result,
     0.17 % of each number on average.
     """
-    found, hidden, kernel, targets, expected = near_target(noise)
-    assert found == pytest.approx(divergence, rel=0.25)
+    actual, hidden, kernel, targets, expected = near_target(noise)
+    assert actual == pytest.approx(divergence, rel=0.25)
+    options = SOFT
+    if shape is not None:
+        options = dataclasses.replace(SOFT, mesh=make_mesh(*shape))
+        kernel = jax.device_put(kernel, sharding(kernel.shape, ("vocab", "embed"), options.mesh))
 
     @jax.jit
     def gradients(hidden, kernel, targets):
         return jax.grad(
-            lambda *operands: position_losses(*operands, targets, SOFT, max_scores=max_scores).sum(), argnums=(0, 1)
+            lambda *operands: position_losses(*operands, targets, options, max_scores=max_scores).sum(), argnums=(0, 1)
         )(hidden, kernel)
 
     for got, want in zip(gradients(hidden, kernel, targets), expected, strict=True):
