@@ -1,9 +1,9 @@
 """Arrays on disk, found by what shaped them, verified before use, mapped into memory instead of read.
 
 An entry is one file: the length of a header (8 bytes, little-endian), the header (JSON: the key, and every array's
-type, place and SHA-256), then the arrays as raw little-endian numbers. It is written under another name and moved to
-its own when whole: a killed process leaves nothing that counts, and of processes that build the same at once the last
-one's file stays.
+type, offset, length and SHA-256), then the arrays as raw little-endian numbers. It is written under another name and
+moved to its own when whole: a killed process leaves nothing that counts, and of processes that build the same at once
+the last one's file stays.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The order of an epoch: balanced over families, and a function of (seed, epoch) alone.
 
 As in the paper (arXiv 2605.11845), every round visits each family that still has items once, in a fresh random order,
-so any beginning of an epoch holds the families as evenly as possible.
+so any first part of an epoch holds the families as evenly as possible.
 """
 
 import zlib

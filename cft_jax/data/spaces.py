@@ -53,7 +53,7 @@ def warn_of_lost_mass(tasks: Sequence[Task], lost_mass: Float64[np.ndarray, "G"]
 
 
 class SpaceTable:
-    """Output spaces by number. A value is named by a code: its integer in a full space, its place in a listed one.
+    """Output spaces by number. A value is named by a code: its integer in an analytic space, its index in a listed one.
 
     Of a listed space of numbers only the cumulative probabilities are kept, not the strings.
 
@@ -77,7 +77,7 @@ class SpaceTable:
         self.lost_mass = np.array(lost)
         columns = np.array(grids, dtype=np.float64).reshape(-1, 4).T
         self._first, self._range_size = columns[:2]
-        # A count of 0 marks a full space, decimals of -1 a space of listed strings.
+        # A count of 0 marks an analytic space, decimals of -1 a space of listed strings.
         self._count, self._decimals = columns[2:].astype(np.int64)
 
     def draw(self, tasks: Int64[np.ndarray, "R"], uniforms: Float64[np.ndarray, "R M"]) -> Int64[np.ndarray, "R M"]:
@@ -130,7 +130,7 @@ class SpaceTable:
 
     def _integers(self, tasks: Int64[np.ndarray, "S"], codes: Int64[np.ndarray, "S"]) -> np.ndarray:
         if not self._count[tasks].all():
-            # Integers of a full space may be larger than doubles can tell apart; grids and full spaces never mix.
+            # Integers of an analytic space may be larger than doubles can tell apart; grids and these never mix.
             return codes
         return thinned_integers(self._first[tasks], self._range_size[tasks], self._count[tasks], codes)
 
@@ -165,7 +165,7 @@ def listed_forest(
 
 
 def draw_indices(cumulative: Float64[np.ndarray, "N"], uniforms: Float64[np.ndarray, "M"]) -> Int64[np.ndarray, "M"]:
-    """The places at these quantiles, numbers in [0, 1); one without probability is never drawn."""
+    """The indices at these quantiles, numbers in [0, 1); one without probability is never drawn."""
     drawn = np.searchsorted(cumulative, uniforms * cumulative[-1], side="right")
     # Rounding may lift a quantile to the very end.
     return np.minimum(drawn, np.searchsorted(cumulative, cumulative[-1], side="left"))

@@ -18,6 +18,7 @@ from cft_jax.text.tokenizer import encode_strings
 
 # Numbers are handled as the integer k of k * 10**-d; with at most 18 digits all sums and products stay in int64.
 MAX_DIGITS = 18
+POWERS = 10 ** np.arange(MAX_DIGITS + 1, dtype=np.int64)
 _CHECKED_PER_SHAPE = 3
 
 
@@ -77,17 +78,14 @@ class DigitTokens:
     def _group_tokens(self, values: np.ndarray, left: np.ndarray) -> np.ndarray:
         """Ids of the first group of the last `left` digits of each value."""
         width = np.minimum(left, self.group)
-        digits = values // _POWERS[left - width] % _POWERS[width]
+        digits = values // POWERS[left - width] % POWERS[width]
         # The runs one after another: those of w digits begin after 10 + ... + 10**(w - 1) shorter ones.
-        return np.concatenate(self.runs)[(_POWERS[width] - 10) // 9 + digits]
-
-
-_POWERS = 10 ** np.arange(MAX_DIGITS + 1, dtype=np.int64)
+        return np.concatenate(self.runs)[(POWERS[width] - 10) // 9 + digits]
 
 
 def digit_counts(integers: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
     """Number of decimal digits of integers 0 ≤ n < 10**18; one for 0."""
-    return np.maximum(np.searchsorted(_POWERS, integers, side="right"), 1)
+    return np.maximum(np.searchsorted(POWERS, integers, side="right"), 1)
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> DigitTokens:
@@ -120,9 +118,9 @@ def _check(tokenizer: PreTrainedTokenizerBase, numbers: DigitTokens) -> None:
     """Compares composed tokens with whole-string encoding."""
     generator = np.random.default_rng(0)
     for num_decimals in range(MAX_DIGITS):
-        low = _POWERS[: MAX_DIGITS - num_decimals] * _POWERS[num_decimals]
+        low = POWERS[: MAX_DIGITS - num_decimals] * POWERS[num_decimals]
         drawn = generator.integers(low, 10 * low, size=(_CHECKED_PER_SHAPE, low.size))
-        below_one = generator.integers(0, _POWERS[num_decimals], size=_CHECKED_PER_SHAPE)
+        below_one = generator.integers(0, POWERS[num_decimals], size=_CHECKED_PER_SHAPE)
         integers = np.concatenate([[0], below_one, low, drawn.ravel()])
         integers = np.concatenate([integers, -integers[integers > 0]])
         texts = decimal_strings(integers, num_decimals)

@@ -17,9 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions.analytic_space import AnalyticSpace
-from cft_jax.text.digits import DigitTokens, digit_counts
-
-_POWERS = 10 ** np.arange(19, dtype=np.int64)
+from cft_jax.text.digits import POWERS, DigitTokens, digit_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +132,7 @@ class NumberState(NamedTuple):
             self.negative | (slots == tokens.minus),
             self.digits + np.where(whole, width, 0),
             np.where(slots == tokens.point, 0, self.decimals + np.where(whole, 0, width)),
-            self.value * _POWERS[width] + tokens.values[slots],
+            self.value * POWERS[width] + tokens.values[slots],
         )
 
 
@@ -291,7 +289,7 @@ class NumberGrammar:
         """Every prefix with every number of digits that the whole part may still reach: (index, digits)."""
         owner = prefixes.owner[indices]
         _, largest = self._sizes(negative, owner)
-        most = np.where(largest < 0, 0, digit_counts(np.maximum(largest, 0) // _POWERS[self._decimals[owner]]))
+        most = np.where(largest < 0, 0, digit_counts(np.maximum(largest, 0) // POWERS[self._decimals[owner]]))
         num_lengths = np.maximum(most - prefixes.digits[indices], 0)
         starts = num_lengths.cumsum() - num_lengths
         within = np.arange(num_lengths.sum()) - np.repeat(starts, num_lengths)
@@ -301,35 +299,35 @@ class NumberGrammar:
     def _sign(self, prefixes: NumberState, indices: np.ndarray) -> _Ladders:
         """From the empty prefix to "-": a single step for every number of digits."""
         index, digits = self._lengths(prefixes, indices, np.ones(indices.size, dtype=bool))
-        scale = _POWERS[self._decimals[prefixes.owner[index]]]
-        start = np.where(digits > 1, _POWERS[digits - 1], 0) * scale
+        scale = POWERS[self._decimals[prefixes.owner[index]]]
+        start = np.where(digits > 1, POWERS[digits - 1], 0) * scale
         one = np.ones_like(index)
         slot = np.full_like(index, self.tokens.minus)
-        return _Ladders(index, one.astype(bool), digits, start, _POWERS[digits] * scale - start, one, slot)
+        return _Ladders(index, one.astype(bool), digits, start, POWERS[digits] * scale - start, one, slot)
 
     def _whole_part(self, prefixes: NumberState, indices: np.ndarray) -> _Ladders:
-        """From a whole part that may go on to the next group of its digits."""
+        """From a whole part that may continue to the next group of its digits."""
         index, digits = self._lengths(prefixes, indices, prefixes.negative[indices])
         left = digits - prefixes.digits[index]
         width = np.minimum(left, self._group)
         # Only "0" begins with a zero.
-        least = np.where((prefixes.digits[index] == 0) & (digits > 1), _POWERS[width - 1], 0)
-        step = _POWERS[left - width] * _POWERS[self._decimals[prefixes.owner[index]]]
-        start = (prefixes.value[index] * _POWERS[width] + least) * step
-        slot = (_POWERS[width] - 10) // 9 + least
-        return _Ladders(index, prefixes.negative[index], digits, start, step, _POWERS[width] - least, slot)
+        least = np.where((prefixes.digits[index] == 0) & (digits > 1), POWERS[width - 1], 0)
+        step = POWERS[left - width] * POWERS[self._decimals[prefixes.owner[index]]]
+        start = (prefixes.value[index] * POWERS[width] + least) * step
+        slot = (POWERS[width] - 10) // 9 + least
+        return _Ladders(index, prefixes.negative[index], digits, start, step, POWERS[width] - least, slot)
 
     def _decimal_part(self, prefixes: NumberState, index: np.ndarray) -> _Ladders:
         """From the point, or from decimals that are not complete, to the next group."""
         left = self._decimals[prefixes.owner[index]] - prefixes.decimals[index]
         width = np.minimum(left, self._group)
-        start, step = prefixes.value[index] * _POWERS[left], _POWERS[left - width]
-        slot = (_POWERS[width] - 10) // 9
-        return _Ladders(index, prefixes.negative[index], prefixes.digits[index], start, step, _POWERS[width], slot)
+        start, step = prefixes.value[index] * POWERS[left], POWERS[left - width]
+        slot = (POWERS[width] - 10) // 9
+        return _Ladders(index, prefixes.negative[index], prefixes.digits[index], start, step, POWERS[width], slot)
 
     def _single(self, prefixes: NumberState, index: np.ndarray, slots: np.ndarray) -> _Ladders:
         """From a whole part that ends here, or from a whole string, to the one token that says so."""
         left = self._decimals[prefixes.owner[index]] - np.maximum(prefixes.decimals[index], 0)
-        start, step = prefixes.value[index] * _POWERS[left], _POWERS[left]
+        start, step = prefixes.value[index] * POWERS[left], POWERS[left]
         one = np.ones_like(index)
         return _Ladders(index, prefixes.negative[index], prefixes.digits[index], start, step, one, slots[index])

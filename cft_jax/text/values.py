@@ -75,7 +75,7 @@ class ValueEncoder:
             return self.strings(decimal_strings(integers, num_decimals))
         tokens, lengths = self._digits.encode(integers.astype(np.int64), num_decimals)
         stride = max(1, integers.size // _SAMPLES_PER_CALL)
-        # From a place that the values decide, so that the same call always checks the same ones.
+        # From an offset that the values decide, so that the same call always checks the same ones.
         sample = np.arange(int(np.abs(integers).max(initial=0)) % stride, integers.size, stride)
         plain = encode_strings(self._tokenizer, decimal_strings(integers[sample], num_decimals))
         if plain != [tokens[row, : lengths[row]].tolist() for row in sample]:

@@ -104,7 +104,7 @@ def forest_of():
 
 @pytest.fixture
 def spaces():
-    """Three spaces as {token sequence: probability}: values that begin others, an empty one, long common beginnings."""
+    """Three spaces as {token sequence: probability}: values that begin others, an empty one, long common prefixes."""
     return SPACES
 
 

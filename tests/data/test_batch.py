@@ -1,4 +1,4 @@
-"""Placing examples in rows: order, padding, packing, shared beginnings, and the arithmetic of the targets."""
+"""Laying examples out in rows: order, padding, packing, shared prefixes, and the arithmetic of the targets."""
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def test_several_blocks_in_a_row_are_the_same_steps(forest_of, examples_for, bat
     assert packed.row_weight.tolist() == [2, 1, 0]
 
 
-def test_a_shared_beginning_is_left_out_but_counted(forest_of, examples_for, batch_of, steps_of, spaces):
+def test_a_shared_prefix_is_left_out_but_counted(forest_of, examples_for, batch_of, steps_of, spaces):
     prompts = [np.array([40, 41, *ids], dtype=np.int32) for ids in ([50], [60, 61], [70])]
     examples = examples_for(forest_of(*spaces), [{0: 1.0}, {0: 1.0}, {0: 1.0, 1: 1.0}], prompts=prompts)
     whole, rest = batch_of(examples), batch_of(examples, shared=2)

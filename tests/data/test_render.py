@@ -37,7 +37,7 @@ def test_a_row_of_padding_is_called_that(small_tokenizer, forest_of, examples_fo
     assert render_example(small_tokenizer, batch, NONE, row=1) == "a row of padding"
 
 
-def test_of_packed_rows_and_shared_beginnings_the_first_block_is_shown_whole(
+def test_of_packed_rows_and_shared_prefixes_the_first_example_is_shown_whole(
     small_tokenizer, forest_of, examples_for, batch_of
 ):
     def ids(text):

@@ -101,7 +101,7 @@ def make_trie() -> Callable[..., Trie]:
 
 @pytest.fixture(scope="session")
 def random_strings() -> Callable[..., list[tuple[int, ...]]]:
-    """Different strings over a few tokens, as numbers are: beginnings shared, lengths mixed, in random order."""
+    """Different strings over a few tokens, as numbers are: prefixes shared, lengths mixed, in random order."""
 
     def make(count: int, *, seed: int, longest: int = 6, alphabet: int = 10) -> list[tuple[int, ...]]:
         rng = np.random.default_rng(seed)

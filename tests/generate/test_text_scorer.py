@@ -118,7 +118,7 @@ def test_questions_behind_the_same_examples_share_them(family, make_model, packe
     examples, *questions = texts(33, 10, 10, 10, seed=7)
     choices = texts(3, 3, 1, seed=8)
     requests = [([*examples, *question], choice) for question in questions for choice in choices]
-    # A text that is the beginning of others, the same text with another seam, and a text of its own.
+    # A text that others begin with, the same text with another seam, and a text of its own.
     requests += [(examples, questions[0][:2]), (examples[:5], examples[5:]), (texts(6, seed=9)[0], choices[0])]
     order = np.random.default_rng(1).permutation(len(requests))
     found = TextScorer(model).log_likelihoods([requests[i] for i in order])
