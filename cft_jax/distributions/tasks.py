@@ -54,7 +54,7 @@ class Task:
             raise UserError(
                 f"task {self.task_id}: {100 * space.lost_mass:.3g} % of the probability of {self.spec.family_id} with "
                 f"{dict(self.spec.parameters)} lies beyond the {space.probabilities.size} values of the grid; set "
-                f"config.data.space=full or raise config.data.max_bins={settings.max_bins}"
+                f"config.data.space=full, raise config.data.max_bins={settings.max_bins} or take wider quantiles"
             )
         return space
 
