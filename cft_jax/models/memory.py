@@ -101,11 +101,6 @@ def estimate_memory(
     )
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the model, a tied head counted once."""
-    return sum(math.prod(variable.shape) for variable in variables(config, None, jnp.float32))
-
-
 @functools.cache
 def variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike) -> tuple[nnx.Variable, ...]:
     """Every weight of a model as shapes, with its logical axes; adapters included where there are some."""

@@ -51,7 +51,7 @@ def start() -> None:
     try:
         met.result(seconds)
     except (TypeError, ValueError) as error:
-        raise UserError(f"the processes of this run cannot meet: {error}") from error
+        raise UserError(f"the processes of this run cannot meet: {' '.join(str(error).split())}") from error
     except (OSError, RuntimeError) as error:
         failure = " ".join(str(error).split()) if met.done() else f"not all came within {seconds} s"
         which = (
