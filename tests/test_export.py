@@ -26,7 +26,7 @@ from cft_jax.config import from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
 from cft_jax.evaluate.backends.load import load_measured_model
 from cft_jax.main import run
-from cft_jax.runs.base import scratch_tokenizer
+from cft_jax.runs.scratch import scratch_tokenizer
 from cft_jax.runs.trained import load_trained
 from cft_jax.text.chat import encode_chat, terminator_id
 from cft_jax.text.scratch import USER

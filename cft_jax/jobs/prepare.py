@@ -23,7 +23,8 @@ from cft_jax.data.spaces import task_space
 from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.splits import TRAIN
-from cft_jax.runs.base import base_tokenizer, scratch_tokenizer
+from cft_jax.runs.base import base_tokenizer
+from cft_jax.runs.scratch import scratch_tokenizer
 from cft_jax.text.scratch import save_tokenizer
 
 _SAMPLED_STEPS = 16

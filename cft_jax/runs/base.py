@@ -2,31 +2,24 @@
 
 import itertools
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import jax
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from cft_jax.checkpoints import from_pretrained, write_random_llama
+from cft_jax.checkpoints import from_pretrained
 from cft_jax.checkpoints.hf_io import model_config
 from cft_jax.common.errors import UserError
 from cft_jax.common.storage import Workdir
-from cft_jax.config import Config, ModelSettings, ScratchConfig
+from cft_jax.config import Config, ModelSettings
 from cft_jax.distributions import Task
-from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
+from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.memory import Batch, MemoryEstimate, device_memory, estimate_memory, require_memory
 from cft_jax.models.transformer import Transformer
-from cft_jax.text import load_tokenizer, terminator_id
-from cft_jax.text.scratch import save_tokenizer, train_tokenizer
-
-# Written last, so that a directory that has it is whole.
-_LAST_FILE = "tokenizer.json"
-_SCRATCH_THETA = 10_000.0
-_SCRATCH_NORM_EPS = 1e-5
+from cft_jax.runs.scratch import LAST_FILE, make_base
+from cft_jax.text import load_tokenizer
 
 
 def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
@@ -34,9 +27,9 @@ def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir
     if not config.model.scratch.enabled:
         return config.model.checkpoint
     directory = workdir.path / "base"
-    if jax.process_index() == 0 and not (directory / _LAST_FILE).exists():
+    if jax.process_index() == 0 and not (directory / LAST_FILE).exists():
         shutil.rmtree(directory, ignore_errors=True)
-        _make(directory, config, itertools.chain.from_iterable(tasks.values()))
+        make_base(directory, config, itertools.chain.from_iterable(tasks.values()))
         workdir.publish()
     multihost_utils.sync_global_devices("base")
     if jax.process_index() > 0:
@@ -44,7 +37,7 @@ def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir
     return str(directory)
 
 
-def base_of_run(config: Config, workdir: Path) -> str:
+def base_of_run(config: Config, workdir: Workdir) -> str:
     """Directory or hub id of the base model of a run that has been started; makes none.
 
     Raises:
@@ -52,51 +45,10 @@ def base_of_run(config: Config, workdir: Path) -> str:
     """
     if not config.model.scratch.enabled:
         return config.model.checkpoint
-    directory = workdir / "base"
-    if not (directory / _LAST_FILE).exists():
+    directory = workdir.path / "base"
+    if not (directory / LAST_FILE).exists():
         raise UserError(f"{directory} is gone, the base model that this run began with; bring it back or train again")
     return str(directory)
-
-
-def _make(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
-    tokenizer = scratch_tokenizer(tasks)
-    model = scratch_model(config.model.scratch, vocab_size=len(tokenizer))
-    write_random_llama(
-        directory,
-        config=model,
-        seed=config.seed,
-        dtype="float32",
-        eos_token_id=terminator_id(tokenizer, "tokenizer_eos"),
-        max_length=max(config.data.max_length, config.eval.max_new_tokens),
-    )
-    save_tokenizer(tokenizer, directory)
-    logging.info("made a model with a vocabulary of %d in %s", model.vocab_size, directory)
-
-
-def scratch_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model trained from scratch, fitted to the tasks' prompts and listed values."""
-    texts = []
-    for task in tasks:
-        texts += [message["content"] for message in task.messages]
-        texts += [] if task.space is None else task.space.values
-    return train_tokenizer(texts)
-
-
-def scratch_model(scratch: ScratchConfig, *, vocab_size: int) -> ModelConfig:
-    """The architecture of a model trained from scratch: Llama's, with a tied head."""
-    return ModelConfig(
-        num_layers=scratch.num_layers,
-        embed_dim=scratch.embed_dim,
-        num_heads=scratch.num_heads,
-        num_kv_heads=scratch.num_kv_heads,
-        head_dim=scratch.head_dim,
-        vocab_size=vocab_size,
-        layer_pattern=(LayerSpec(None, Rope(_SCRATCH_THETA)),),
-        mlp=GatedMlp(scratch.hidden_dim, "silu"),
-        norm_eps=_SCRATCH_NORM_EPS,
-        attn_scale=scratch.head_dim**-0.5,
-        tie_head=True,
-    )
 
 
 def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokenizerBase:

@@ -27,7 +27,7 @@ def load_trained(workdir: Workdir, config: Config) -> tuple[Transformer, PreTrai
     """
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir} has no checkpoints yet; train first with cft_jax.main")
-    base = base_of_run(config, workdir.path)
+    base = base_of_run(config, workdir)
     tokenizer = base_tokenizer(config.model, base)
     if config.model.lora.enabled:
         # The checkpoint holds the adapters; the one that training started from may be gone.
