@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from cft_jax.common.errors import UserError
 from cft_jax.config import profile_window
 
 
@@ -17,10 +18,16 @@ class ProfileWindow:
         """Reads the window.
 
         Args:
-          window: "first:last", steps counted from 1; anything else is an empty one.
+          window: "first:last", steps counted from 1, or empty.
           directory: for the recording.
+
+        Raises:
+          UserError: the window cannot be read.
         """
-        self._first, self._last = profile_window(window) or (0, 0)
+        steps = profile_window(window) if window else (0, 0)
+        if steps is None:
+            raise UserError(f"config.log.profile={window!r} must be first:last, two step numbers from 1, as in 5:8")
+        self._first, self._last = steps
         self._directory, self._recording = directory, False
 
     def __enter__(self) -> "ProfileWindow":
