@@ -10,13 +10,13 @@ from cft_jax.common.errors import UserError
 
 
 def check_free(directory: Path) -> None:
-    """Refuses a place that is taken.
+    """Refuses a directory that is taken.
 
     Raises:
       UserError: `directory` is a file or a directory with something in it.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not empty; give another place or remove it")
+        raise UserError(f"{directory} exists and is not empty; give another one or remove it")
 
 
 @contextlib.contextmanager

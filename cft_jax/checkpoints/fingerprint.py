@@ -26,9 +26,9 @@ def fingerprint(tree: Any, *settings: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_leaf_hashes([leaf for _, leaf in leaves]))
     digest = hashlib.sha256(settings_digest(*settings).encode() if settings else b"")
-    for (path, leaf), found in zip(leaves, sums, strict=True):
+    for (path, leaf), sum_of_bits in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {leaf.shape} {jnp.dtype(leaf.dtype).name} {found.tolist()}\n".encode())
+        digest.update(f"{name} {leaf.shape} {jnp.dtype(leaf.dtype).name} {sum_of_bits.tolist()}\n".encode())
     return digest.hexdigest()[:32]
 
 

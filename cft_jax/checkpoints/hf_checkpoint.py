@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
-from cft_jax.checkpoints.tensor_files import Rows, StoredTensor, read_record, read_tensors
+from cft_jax.checkpoints.tensor_files import Rows, StoredTensor, mismatch, read_record, read_tensors
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.families import config_from_hf, is_multimodal
@@ -73,7 +72,8 @@ def _check_repeated(directory: Path, head: Rows, embedding: Rows) -> None:
     same = head.shape == embedding.shape
     for start in range(0, head.shape[0] if same else 0, _COMPARED_ROWS):
         stop = min(start + _COMPARED_ROWS, head.shape[0])
-        same &= np.array_equal(*(part.read(start, stop).astype(np.float32) for part in (head, embedding)))
+        one, other = (part.read(start, stop).astype(np.float32) for part in (head, embedding))
+        same &= np.array_equal(one, other)
     if not same:
         raise UserError(
             f"{directory}: config.json ties the head to the embedding, and {_HEAD} holds other numbers, which "
@@ -168,23 +168,12 @@ def match_shapes(checkpoint: HfCheckpoint, shapes: Mapping[hf_names.Path, tuple[
     Raises:
       UserError: with the names of what is missing, unknown, mis-shaped or of a dtype that is not floating-point.
     """
-    names = {name.hf: name for name in hf_names.tensor_names(checkpoint.config)}
-    if {name.path for name in names.values()} != set(shapes):
+    names = hf_names.tensor_names(checkpoint.config)
+    if {name.path for name in names} != set(shapes):
         raise AssertionError("the name table and the model's weights differ")
-    found = checkpoint.tensors
-    problems = [f"missing {name}" for name in sorted(names.keys() - found.keys())]
-    problems += [f"unknown {name}" for name in sorted(found.keys() - names.keys())]
-    for hf in sorted(names.keys() & found.keys()):
-        name, tensor = names[hf], found[hf]
-        shape = shapes[name.path]
-        expected = name.layout.file_shape(shape if name.layer is None else shape[1:])
-        if tensor.shape != expected:
-            problems.append(f"{hf} has shape {list(tensor.shape)}, config.json means {list(expected)}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{hf} has dtype {tensor.dtype}, which is not floating-point")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    needed = {name.hf: name.layout.file_shape(shapes[name.path][int(name.layer is not None) :]) for name in names}
+    if wrong := mismatch(checkpoint.tensors, needed):
         raise UserError(
-            f"{checkpoint.directory}: the tensors are not those that config.json means: {'; '.join(problems[:5])}"
-            f"{more}; get the checkpoint again"
+            f"{checkpoint.directory}: the tensors are not those that config.json means: {wrong}; get the checkpoint "
+            "again"
         )

@@ -1,6 +1,6 @@
 """Writing a model for the Hugging Face world: merged weights, or a PEFT adapter."""
 
-import json
+import functools
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,11 +14,12 @@ from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from cft_jax.checkpoints import hf_names, peft_export
+from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.directories import check_free, new_directory
 from cft_jax.checkpoints.hf_checkpoint import GENERATION, HfCheckpoint, named_stop_ids, read_checkpoint
-from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors, changes_nothing
+from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors
 from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
+from cft_jax.checkpoints.peft_files import write_adapter
 from cft_jax.checkpoints.tensor_files import (
     INDEX,
     Entry,
@@ -26,6 +27,7 @@ from cft_jax.checkpoints.tensor_files import (
     raw_bytes,
     read_record,
     weight_files,
+    write_record,
     write_tensors,
 )
 from cft_jax.common import hub
@@ -70,8 +72,8 @@ def save_pretrained(
       card: text of README.md.
 
     Raises:
-      UserError: the directory is taken, the base checkpoint is gone, or the adapter changes nothing or is lost in
-        rounding.
+      UserError: the directory is taken, the base checkpoint is gone, the adapter changes nothing, or rounding loses
+        the update.
     """
     if format not in FORMATS:
         raise UserError(f"export format {format!r} must be one of {', '.join(FORMATS)}")
@@ -81,41 +83,39 @@ def save_pretrained(
     check_free(directory)
     if model.lora_spec is None and format == "adapter":
         raise UserError("the model has no adapter; export it with format merged")
-    if model.lora_spec is not None and changes_nothing(model):
-        raise UserError("the adapter changes nothing (all its B are zero); train it before exporting")
     rounding = _Rounding()
     if format == "merged":
         write = _Merged(model, read_checkpoint(origin), dtype, rounding).write
     else:
-        write = peft_export.Exporter(model).write
+        write = functools.partial(write_adapter, model)
     if jax.process_index() != 0:
         write(None)
         return
-    with new_directory(directory) as place:
-        write(place)
-        _copy(origin, _COMPANIONS if tokenizer is None else _SETTINGS, place)
+    with new_directory(directory) as out:
+        write(out)
+        _copy(origin, _COMPANIONS if tokenizer is None else _SETTINGS, out)
         if tokenizer is not None:
             own, _ = hub.resolve(str(tokenizer), revision="main", local_files_only=False)
-            _copy(own, _COMPANIONS, place)
-        _name_stop_ids(place, model.source.stop_ids)
+            _copy(own, _COMPANIONS, out)
+        _name_stop_ids(out, model.source.stop_ids)
         if card is not None:
-            (place / "README.md").write_text(card + rounding.section(), encoding="utf-8")
+            (out / "README.md").write_text(card + rounding.section(), encoding="utf-8")
 
 
-def _copy(origin: Path, patterns: tuple[str, ...], place: Path) -> None:
+def _copy(origin: Path, patterns: tuple[str, ...], out: Path) -> None:
     """Tokenizer, chat template, generation settings, processor."""
     for pattern in patterns:
         for file in sorted(origin.glob(pattern)):
             if file.name not in _OWN_FILES and file.is_file():
-                shutil.copyfile(file, place / file.name)
+                shutil.copyfile(file, out / file.name)
 
 
-def _name_stop_ids(place: Path, stop_ids: Sequence[int]) -> None:
+def _name_stop_ids(out: Path, stop_ids: Sequence[int]) -> None:
     """Adds the terminator of training to what generation_config.json names, which is written where there is none."""
-    named, file = named_stop_ids(place), place / GENERATION
+    named, file = named_stop_ids(out), out / GENERATION
     if set(stop_ids) - set(named):
         record = read_record(file) if file.is_file() else {}
-        _write_json(file, record | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))})
+        write_record(file, record | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))})
 
 
 class _Rounding:
@@ -146,30 +146,30 @@ class _Rounding:
         """What is left of the update; 1 where there is none."""
         return self.kept / self.whole if self.whole else 1.0
 
+    def __str__(self) -> str:
+        return f"rounding to {', '.join(sorted(self.dtypes))} keeps {self.share:.1%} of the training's update"
+
     def check(self, *, adapters: bool) -> None:
         """Logs the share.
 
         Raises:
-          UserError: less than half is left, or the adapters' products are too small for float32.
+          UserError: less than half is left, or the adapters change nothing.
         """
-        share = self.share if self.whole or not adapters else 0.0
-        if share >= _ALL_BUT_ROUNDING:
-            return
-        text = f"rounding to {', '.join(sorted(self.dtypes))} keeps {share:.1%} of the training's update"
-        if share < _REFUSED:
-            cures = ("export with format adapter",) if adapters else ()
-            raise UserError(f"{text}; {' or '.join((*cures, 'with dtype float32'))} (cft_jax.export takes both)")
-        logging.log(logging.WARNING if share < _WARNED else logging.INFO, "%s", text)
+        if adapters and not self.whole:
+            raise UserError("the adapter changes nothing (every A or every B is zero); train it before exporting")
+        if self.share < _REFUSED:
+            other = "format adapter or " if adapters else ""
+            raise UserError(f"{self}; export with {other}dtype float32 (cft_jax.export --dtype=float32)")
+        if self.share < _ALL_BUT_ROUNDING:
+            logging.log(logging.WARNING if self.share < _WARNED else logging.INFO, "%s", self)
 
     def section(self) -> str:
         """A section of the model card; empty where there is nothing to say."""
-        if not self.whole or self.share >= _ALL_BUT_ROUNDING:
-            return ""
-        return f"\n## Rounding\n\nRounding to {', '.join(sorted(self.dtypes))} kept {self.share:.1%} of the update.\n"
+        return f"\n## Rounding\n\nOf these weights, {self}.\n" if self.share < _ALL_BUT_ROUNDING else ""
 
 
 class _Merged:
-    """The files of a checkpoint with the model's weights in place of the old ones.
+    """The files of a checkpoint with the model's weights instead of the old ones.
 
     A tensor whose weight is what the file gave when it was loaded is copied byte for byte; one with an adapter becomes
     W + scale*BA in float32, rounded once to the file's dtype; one that was trained is rounded to it.
@@ -187,8 +187,8 @@ class _Merged:
         if self.names.keys() - checkpoint.tensors.keys():
             raise UserError(f"{checkpoint.directory} is no longer the checkpoint that the model was loaded from")
 
-    def write(self, place: Path | None) -> None:
-        """Writes weights and config; without a place, only takes part in gathering the weights."""
+    def write(self, out: Path | None) -> None:
+        """Writes weights and config; without a directory, only takes part in gathering the weights."""
         files: dict[str, list[Entry]] = {file.name: [] for file in weight_files(self.checkpoint.directory)}
         for tensor in self.checkpoint.stored.values():
             files[tensor.file.name] += self._entries(tensor)
@@ -197,20 +197,20 @@ class _Merged:
         with Progress("export", total=max(1, total >> 20), unit="MiB") as progress:
             for name, entries in files.items():
                 counted = [replace(entry, pieces=_counted(entry.pieces, progress)) for entry in entries]
-                if place is None:
+                if out is None:
                     for entry in counted:
                         for _ in entry.pieces:
                             pass
                 else:
-                    with (place / name).open("wb") as out:
-                        write_tensors(out, counted)
+                    with (out / name).open("wb") as file:
+                        write_tensors(file, counted)
         self.rounding.check(adapters=bool(self.adapters))
-        if place is not None:
-            self._write_index(place, sizes)
-            _write_json(place / "config.json", self._config())
+        if out is not None:
+            self._write_index(out, sizes)
+            write_record(out / "config.json", self._config())
 
     def _entries(self, tensor: StoredTensor) -> list[Entry]:
-        """What stands in the place of a tensor of the files: itself, the model's, or nothing for scales."""
+        """What stands instead of a tensor of the files: itself, the model's, or nothing for scales."""
         own = self.checkpoint.owners.get(tensor.name)
         if own is None:
             return [Entry(tensor.name, tensor.dtype, tensor.shape, tensor.pieces(_COPY_BYTES))]
@@ -229,7 +229,7 @@ class _Merged:
         now = self.weights.base(self.names[own])
         trained = before if _same_bits(before.astype(now.dtype), now) else now
         update = self.weights.update(self.adapters[own]) if own in self.adapters else None
-        if update is None:
+        if update is None or not np.any(update):
             after = trained.astype(dtype, copy=False)
         else:
             after = (trained.astype(np.float32) + update).astype(dtype)
@@ -243,23 +243,24 @@ class _Merged:
         raw.pop("quantization_config", None)
         return raw if self.dtype is None else _with_dtype(raw, self.dtype.name)
 
-    def _write_index(self, place: Path, sizes: dict[str, tuple[str, int]]) -> None:
+    def _write_index(self, out: Path, sizes: dict[str, tuple[str, int]]) -> None:
         index = self.checkpoint.directory / INDEX
         if not index.is_file():
             return
         record = read_record(index)
         weight_map = {name: sizes[name][0] for name in sorted(sizes)}
-        if weight_map == record["weight_map"]:
-            shutil.copyfile(index, place / INDEX)
+        if self.dtype is None and weight_map == record["weight_map"]:
+            shutil.copyfile(index, out / INDEX)
             return
         metadata = {**record.get("metadata", {}), "total_size": sum(size for _, size in sizes.values())}
-        _write_json(place / INDEX, {**record, "metadata": metadata, "weight_map": weight_map})
+        write_record(out / INDEX, {**record, "metadata": metadata, "weight_map": weight_map})
 
 
 def _with_dtype(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     """config.json of weights in another dtype, in the spellings of transformers 5 and 4."""
-    inner = {key: _with_dtype(raw[key], name) for key in ("text_config",) if key in raw}
-    return {**raw, **inner, "dtype": name, "torch_dtype": name}
+    if "text_config" in raw:
+        raw = {**raw, "text_config": _with_dtype(raw["text_config"], name)}
+    return {**raw, "dtype": name, "torch_dtype": name}
 
 
 def _counted(pieces: Iterable[bytes | memoryview], progress: Progress) -> Iterator[bytes | memoryview]:
@@ -272,7 +273,3 @@ def _same_bits(one: Shaped[np.ndarray, "..."], other: Shaped[np.ndarray, "..."])
     """Equality that tells -0.0 from 0.0 and lets NaN equal itself."""
     word = np.dtype(f"u{one.dtype.itemsize}")
     return np.array_equal(np.ascontiguousarray(one).view(word), np.ascontiguousarray(other).view(word))
-
-
-def _write_json(file: Path, record: Any) -> None:
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,23 +1,21 @@
 """Loading a checkpoint in HF format straight onto the devices."""
 
 import dataclasses
-import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from cft_jax.checkpoints import hf_names, placement
 from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, named_stop_ids, read_checkpoint, read_config
 from cft_jax.checkpoints.lora_weights import adapter_tensors
-from cft_jax.checkpoints.peft_import import PeftAdapter, check_matches, is_adapter, read_adapter, stack
+from cft_jax.checkpoints.peft_files import PeftAdapter, is_adapter, read_adapter
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
@@ -26,6 +24,9 @@ from cft_jax.models.families import PUBLISHED, config_from_hf
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.source import Source
 from cft_jax.models.transformer import Transformer
+
+_Wanted = dict[hf_names.Path, jax.ShapeDtypeStruct]
+_Weights = dict[hf_names.Path, jax.Array]
 
 
 def from_pretrained(
@@ -67,21 +68,24 @@ def from_pretrained(
     source = Source(str(directory), name, commit, json.dumps(checkpoint.raw), tuple(sorted(stop_ids)))
     _compare_with_published(name, checkpoint.config)
     lora = _adapters(checkpoint.config, lora, peft)
-    build = functools.partial(
-        _build,
-        config=checkpoint.config,
-        lora=lora,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        mesh=mesh,
-        seed=seed,
-    )
+
+    def build() -> Transformer:
+        options = {"lora": lora, "dtype": dtype, "param_dtype": param_dtype, "remat": remat, "mesh": mesh}
+        return Transformer(checkpoint.config, **options, rngs=nnx.Rngs(seed))
+
     graphdef, state = nnx.split(nnx.eval_shape(build))
     flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
-    values = _base_weights(checkpoint, flat, mesh, piece_bytes)
-    if lora is not None:
-        values |= _fresh_adapters(build, flat, mesh) if peft is None else _loaded_adapters(peft, checkpoint, flat, mesh)
+    base: _Wanted = {}
+    adapters: _Wanted = {}
+    for path, variable in flat.items():
+        where = placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh)
+        wanted = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=where)
+        (adapters if isinstance(variable, LoraParam) else base)[path] = wanted
+    values = _base_weights(checkpoint, base, piece_bytes)
+    if peft is not None:
+        values |= _adapter_weights(peft, checkpoint.config, adapters)
+    elif adapters:
+        values |= _fresh_adapters(build, adapters)
     for path, variable in flat.items():
         variable.set_value(values[path])
     model = nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
@@ -162,60 +166,35 @@ def _adapters(config: ModelConfig, lora: LoraSpec | None, peft: PeftAdapter | No
     return lora
 
 
-def _base_weights(
-    checkpoint: HfCheckpoint, flat: Mapping[Any, Any], mesh: Mesh | None, piece_bytes: int
-) -> dict[hf_names.Path, jax.Array]:
-    base = {path: variable for path, variable in flat.items() if not isinstance(variable, LoraParam)}
-    match_shapes(checkpoint, {path: variable.shape for path, variable in base.items()})
-    values: dict[hf_names.Path, jax.Array] = {}
+def _base_weights(checkpoint: HfCheckpoint, wanted: _Wanted, piece_bytes: int) -> _Weights:
+    match_shapes(checkpoint, {path: array.shape for path, array in wanted.items()})
+    values: _Weights = {}
     groups = hf_names.group_by_path(hf_names.tensor_names(checkpoint.config))
     with Progress("load weights", total=sum(map(len, groups.values())), unit="tensor") as progress:
         for path, names in groups.items():
-            variable = base[path]
+            tensors = [checkpoint.tensors[name.hf] for name in names]
+            stacked = names[0].layer is not None
             values[path] = placement.place_stack(
-                [checkpoint.tensors[name.hf] for name in names],
-                names[0].layout,
-                variable.shape,
-                np.dtype(variable.dtype),
-                placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh),
-                stacked=names[0].layer is not None,
-                piece_bytes=piece_bytes,
+                tensors, names[0].layout, wanted[path], stacked=stacked, piece_bytes=piece_bytes
             )
             progress.advance(len(names))
     return values
 
 
-def _adapter_shardings(flat: Mapping[Any, Any], mesh: Mesh | None) -> dict[hf_names.Path, Sharding]:
+def _adapter_weights(peft: PeftAdapter, config: ModelConfig, wanted: _Wanted) -> _Weights:
+    arrays = peft.arrays(adapter_tensors(config, peft.spec), {path: array.shape for path, array in wanted.items()})
     return {
-        path: placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh)
-        for path, variable in flat.items()
-        if isinstance(variable, LoraParam)
+        path: jax.make_array_from_callback(array.shape, array.sharding, arrays[path].__getitem__)
+        for path, array in wanted.items()
     }
 
 
-def _loaded_adapters(
-    peft: PeftAdapter, checkpoint: HfCheckpoint, flat: Mapping[Any, Any], mesh: Mesh | None
-) -> dict[hf_names.Path, jax.Array]:
-    where = _adapter_shardings(flat, mesh)
-    shapes = {path: flat[path].shape for path in where}
-    targets = adapter_tensors(checkpoint.config, peft.spec)
-    check_matches(peft, targets, shapes)
-    arrays = stack(peft, targets, shapes)
-    return {path: jax.make_array_from_callback(shapes[path], where[path], arrays[path].__getitem__) for path in where}
-
-
-def _build(*, config: ModelConfig, seed: int, **options: Any) -> Transformer:
-    return Transformer(config, **options, rngs=nnx.Rngs(seed))
-
-
-def _fresh_adapters(build: Any, flat: Mapping[Any, Any], mesh: Mesh | None) -> dict[hf_names.Path, jax.Array]:
+def _fresh_adapters(build: Callable[[], Transformer], wanted: _Wanted) -> _Weights:
     """The adapters as the model's constructor draws them, without drawing the base weights."""
-    where = _adapter_shardings(flat, mesh)
 
-    def adapters() -> dict[str, jax.Array]:
-        drawn = dict(nnx.to_flat_state(nnx.state(build(), LoraParam)))
-        return {"/".join(map(str, path)): drawn[path].get_value() for path in where}
+    def drawn() -> list[jax.Array]:
+        fresh = dict(nnx.to_flat_state(nnx.state(build(), LoraParam)))
+        return [fresh[path].get_value() for path in wanted]
 
-    shardings = {"/".join(map(str, path)): s for path, s in where.items()}
-    drawn = jax.jit(adapters, out_shardings=shardings)()
-    return {path: drawn["/".join(map(str, path))] for path in where}
+    values = jax.jit(drawn, out_shardings=[array.sharding for array in wanted.values()])()
+    return dict(zip(wanted, values, strict=True))

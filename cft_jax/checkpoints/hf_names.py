@@ -87,7 +87,7 @@ class Layout:
         return self.our_letters.index(self.file_axes[0][0])
 
     def permutation(self) -> tuple[int, ...]:
-        """For each of our axes, its place among the letters of the file's axes."""
+        """For each of our axes, its index among the letters of the file's axes."""
         letters = "".join(self.file_axes)
         return tuple(letters.index(letter) for letter in self.our_letters)
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.models.config import LoraSpec, ModelConfig
-from cft_jax.models.layers import LoraParam
 from cft_jax.models.transformer import Transformer
 
 
@@ -34,12 +33,12 @@ class AdapterTensor:
 
 def adapter_tensors(config: ModelConfig, spec: LoraSpec) -> list[AdapterTensor]:
     """The adapted tensors of a model, in the order of `hf_names.tensor_names`."""
-    found = []
+    adapted = []
     for name in hf_names.tensor_names(config):
         if name.path[-1] == "kernel" and name.path[-2] in spec.targets:
             experts = ".experts." in name.hf
-            found.append(AdapterTensor(name, _module(name.hf, spec), (*name.path[:-1], "lora"), experts))
-    return found
+            adapted.append(AdapterTensor(name, _module(name.hf, spec), (*name.path[:-1], "lora"), experts))
+    return adapted
 
 
 def _module(hf: str, spec: LoraSpec) -> str:
@@ -50,6 +49,14 @@ def _module(hf: str, spec: LoraSpec) -> str:
     base, _, last = hf.rpartition(".")
     both = {"gate_up_proj", "down_proj"} <= set(spec.targets)
     return f"{base}.base_layer" if last == "gate_up_proj" and both else base
+
+
+def as_matrices(
+    a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."], experts: bool
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """One layer's A [(E,) *in, R] and B [(E,) R, *out] as matrices [(E,) in, R] and [(E,) R, out]."""
+    lead, rank = a.shape[: int(experts)], a.shape[-1]
+    return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
 
 
 class HostWeights:
@@ -66,8 +73,7 @@ class HostWeights:
     def factors(self, target: AdapterTensor) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
         """A and B of one adapted tensor, float32: [in, R] and [R, out], for experts with a leading axis E."""
         a, b = (to_host(self._values[(*target.path, which)], target.name.layer) for which in ("a", "b"))
-        lead, rank = a.shape[: int(target.experts)], a.shape[-1]
-        return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
+        return as_matrices(a, b, target.experts)
 
     def update(self, target: AdapterTensor) -> Float[np.ndarray, "..."]:
         """The update scale * BA in the file's layout, float32."""
@@ -89,15 +95,3 @@ def to_host(array: Array, layer: int | None) -> Shaped[np.ndarray, "..."]:
 @jax.jit
 def _take(array: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-
-
-def changes_nothing(model: Transformer) -> bool:
-    """Whether every adapter is the identity: for each, A or B is zero."""
-    adapters = nnx.to_flat_state(nnx.state(model, LoraParam))
-    nonzero = {path: bool(_any(variable.get_value())) for path, variable in adapters}
-    return not any(nonzero[(*path[:-1], "a")] and nonzero[path] for path in nonzero if path[-1] == "b")
-
-
-@jax.jit
-def _any(x: Array) -> Bool[Array, ""]:
-    return jnp.any(x != 0)

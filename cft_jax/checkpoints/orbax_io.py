@@ -44,9 +44,9 @@ class Checkpoints:
           keep: how many of the newest are kept.
           read_only: change nothing there, not even damaged checkpoints: the run may be under way.
         """
-        place = str(directory)
+        path = str(directory)
         # `absolute` would take an address for the name of a directory.
-        self._directory = epath.Path(place if "://" in place else Path(place).absolute())
+        self._directory = epath.Path(path if "://" in path else Path(path).absolute())
         self._read_only = read_only
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -135,13 +135,13 @@ class Checkpoints:
 
     def _attempt(self, step: int, read: Callable[[], Any]) -> Any:
         """What `read` returns; None, with the checkpoint set aside, if any process found it damaged."""
-        found, reason = None, ""
+        value, reason = None, ""
         try:
-            found = read()
+            value = read()
         except _DAMAGE as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if np.all(multihost_utils.process_allgather(np.array(found is not None))):
-            return found
+        if np.all(multihost_utils.process_allgather(np.array(value is not None))):
+            return value
         logging.warning("checkpoint %s is damaged (%s); trying the one before", self._directory / str(step), reason)
         if self._read_only:
             return None
@@ -177,6 +177,6 @@ class Checkpoints:
             if "No space left" in text or "RESOURCE_EXHAUSTED" in text or getattr(error, "errno", 0) == errno.ENOSPC:
                 raise UserError(
                     f"no space left for a checkpoint in {self._directory}; free some, or lower config.checkpoint.keep, "
-                    "and repeat the command: the run goes on from the last complete checkpoint"
+                    "and repeat the command: the run resumes from the last complete checkpoint"
                 ) from error
             raise

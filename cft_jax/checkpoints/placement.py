@@ -27,9 +27,7 @@ def weight_sharding(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh
 def place_stack(
     tensors: Sequence[Rows],
     layout: Layout,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    where: Sharding,
+    wanted: jax.ShapeDtypeStruct,
     *,
     stacked: bool,
     piece_bytes: int,
@@ -39,12 +37,12 @@ def place_stack(
     Args:
       tensors: the layers' tensors, or the one tensor.
       layout: between file and us, of a single layer.
-      shape: of the array, the leading layer axis included if `stacked`.
-      dtype: to convert to.
-      where: the array's sharding.
+      wanted: shape of the array, the leading layer axis included if `stacked`, dtype to convert to, and sharding.
       stacked: whether the array has a leading layer axis.
       piece_bytes: of the file's tensor that may be in host memory at a time.
     """
+    shape, dtype, where = wanted.shape, np.dtype(wanted.dtype), wanted.sharding
+    assert where is not None
     one = shape[1:] if stacked else shape
     if math.prod(shape) * dtype.itemsize <= piece_bytes:
         whole = np.empty(shape, dtype)

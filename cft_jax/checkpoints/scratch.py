@@ -1,6 +1,5 @@
 """A small random model as a checkpoint in HF format, without torch: what training from scratch starts from."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from jax.typing import DTypeLike
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.directories import new_directory
 from cft_jax.checkpoints.lora_weights import HostWeights
-from cft_jax.checkpoints.tensor_files import WEIGHTS, Entry, raw_bytes, write_tensors
+from cft_jax.checkpoints.tensor_files import WEIGHTS, Entry, raw_bytes, write_record, write_tensors
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.families import llama_to_hf
 from cft_jax.models.transformer import Transformer
@@ -41,7 +40,7 @@ def write_random_llama(
     for name in hf_names.tensor_names(config):
         tensor = weights.base(name)
         entries.append(Entry(name.hf, tensor.dtype, tensor.shape, (raw_bytes(tensor),)))
-    with new_directory(directory) as place:
-        (place / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        with (place / WEIGHTS).open("wb") as file:
+    with new_directory(directory) as out:
+        write_record(out / "config.json", raw)
+        with (out / WEIGHTS).open("wb") as file:
             write_tensors(file, entries)

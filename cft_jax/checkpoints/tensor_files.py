@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -139,6 +140,24 @@ def read_record(file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise _damaged(file, "it holds no record")
     return record
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record as the JSON of HF's files, indented."""
+    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def mismatch(tensors: Mapping[str, Rows], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps tensors from being those of a model, floating-point and of these shapes; empty where nothing does."""
+    problems = [f"missing {name}" for name in sorted(shapes.keys() - tensors.keys())]
+    problems += [f"unknown {name}" for name in sorted(tensors.keys() - shapes.keys())]
+    for name in sorted(shapes.keys() & tensors.keys()):
+        tensor, shape = tensors[name], shapes[name]
+        if tensor.shape != shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} has dtype {tensor.dtype}, which is not floating-point")
+    return "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _damaged(file: Path, why: str) -> UserError:

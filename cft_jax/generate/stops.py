@@ -35,19 +35,19 @@ def all_stop_ids(named: Iterable[int], tokenizer: PreTrainedTokenizerBase, *, vo
     Raises:
       UserError: nothing names a token.
     """
-    found = set(named)
+    stop_ids = set(named)
     if tokenizer.eos_token_id is not None:
-        found.add(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+        stop_ids.add(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
     if tokenizer.chat_template is not None:
         # A template may end turns in plain text, which is no token.
         with contextlib.suppress(UserError):
-            found.add(terminator_id(tokenizer, "auto"))
-    found = {token for token in found if token < vocab_size}
-    if not found:
+            stop_ids.add(terminator_id(tokenizer, "auto"))
+    stop_ids = {token for token in stop_ids if token < vocab_size}
+    if not stop_ids:
         raise UserError(
             "neither generation_config.json nor the tokenizer names a token that ends a text; add eos_token"
         )
-    return tuple(sorted(found))
+    return tuple(sorted(stop_ids))
 
 
 def end_at(model: Transformer, token: int) -> None:

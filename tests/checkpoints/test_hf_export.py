@@ -187,8 +187,8 @@ def test_how_much_of_an_update_survives_rounding(tmp_path, write_hf, hf_config, 
     for n, share in ((1, "95.6%"), (6, "78.6%")):
         save_pretrained(trained([step] + [lost] * n), tmp_path / share, format="merged", card="# A card\n")
         card = (tmp_path / share / "README.md").read_text()
-        assert card.startswith("# A card\n") and f"Rounding to bfloat16 kept {share} of the update" in card
-    with pytest.raises(UserError, match=r"bfloat16 keeps 33\.8% of the training's update; .*with dtype float32"):
+        assert card.startswith("# A card\n") and f"rounding to bfloat16 keeps {share} of the training" in card
+    with pytest.raises(UserError, match=r"bfloat16 keeps 33\.8% of the training's update; export with .*dtype float32"):
         save_pretrained(trained([step] + [lost] * 43), tmp_path / "out", format="merged")
     save_pretrained(trained([step] + [lost] * 43), tmp_path / "out", format="merged", dtype="float32")
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()[up]

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
-from cft_jax.checkpoints.peft_import import adapter_weights, is_adapter, read_adapter
+from cft_jax.checkpoints.peft_files import adapter_weights, is_adapter, read_adapter
 from cft_jax.checkpoints.tensor_files import weight_files
 from cft_jax.common import hub
 from cft_jax.generate import Likelihood, TrieScore
@@ -142,7 +142,7 @@ class HfBackend:
         return found
 
     def _text(self, tokens: Sequence[int]) -> str:
-        end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        end = next((index for index, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         text = self._tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text

@@ -4,7 +4,7 @@ from etils import epath
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints import from_pretrained
-from cft_jax.checkpoints.peft_import import is_adapter, read_adapter
+from cft_jax.checkpoints.peft_files import is_adapter, read_adapter
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.common.storage import CHECKPOINTS, opened, reaching
