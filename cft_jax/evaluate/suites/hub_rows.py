@@ -5,14 +5,14 @@ from typing import Any
 from cft_jax.common.errors import UserError
 
 
-def data_set_rows(source: str, config: str | None, split: str, *, cure: str) -> list[dict[str, Any]]:
+def data_set_rows(source: str, config: str | None, split: str, *, fix: str) -> list[dict[str, Any]]:
     """All rows of a data set's split, read by `datasets`.
 
     Args:
       source: hub id or directory.
       config: name of the data set's configuration, where it has several.
       split: name of the split.
-      cure: what to do where it cannot be had; completes "check the network, or ...".
+      fix: what to do where it cannot be had; completes "check the network, or ...".
 
     Raises:
       UserError: `datasets` is not installed, or the data set cannot be had.
@@ -27,5 +27,5 @@ def data_set_rows(source: str, config: str | None, split: str, *, cure: str) -> 
     except (OSError, ValueError, DatasetsError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the data set {source} (split {split}) cannot be had: {first}; check the network, or {cure}"
+            f"the data set {source} (split {split}) cannot be had: {first}; check the network, or {fix}"
         ) from error

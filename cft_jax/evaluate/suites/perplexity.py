@@ -23,7 +23,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.config import Config
 from cft_jax.config.suites import PerplexityConfig
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.evaluate.metrics import Window, covering_windows, sliding_windows
+from cft_jax.evaluate.metrics import covering_windows, sliding_windows
 from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
@@ -126,7 +126,11 @@ def measure(
     ]
     for way in settings.windows:
         prefix = [] if way == "paper" or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]  # type: ignore[arg-type]
-        cuts = [_cut(way, len(encoding.ids), bool(prefix), settings) for encoding in encodings]
+        cut = sliding_windows if way == "paper" else functools.partial(covering_windows, prefixed=bool(prefix))
+        cuts = [
+            cut(len(encoding.ids), context_length=settings.context_length, stride=settings.stride)
+            for encoding in encodings
+        ]
         rows = [
             [*prefix, *encoding.ids[window.begin : window.end]]
             for encoding, windows in zip(encodings, cuts, strict=True)
@@ -191,30 +195,24 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _cut(way: str, length: int, prefixed: bool, settings: PerplexityConfig) -> list[Window]:
-    if way == "paper":
-        return sliding_windows(length, context_length=settings.context_length, stride=settings.stride)
-    return covering_windows(length, context_length=settings.context_length, stride=settings.stride, prefixed=prefixed)
-
-
 def find_files(settings: PerplexityConfig) -> list[Path]:
     """The files of the data set, in order.
 
     Raises:
       UserError: there are none: where they were looked for, and how to get them.
     """
-    cure = f"get the data with `{_GET}` ({_LICENCE}) and set config.suite.perplexity.data=paloma"
+    fix = f"get the data with `{_GET}` ({_LICENCE}) and set config.suite.perplexity.data=paloma"
     if not settings.data:
-        raise UserError(f"config.suite.perplexity.data is empty; {cure}")
+        raise UserError(f"config.suite.perplexity.data is empty; {fix}")
     root = Path(settings.data).expanduser()
     if not root.is_dir():
-        raise UserError(f"config.suite.perplexity.data={settings.data!r}: no such directory; {cure}")
+        raise UserError(f"config.suite.perplexity.data={settings.data!r}: no such directory; {fix}")
     found = []
     for name in settings.slices or ["*"]:
         files = sorted(root.glob(f"{name}/{settings.split}/*.jsonl.gz"))
         if not files:
             shown = f"{root}/{name if settings.slices else '<slice>'}/{settings.split}/*.jsonl.gz"
-            raise UserError(f"no files {shown}; check config.suite.perplexity's slices and split, or {cure}")
+            raise UserError(f"no files {shown}; check config.suite.perplexity's slices and split, or {fix}")
         found += files
     return found
 

@@ -49,11 +49,11 @@ def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
         raise UserError(f"{_FIELD}={settings.data}: no such file or directory; get the data with `{_GET}`")
     else:
         source = str(path) if path.is_dir() else settings.data
-        cure = f"run `{_GET}` where there is one and set {_FIELD} to that directory"
+        fix = f"run `{_GET}` where there is one and set {_FIELD} to that directory"
         prompts = [
             _prompt(row, split, f"{source}, split {split}, row {number}")
             for split in settings.splits
-            for number, row in enumerate(data_set_rows(source, None, split, cure=cure), 1)
+            for number, row in enumerate(data_set_rows(source, None, split, fix=fix), 1)
         ]
     return _checked(prompts, settings.data)
 

@@ -293,6 +293,8 @@ def _find(
     find: Callable[..., Judge], settings: NoveltyBenchConfig, *, asked: bool, local_files_only: bool
 ) -> Judge | None:
     """The judge of a stage; None where the stage is not asked for and the judge is not at hand."""
+    if not asked and jax.process_count() > 1:
+        return None  # hosts may have different judges at hand, and must agree on the stages that they read
     try:
         return find(settings, local_files_only=local_files_only or not asked)
     except UserError:

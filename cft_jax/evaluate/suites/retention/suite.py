@@ -245,9 +245,9 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
     """A task's rows, and where they were found."""
     source, config, split = task.source
     folder = source.partition("/")[2]
-    cure = f"run {task.how_to_get} where there is one and set config.suite.retention.data=tiny"
+    fix = f"run {task.how_to_get} where there is one and set config.suite.retention.data=tiny"
     if not data:
-        return data_set_rows(source, config or None, split, cure=cure), f"the data set {source}"
+        return data_set_rows(source, config or None, split, fix=fix), f"the data set {source}"
     root = Path(data).expanduser()
     file, directory = root / f"{task.name}.jsonl", root / folder
     if file.is_file():
@@ -256,7 +256,7 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); copy it again, or get it with {task.how_to_get}") from error
     if directory.is_dir():
-        return data_set_rows(str(directory), config or None, split, cure=cure), str(directory)
+        return data_set_rows(str(directory), config or None, split, fix=fix), str(directory)
     raise UserError(
         f"config.suite.retention.data={data!r} holds neither {file.name} nor {folder}/; get it with {task.how_to_get} "
         "and set the field to tiny, or leave it empty for the hub"

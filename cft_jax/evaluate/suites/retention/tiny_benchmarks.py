@@ -85,18 +85,18 @@ class Task:
         Raises:
           UserError: the data set, found at `place`, is not the published one in form.
         """
-        cure = f"get it anew with {self.how_to_get}"
+        fix = f"get it anew with {self.how_to_get}"
         if len(rows) != NUM_EXAMPLES:
-            raise UserError(f"{place} has {len(rows)} rows; {self.name} has exactly {NUM_EXAMPLES}; {cure}")
+            raise UserError(f"{place} has {len(rows)} rows; {self.name} has exactly {NUM_EXAMPLES}; {fix}")
         if set(rows[0]) != self.columns:
             columns = f"{place} has the columns {sorted(rows[0])}; {self.name} takes {sorted(self.columns)}"
-            raise UserError(f"{columns}; {cure}")
+            raise UserError(f"{columns}; {fix}")
         found = []
         for number, row in enumerate(rows):
             try:
                 found.append(self.example(row, number))
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise UserError(f"{place}, row {number} cannot be read as {self.name}: {error}; {cure}") from error
+                raise UserError(f"{place}, row {number} cannot be read as {self.name}: {error}; {fix}") from error
         return found
 
     def example(self, row: Row, number: int) -> Example:
