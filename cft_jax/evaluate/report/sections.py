@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
 from cft_jax.evaluate.report import plots
+from cft_jax.evaluate.report.conditions import measured_alike
 from cft_jax.evaluate.report.overview import (
     headlines_of,
     models_of,
@@ -85,7 +86,9 @@ def page_sections(runs: Sequence[Run], training: Training | None) -> dict[str, A
         "trained": _trained(training) if training is not None else "",
         "models": models_of(runs),
         "heading": _heading(suites_of(runs), training),
-        "num_prompts": max((_num_prompts(run) for run in structured), default=0),
+        "num_prompts": max(
+            (sum(s["num_prompts"] for s in r.summary["splits"].values()) for r in structured), default=0
+        ),
         "missing": _missing(runs),
         "overview": overview_table(runs),
         "cards": list(_cards(structured, splits[0])) if splits and len(structured) <= 2 else [],
@@ -106,11 +109,9 @@ def _heading(suites: Sequence[str], training: Training | None) -> str:
         return "Does the model sample what it is asked for?"
     if suites == [SUITE]:
         return "How closely do answers follow the distribution?"
-    return (
-        f"Evaluation: {suite_title(suites[0])}"
-        if len(suites) == 1
-        else "Does the skill transfer, and what does it cost?"
-    )
+    if len(suites) == 1:
+        return f"Evaluation: {suite_title(suites[0])}"
+    return "Does the skill transfer, and what does it cost?"
 
 
 def _trained(training: Training) -> str:
@@ -128,10 +129,6 @@ def _footer(runs: Sequence[Run], training: Training | None) -> list[str]:
     return [str(part) for part in (*parts, *(": ".join(filter(None, known)) for known in about)) if part]
 
 
-def _num_prompts(run: Run) -> int:
-    return sum(split["num_prompts"] for split in run.summary["splits"].values())
-
-
 def _missing(runs: Sequence[Run]) -> dict[tuple[str, str], list[str]]:
     """The models that lack something, by the title of the suite and the reason."""
     lacking: dict[tuple[str, str], list[str]] = {}
@@ -143,7 +140,8 @@ def _missing(runs: Sequence[Run]) -> dict[tuple[str, str], list[str]]:
 
 
 def _cards(runs: Sequence[Run], split: str) -> Iterator[dict[str, str]]:
-    """The headline metrics of a split: what they are, what they were, and how much of an error is gone."""
+    """The headline metrics of a split: what they are, and of runs measured alike what they were, how much is gone."""
+    runs = runs if not measured_alike(runs, split)[1] else runs[-1:]
     for metric in (metric for metric in METRICS if metric.title in _CARDS):
         path = at([run.summary for run in runs], ("splits", split), metric).path
         was, now = ([None] + [value_at(run.summary, path) for run in runs])[-2:]

@@ -88,6 +88,8 @@ def test_other_prompts_are_other_conditions():
         page = render_page(runs)
         row = page[page.index("<td>exact KL, nats</td>") :].partition("</tr>")[0]
         assert row.count("<b>") == best and ("list of prompts is " in page) == (not best)
+        # Nor do the headlines speak of progress then.
+        assert page.count("from 1.00") == best
 
 
 def test_what_is_no_evaluation(tmp_path):
