@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cft_jax.common.errors import UserError
+from cft_jax.common.storage import Workdir
 from cft_jax.config import Config, DataConfig, ModelSettings
 from cft_jax.distributions import read_tasks
 from cft_jax.distributions.tasks import digest_of_tasks
@@ -20,12 +21,13 @@ def test_a_file_that_changes_under_a_run_stops_it_at_once(tmp_path):
     rows.write_text('{"prompt": "Coin?", "counts": {"heads": 1, "tails": 1}}\n')
     config = Config(data=DataConfig(custom=str(rows)), model=ModelSettings(checkpoint=str(tmp_path / "absent")))
     trained = digest_of_tasks(read_tasks(rows))
-    with setting_up(tmp_path / "run", config, devices="cpu", write=True, tasks=trained):
+    workdir = Workdir(tmp_path / "run")
+    with setting_up(workdir, config, devices="cpu", write=True, tasks=trained):
         pass
     before = (tmp_path / "run" / "config.json").read_bytes()
     rows.write_text('{"prompt": "Coin?", "counts": {"heads": 1, "tails": 2}}\n')
     with pytest.raises(UserError, match=r"restore the rows of config\.data\.custom, or name a new --workdir"):
-        run(config, tmp_path / "run")
+        run(config, workdir)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
