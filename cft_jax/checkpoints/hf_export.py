@@ -40,7 +40,7 @@ FORMATS = ("merged", "adapter")
 _COPY_BYTES = 2**24
 # Numbers of a tensor that are in float64 at a time.
 _SUMMED = 2**22
-# Shares of the update that survive rounding: float32 rounds, too; what users are told of; what is no longer the update.
+# Shares of the update that survive rounding: not worth a word in the card (float32 rounds, too), warned of, refused.
 _ALL_BUT_ROUNDING, _WARNED, _REFUSED = 0.9995, 0.9, 0.5
 # Not copied from the base: they are written anew, or describe other weights.
 _OWN_FILES = frozenset({"config.json", INDEX, "adapter_config.json"})
@@ -160,7 +160,7 @@ class _Rounding:
         if self.share < _REFUSED:
             other = "format adapter or " if adapters else ""
             raise UserError(f"{self}; export with {other}dtype float32 (cft_jax.export --dtype=float32)")
-        if self.share < _ALL_BUT_ROUNDING:
+        if self.whole:
             logging.log(logging.WARNING if self.share < _WARNED else logging.INFO, "%s", self)
 
     def section(self) -> str:
