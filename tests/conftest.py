@@ -261,7 +261,7 @@ def tiny_run(shared_dir, configured, program_cache):
     """
     from filelock import FileLock
 
-    from cft_jax.jobs.calibrate import run
+    from cft_jax.main import run
 
     with FileLock(shared_dir / "tiny_run.lock"):
         return shared_dir / "tiny_run", run(configured(TINY, "train.max_steps=4"), shared_dir / "tiny_run")

@@ -10,7 +10,7 @@ from cft_jax.common.storage import Workdir
 from cft_jax.config import Config, DataConfig, ModelSettings
 from cft_jax.distributions import read_tasks
 from cft_jax.distributions.tasks import digest_of_tasks
-from cft_jax.jobs.calibrate import run
+from cft_jax.main import run
 from cft_jax.runs.workdir import setting_up
 
 ROOT = Path(__file__).parents[1]
