@@ -6,7 +6,6 @@ does is read off the tokenizer itself and checked against its encoding of whole 
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int
@@ -36,11 +35,6 @@ class DigitTokens:
     runs: tuple[Int[np.ndarray, "_"], ...]
     minus: int
     point: int
-
-    @cached_property
-    def digits_of(self) -> dict[int, tuple[int, int]]:
-        """From a token's id to its number of digits and their value."""
-        return {int(token): (w, v) for w, run in enumerate(self.runs, 1) for v, token in enumerate(run)}
 
     def encode(
         self, integers: Int[np.ndarray, "N"], num_decimals: int

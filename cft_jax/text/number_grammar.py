@@ -153,7 +153,7 @@ class Children(NamedTuple):
 
 
 class _Ladders(NamedTuple):
-    """Steps start + j·step ≤ |k| < start + (j + 1)·step for 0 ≤ j < count; step j is below the child slot + j.
+    """Steps start + j·step ≤ |k| < start + (j + 1)·step for 0 ≤ j < num_steps; step j is below the child slot + j.
 
     `whole_digits` is the number of digits that the whole part has in all of them.
     """
@@ -163,7 +163,7 @@ class _Ladders(NamedTuple):
     whole_digits: np.ndarray
     start: np.ndarray
     step: np.ndarray
-    count: np.ndarray
+    num_steps: np.ndarray
     slot: np.ndarray
 
 
@@ -201,7 +201,7 @@ class NumberGrammar:
         ladders = self._ladders(prefixes)
         owner = prefixes.owner[ladders.prefix]
         near = self._edges(ladders.negative, ladders.start, owner)
-        far = self._edges(ladders.negative, ladders.start + ladders.count * ladders.step, owner)
+        far = self._edges(ladders.negative, ladders.start + ladders.num_steps * ladders.step, owner)
         return ladders.prefix, np.minimum(near, far), np.maximum(near, far)
 
     def _num_positions(self, ladders: _Ladders, owner: np.ndarray) -> np.ndarray:
@@ -223,13 +223,13 @@ class NumberGrammar:
 
     def _masses(self, ladders: _Ladders, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every step as (ladder, index of the step, probability); edges shared by two steps are evaluated once."""
-        num_edges = ladders.count + 1
+        num_edges = ladders.num_steps + 1
         edge_starts = np.concatenate([[0], num_edges.cumsum()])
         of_edge = np.repeat(np.arange(num_edges.size), num_edges)
         index = np.arange(of_edge.size) - edge_starts[of_edge]
         size = ladders.start[of_edge] + index * ladders.step[of_edge]
         edges = self._edges(ladders.negative[of_edge], size, owner[of_edge])
-        near = np.flatnonzero(index < ladders.count[of_edge])
+        near = np.flatnonzero(index < ladders.num_steps[of_edge])
         ladder = of_edge[near]
         descending = ladders.negative[ladder]
         lower, upper = near + descending, near + 1 - descending
@@ -268,9 +268,9 @@ class NumberGrammar:
         """The ladders without the steps that hold no string of their space, in order of the prefixes."""
         smallest, largest = self._sizes(ladders.negative, owner)
         skipped = np.maximum((smallest - ladders.start) // ladders.step, 0)
-        stop = np.minimum((largest - ladders.start) // ladders.step + 1, ladders.count)
+        stop = np.minimum((largest - ladders.start) // ladders.step + 1, ladders.num_steps)
         cut = ladders._replace(
-            start=ladders.start + skipped * ladders.step, count=stop - skipped, slot=ladders.slot + skipped
+            start=ladders.start + skipped * ladders.step, num_steps=stop - skipped, slot=ladders.slot + skipped
         )
         kept = np.flatnonzero(stop > skipped)
         kept = kept[np.argsort(ladders.prefix[kept], kind="stable")]
