@@ -27,7 +27,7 @@ def test_a_file_that_changes_under_a_run_stops_it_at_once(tmp_path):
     before = (tmp_path / "run" / "config.json").read_bytes()
     rows.write_text('{"prompt": "Coin?", "counts": {"heads": 1, "tails": 2}}\n')
     with pytest.raises(UserError, match=r"restore the rows of config\.data\.custom, or name a new --workdir"):
-        run(config, workdir)
+        run(config, workdir.path)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
