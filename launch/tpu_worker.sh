@@ -33,9 +33,10 @@ install() {
 attend() {
   local main code=0
   cd cft_jax
+  # Set before the job starts: a signal that came in between would end this process and leave the job.
+  trap 'kill -TERM "$!"' TERM
   ../venv/bin/python -u -m cft_jax.main "$@" &
   main=$!
-  trap 'kill -TERM "$main"' TERM
   wait "$main" || code=$?
   # A signal ends the wait before the job.
   while kill -0 "$main" 2>/dev/null; do
