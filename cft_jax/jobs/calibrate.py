@@ -113,6 +113,8 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
     if config.eval.enabled:
         name = f"{workdir}, step {result.step}"
         summaries["after"] = evaluate_stage(config, model, tokenizer, workdir.path, stage="after", checkpoint=name)
+    if writes:
+        write_report(workdir.path)  # before the export, which may be refused
     if config.export.enabled:
         _export(config, model, workdir.path, summaries, base)
     summary = {
@@ -124,7 +126,6 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         "evaluations": _by_suite(summaries),
     }
     if writes:
-        write_report(workdir.path)
         write_json(workdir.path / "summary.json", summary)
         sys.stdout.write(last_words(str(workdir), summary["evaluations"], exported=config.export.enabled))
     return summary
