@@ -6,6 +6,7 @@ than the kept numbers is ever made, however wide the range.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from jaxtyping import Float, Int, Real
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions.families import find_family
-from cft_jax.distributions.family import Family
 from cft_jax.distributions.splits import PromptSpec
 
 SUM_TOLERANCE = 1e-6
@@ -49,7 +49,22 @@ class OutputSpace:
     def __post_init__(self):
         values = tuple(self.values)
         probabilities = np.array(self.probabilities, dtype=np.float64)
-        _check_listed(values, probabilities)
+        if not values:
+            raise UserError("an output space needs at least one value")
+        if probabilities.shape != (len(values),):
+            raise UserError(
+                f"{len(values)} values need as many probabilities, not an array of shape {probabilities.shape}"
+            )
+        if len(set(values)) < len(values):
+            repeated = Counter(values).most_common(1)[0][0]
+            raise UserError(f"value {repeated!r} occurs more than once; add its probabilities up")
+        bad = ~(np.isfinite(probabilities) & (probabilities >= 0))
+        if bad.any():
+            first = int(np.argmax(bad))
+            raise UserError(f"probability {probabilities[first]} of {values[first]!r} must be finite and not negative")
+        total = float(probabilities.sum())
+        if abs(total - 1) > SUM_TOLERANCE:
+            raise UserError(f"probabilities sum to {total:.9g}; they must sum to 1 within {SUM_TOLERANCE:g}")
         # A correctly rounded sum: what is listed stays a function of what was given alone.
         probabilities /= math.fsum(probabilities.tolist())
         probabilities.flags.writeable = False
@@ -154,13 +169,29 @@ def number_space(
         raise UserError(f"tail_policy={tail_policy!r} must be one of {', '.join(TAIL_POLICIES)}")
     support = family.support(spec.parameters)
     clip = tail_policy == "clip_to_edge_bin"
-    # SciPy meets infinities on its way to finite results, and to quantiles that `_cuts` refuses.
+    named = f"{spec.family_id} with {dict(spec.parameters)}"
+    # SciPy meets infinities on its way to finite results, and to quantiles that are refused here.
     with np.errstate(over="ignore", divide="ignore"):
-        cuts = _cuts(family, spec, distribution, quantile_low, quantile_high)
+        # The smallest integer whose cdf reaches a quantile, also where the two are equal but for rounding.
+        nearly = 1 - _ROUNDING * family.integer_only
+        lower, upper = (float(cut) for cut in distribution.ppf([quantile_low * nearly, quantile_high * nearly]))
+        if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
+            raise UserError(
+                f"{named}: the quantiles at {quantile_low} and {quantile_high} are {lower} and {upper}, outside the "
+                "range of doubles; take milder parameters or quantiles"
+            )
         if family.integer_only:
-            return _integer_space(spec, distribution, support, cuts, max_bins, clip)
-        bounds = max(cuts[0], support[0]), min(cuts[1], support[1])
-        return _continuous_space(spec, family, distribution, bounds, num_decimals, max_bins, clip)
+            first, masses, moved = _integer_masses(named, distribution, support, (lower, upper), max_bins, clip)
+            size, decimals, bounds = float(masses.size), 0, (first, first + masses.size - 1)
+        else:
+            bounds = max(lower, support[0]), min(upper, support[1])
+            rounding = 0.0 if family.exact_quantiles else _ROUNDING
+            first, size, masses = _decimal_masses(named, distribution, bounds, num_decimals, rounding, max_bins, clip)
+            decimals, moved = num_decimals, 0.0
+    total = float(masses.sum())
+    probabilities = masses / total
+    probabilities.flags.writeable = False
+    return NumberSpace(first, size, decimals, probabilities, *bounds, max(0.0, 1 - total) + moved)
 
 
 def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[str]:
@@ -190,57 +221,28 @@ def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[
     return text[keep].tobytes().decode("ascii").split("\n")[:-1]
 
 
-def _check_listed(values: tuple[str, ...], probabilities: np.ndarray) -> None:
-    if not values:
-        raise UserError("an output space needs at least one value")
-    if probabilities.shape != (len(values),):
-        raise UserError(f"{len(values)} values need as many probabilities, not an array of shape {probabilities.shape}")
-    if len(set(values)) < len(values):
-        seen: set[str] = set()
-        repeated = next(value for value in values if value in seen or seen.add(value))
-        raise UserError(f"value {repeated!r} occurs more than once; add its probabilities up")
-    bad = ~(np.isfinite(probabilities) & (probabilities >= 0))
-    if bad.any():
-        first = int(np.argmax(bad))
-        raise UserError(f"probability {probabilities[first]} of {values[first]!r} must be finite and not negative")
-    total = float(probabilities.sum())
-    if abs(total - 1) > SUM_TOLERANCE:
-        raise UserError(f"probabilities sum to {total:.9g}; they must sum to 1 within {SUM_TOLERANCE:g}")
-
-
-def _cuts(family: Family, spec: PromptSpec, distribution: Any, low: float, high: float) -> tuple[float, float]:
-    # The smallest integer whose cdf reaches a quantile, also where the two are equal but for rounding.
-    nearly = 1 - _ROUNDING * family.integer_only
-    lower, upper = (float(value) for value in distribution.ppf([low * nearly, high * nearly]))
-    if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
-        raise UserError(
-            f"{family.family_id} with {dict(spec.parameters)}: the quantiles at {low} and {high} are {lower} and "
-            f"{upper}, outside the range of doubles; take milder parameters or quantiles"
-        )
-    return lower, upper
-
-
-def _continuous_space(
-    spec: PromptSpec,
-    family: Family,
+def _decimal_masses(
+    named: str,
     distribution: Any,
     bounds: tuple[float, float],
     num_decimals: int,
+    rounding: float,
     max_bins: int,
     clip: bool,
-) -> NumberSpace:
+) -> tuple[float, float, np.ndarray]:
+    """The first integer, how many the range holds, and the masses of those kept."""
     lower, upper = bounds
     step = float(f"1e-{num_decimals}")
-    first, last = inner_integers(lower / step, upper / step, rounding=0.0 if family.exact_quantiles else _ROUNDING)
+    first, last = inner_integers(lower / step, upper / step, rounding=rounding)
     if max(abs(first), abs(last)) >= _LARGEST_INTEGER:
         raise UserError(
-            f"{spec.family_id} with {dict(spec.parameters)} reaches from {lower:.6g} to {upper:.6g}, too far for "
-            f"doubles with num_decimals={num_decimals}; take fewer decimals or narrower quantiles"
+            f"{named} reaches from {lower:.6g} to {upper:.6g}, too far for doubles with num_decimals={num_decimals}; "
+            "take fewer decimals or narrower quantiles"
         )
     if last < first:
         # No number of these decimals lies between the bounds: the one nearest their middle stands for everything.
         only = round(float(f"{(lower + upper) / 2:.12g}"), num_decimals)
-        return _frozen_space(float(np.round(only / step)), 1.0, num_decimals, np.ones(1), bounds)
+        return float(np.round(only / step)), 1.0, np.ones(1)
     size = last - first + 1
     count = int(min(size, max_bins))
     numbers = thinned_integers(first, size, count, np.arange(count)) * step
@@ -249,7 +251,7 @@ def _continuous_space(
     if clip:
         masses[0] += cdf[0]
         masses[-1] += 1 - cdf[-1]
-    return _frozen_space(first, size, num_decimals, np.clip(masses, 0, None), bounds)
+    return first, size, np.clip(masses, 0, None)
 
 
 def inner_integers(lower: float, upper: float, *, rounding: float) -> tuple[float, float]:
@@ -262,21 +264,21 @@ def inner_integers(lower: float, upper: float, *, rounding: float) -> tuple[floa
     return float(np.ceil(lower)), float(np.floor(upper))
 
 
-def _integer_space(
-    spec: PromptSpec,
+def _integer_masses(
+    named: str,
     distribution: Any,
     support: tuple[float, float],
     cuts: tuple[float, float],
     max_bins: int,
     clip: bool,
-) -> NumberSpace:
+) -> tuple[float, np.ndarray, float]:
+    """The first integer, the masses from there on, and how much of the last one's stands for those past `max_bins`."""
     first = math.floor(support[0] if math.isfinite(support[0]) else cuts[0])
     wanted = math.ceil(support[1] if math.isfinite(support[1]) else cuts[1])
     # The paper keeps the first max_bins integers and drops the rest of a bounded support. A quantile may lie below the
     # support: SciPy's of geometric(p=1) is 0.
     last = min(max(first, wanted), first + max_bins - 1)
-    numbers = np.arange(first, last + 1, dtype=np.float64)
-    masses = np.clip(distribution.pmf(numbers), 0, None)
+    masses = np.clip(distribution.pmf(np.arange(first, last + 1, dtype=np.float64)), 0, None)
     moved = 0.0
     if clip and math.isinf(support[1]):
         beyond = 1 - distribution.cdf(last)
@@ -284,25 +286,9 @@ def _integer_space(
         moved = float(beyond) if last < wanted else 0.0
     if not masses.sum() > 0:
         raise UserError(
-            f"{spec.family_id} with {dict(spec.parameters)}: the integers {first} to {last} have no probability; "
-            f"max_bins={max_bins} must be larger"
+            f"{named}: the integers {first} to {last} have no probability; max_bins={max_bins} must be larger"
         )
-    return _frozen_space(float(first), float(numbers.size), 0, masses, (float(first), float(last)), moved)
-
-
-def _frozen_space(
-    first: float,
-    range_size: float,
-    num_decimals: int,
-    masses: np.ndarray,
-    bounds: tuple[float, float],
-    moved: float = 0.0,
-) -> NumberSpace:
-    """Of the masses, `moved` stood for other numbers."""
-    total = float(masses.sum())
-    probabilities = masses / total
-    probabilities.flags.writeable = False
-    return NumberSpace(first, range_size, num_decimals, probabilities, *bounds, max(0.0, 1 - total) + moved)
+    return float(first), masses, moved
 
 
 def thinned_integers(

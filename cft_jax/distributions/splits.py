@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cft_jax.common.errors import UserError
-from cft_jax.distributions.families import HELDOUT_FAMILIES, TRAIN_FAMILIES, find_family
-from cft_jax.distributions.family import Family
+from cft_jax.distributions.families import HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
 from cft_jax.distributions.grids import GRIDS, Axis, between, resampled
 
 _T = TypeVar("_T")
