@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cft_jax.checkpoints import hf_names
-from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
-from cft_jax.checkpoints.tensor_files import Rows, StoredTensor, mismatch, read_record, read_tensors
+from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor, Rows
+from cft_jax.checkpoints.tensor_files import StoredTensor, read_record, read_tensors
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.families import config_from_hf, is_multimodal
@@ -156,6 +157,19 @@ def _check_packed(packed: Mxfp4Tensor) -> None:
     for part in (blocks, scales):
         if part.dtype != np.uint8:
             raise UserError(f"{part.file}: {part.name} has dtype {part.dtype}; MXFP4 blocks and scales are uint8")
+
+
+def mismatch(tensors: Mapping[str, Rows], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps tensors from being those of a model, floating-point and of these shapes; empty where nothing does."""
+    problems = [f"missing {name}" for name in sorted(shapes.keys() - tensors.keys())]
+    problems += [f"unknown {name}" for name in sorted(tensors.keys() - shapes.keys())]
+    for name in sorted(shapes.keys() & tensors.keys()):
+        tensor, shape = tensors[name], shapes[name]
+        if tensor.shape != shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} has dtype {tensor.dtype}, which is not floating-point")
+    return "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def match_shapes(checkpoint: HfCheckpoint, shapes: Mapping[hf_names.Path, tuple[int, ...]]) -> None:

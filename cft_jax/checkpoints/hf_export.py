@@ -1,10 +1,11 @@
 """Writing a model for the Hugging Face world: merged weights, or a PEFT adapter."""
 
+import collections
 import functools
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,9 @@ from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
 from cft_jax.checkpoints.peft_files import write_adapter
 from cft_jax.checkpoints.tensor_files import (
     INDEX,
-    Entry,
     StoredTensor,
-    raw_bytes,
+    TensorSpec,
     read_record,
-    weight_files,
     write_record,
     write_tensors,
 )
@@ -37,7 +36,6 @@ from cft_jax.models.rope_spelling import with_both_spellings
 from cft_jax.models.transformer import Transformer
 
 FORMATS = ("merged", "adapter")
-_COPY_BYTES = 2**24
 # Numbers of a tensor that are in float64 at a time.
 _SUMMED = 2**22
 # Shares of the update that survive rounding: not worth a word in the card (float32 rounds, too), warned of, refused.
@@ -168,6 +166,11 @@ class _Rounding:
         return f"\n## Rounding\n\nOf these weights, {self}.\n" if self.share < _ALL_BUT_ROUNDING else ""
 
 
+@dataclass(frozen=True)
+class _MergedTensor(TensorSpec):
+    read: Callable[[], np.ndarray]
+
+
 class _Merged:
     """The files of a checkpoint with the model's weights instead of the old ones.
 
@@ -189,43 +192,41 @@ class _Merged:
 
     def write(self, out: Path | None) -> None:
         """Writes weights and config; without a directory, only takes part in gathering the weights."""
-        files: dict[str, list[Entry]] = {file.name: [] for file in weight_files(self.checkpoint.directory)}
-        for tensor in self.checkpoint.stored.values():
-            files[tensor.file.name] += self._entries(tensor)
-        sizes = {entry.name: (name, entry.nbytes) for name, entries in files.items() for entry in entries}
-        total = sum(size for _, size in sizes.values())
+        files: dict[str, dict[str, StoredTensor | _MergedTensor]] = {}
+        for stored in self.checkpoint.stored.values():
+            files.setdefault(stored.file.name, {}).update(self._instead(stored))
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
         with Progress("export", total=max(1, total >> 20), unit="MiB") as progress:
-            for name, entries in files.items():
-                counted = [replace(entry, pieces=_counted(entry.pieces, progress)) for entry in entries]
+            for file, tensors in files.items():
+                arrays = _read_all(tensors.values(), progress)
                 if out is None:
-                    for entry in counted:
-                        for _ in entry.pieces:
-                            pass
+                    collections.deque(arrays, maxlen=0)
                 else:
-                    with (out / name).open("wb") as file:
-                        write_tensors(file, counted)
+                    write_tensors(out / file, tensors, arrays)
         self.rounding.check(adapters=bool(self.adapters))
         if out is not None:
-            self._write_index(out, sizes)
-            write_record(out / "config.json", self._config())
+            self._write_index(out, dict(sorted(weight_map.items())), total)
+            raw = with_both_spellings(self.checkpoint.raw)
+            # MXFP4 tensors come out as the bfloat16 they stand for.
+            raw.pop("quantization_config", None)
+            write_record(out / "config.json", raw if self.dtype is None else _with_dtype(raw, self.dtype.name))
 
-    def _entries(self, tensor: StoredTensor) -> list[Entry]:
-        """What stands instead of a tensor of the files: itself, the model's, or nothing for scales."""
-        own = self.checkpoint.owners.get(tensor.name)
+    def _instead(self, stored: StoredTensor) -> dict[str, StoredTensor | _MergedTensor]:
+        """By name, what stands instead of a tensor of the files: itself, the model's, or nothing for scales."""
+        own = self.checkpoint.owners.get(stored.name)
         if own is None:
-            return [Entry(tensor.name, tensor.dtype, tensor.shape, tensor.pieces(_COPY_BYTES))]
-        rows, name = self.checkpoint.tensors[own], tensor.name
+            return {stored.name: stored}
+        rows, name = self.checkpoint.tensors[own], stored.name
         if isinstance(rows, Mxfp4Tensor):
-            if tensor is rows.scales:
-                return []
+            if stored is rows.scales:
+                return {}
             name = name.removesuffix("_blocks")
         dtype = self.dtype or rows.dtype
-        return [Entry(name, dtype, rows.shape, self._merged(own, dtype))]
+        return {name: _MergedTensor(dtype, rows.shape, functools.partial(self._merged, own, dtype))}
 
-    def _merged(self, own: str, dtype: np.dtype) -> Iterator[memoryview]:
-        """The raw bytes of one tensor; a generator, so that one tensor at a time is in memory."""
-        rows = self.checkpoint.tensors[own]
-        before = rows.read(0, rows.shape[0])
+    def _merged(self, own: str, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+        before = self.checkpoint.tensors[own].read()
         now = self.weights.base(self.names[own])
         trained = before if _same_bits(before.astype(now.dtype), now) else now
         update = self.weights.update(self.adapters[own]) if own in self.adapters else None
@@ -235,24 +236,17 @@ class _Merged:
             after = (trained.astype(np.float32) + update).astype(dtype)
         if update is not None or trained is now:
             self.rounding.add(before, [trained] if update is None else [trained, update], after)
-        yield raw_bytes(after)
+        return after
 
-    def _config(self) -> dict[str, Any]:
-        raw = with_both_spellings(self.checkpoint.raw)
-        # MXFP4 tensors come out as the bfloat16 they stand for.
-        raw.pop("quantization_config", None)
-        return raw if self.dtype is None else _with_dtype(raw, self.dtype.name)
-
-    def _write_index(self, out: Path, sizes: dict[str, tuple[str, int]]) -> None:
+    def _write_index(self, out: Path, weight_map: dict[str, str], total: int) -> None:
         index = self.checkpoint.directory / INDEX
         if not index.is_file():
             return
         record = read_record(index)
-        weight_map = {name: sizes[name][0] for name in sorted(sizes)}
         if self.dtype is None and weight_map == record["weight_map"]:
             shutil.copyfile(index, out / INDEX)
             return
-        metadata = {**record.get("metadata", {}), "total_size": sum(size for _, size in sizes.values())}
+        metadata = {**record.get("metadata", {}), "total_size": total}
         write_record(out / INDEX, {**record, "metadata": metadata, "weight_map": weight_map})
 
 
@@ -263,13 +257,16 @@ def _with_dtype(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**raw, "dtype": name, "torch_dtype": name}
 
 
-def _counted(pieces: Iterable[bytes | memoryview], progress: Progress) -> Iterator[bytes | memoryview]:
-    for piece in pieces:
-        yield piece
-        progress.advance(len(piece) / 2**20)
+def _read_all(
+    tensors: Iterable[StoredTensor | _MergedTensor], progress: Progress
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """One tensor at a time, which is all that is in memory."""
+    for tensor in tensors:
+        yield tensor.read()
+        progress.advance(tensor.nbytes / 2**20)
 
 
 def _same_bits(one: Shaped[np.ndarray, "..."], other: Shaped[np.ndarray, "..."]) -> bool:
     """Equality that tells -0.0 from 0.0 and lets NaN equal itself."""
     word = np.dtype(f"u{one.dtype.itemsize}")
-    return np.array_equal(np.ascontiguousarray(one).view(word), np.ascontiguousarray(other).view(word))
+    return np.array_equal(one.view(word), other.view(word))

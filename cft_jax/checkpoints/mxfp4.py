@@ -51,10 +51,15 @@ class Mxfp4Tensor:
     def dtype(self) -> np.dtype:
         return _BFLOAT16
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Experts start:stop, dequantised one by one."""
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Experts start:stop, by default all, dequantised one by one."""
+        stop = self.shape[0] if stop is None else stop
         out = np.empty((stop - start, *self.shape[1:]), _BFLOAT16)
         for expert in range(start, stop):
             blocks, scales = self.blocks.read(expert, expert + 1), self.scales.read(expert, expert + 1)
             out[expert - start] = dequantize(blocks, scales)[0].T
         return out
+
+
+# Tensors of a model, which are read by rows of their first axis.
+Rows = StoredTensor | Mxfp4Tensor

@@ -10,17 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from cft_jax.checkpoints import hf_names
+from cft_jax.checkpoints.hf_checkpoint import mismatch
 from cft_jax.checkpoints.lora_weights import AdapterTensor, HostWeights, adapter_tensors, as_matrices
-from cft_jax.checkpoints.tensor_files import (
-    Entry,
-    StoredTensor,
-    mismatch,
-    raw_bytes,
-    read_header,
-    read_record,
-    write_record,
-    write_tensors,
-)
+from cft_jax.checkpoints.tensor_files import StoredTensor, read_header, read_record, write_record, write_tensors
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.models.config import LoraSpec
@@ -28,7 +20,6 @@ from cft_jax.models.families import is_multimodal
 from cft_jax.models.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FLOAT32 = np.dtype(np.float32)
 _FACTORS = ("lora_A", "lora_B")
 _ROOT = "base_model.model."
 # The published Gemma 3 wrapper holds the language model under another name; adapters are keyed for both.
@@ -75,19 +66,18 @@ def write_adapter(model: Transformer, directory: Path | None) -> None:
     weights, targets, tensors = HostWeights(model), adapter_tensors(model.config, spec), {}
     for target in targets:
         for factor, matrix in zip(_FACTORS, _to_peft(*weights.factors(target)), strict=True):
-            tensors[f"{target.module}.{factor}.weight"] = np.ascontiguousarray(matrix)
+            tensors[f"{target.module}.{factor}.weight"] = matrix
     _refuse_identity(list(tensors.values()), "train it before exporting")
     if directory is None:
         return
     multimodal = is_multimodal(source.config)
     prefixes = _WRAPPED if multimodal else _WRAPPED[:1]
-    entries = [
-        Entry(_ROOT + prefix + name.removeprefix(_WRAPPED[0]), _FLOAT32, matrix.shape, (raw_bytes(matrix),))
+    written = {
+        _ROOT + prefix + name.removeprefix(_WRAPPED[0]): matrix
         for prefix in prefixes
         for name, matrix in tensors.items()
-    ]
-    with (directory / WEIGHTS).open("wb") as file:
-        write_tensors(file, entries)
+    }
+    write_tensors(directory / WEIGHTS, written, written.values())
     experts = sorted({target.name.hf.split(".", 3)[3] for target in targets if target.experts})
     modules = sorted({target.module.rpartition(".")[2] for target in targets if not target.experts})
     record = {
@@ -159,7 +149,7 @@ class PeftAdapter:
 
 
 def _read(tensor: StoredTensor) -> Matrix:
-    return tensor.read(0, tensor.shape[0]).astype(np.float32)
+    return tensor.read().astype(np.float32)
 
 
 def is_adapter(directory: Path) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Shaped
 
 from cft_jax.checkpoints.hf_names import Layout
-from cft_jax.checkpoints.tensor_files import Rows
+from cft_jax.checkpoints.mxfp4 import Rows
 from cft_jax.sharding.rules import sharding
 
 # Bytes of a tensor that are in host memory at a time while it is loaded.
@@ -47,7 +47,7 @@ def place_stack(
     if math.prod(shape) * dtype.itemsize <= piece_bytes:
         whole = np.empty(shape, dtype)
         for layer, tensor in enumerate(tensors):
-            whole[layer if stacked else ...] = layout.to_ours(tensor.read(0, tensor.shape[0]), one)
+            whole[layer if stacked else ...] = layout.to_ours(tensor.read(), one)
         return jax.make_array_from_callback(shape, where, whole.__getitem__)
     axis = layout.split_axis()
     rows = tensors[0].shape[0] // one[axis]

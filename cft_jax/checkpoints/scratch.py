@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.directories import new_directory
 from cft_jax.checkpoints.lora_weights import HostWeights
-from cft_jax.checkpoints.tensor_files import WEIGHTS, Entry, raw_bytes, write_record, write_tensors
+from cft_jax.checkpoints.tensor_files import WEIGHTS, write_record, write_tensors
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.families import llama_to_hf
 from cft_jax.models.transformer import Transformer
@@ -34,13 +34,8 @@ def write_random_llama(
     """
     raw = llama_to_hf(config)
     raw |= {"dtype": np.dtype(dtype).name, "eos_token_id": eos_token_id, "max_position_embeddings": max_length}
-    model = Transformer(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(seed))
-    weights = HostWeights(model)
-    entries = []
-    for name in hf_names.tensor_names(config):
-        tensor = weights.base(name)
-        entries.append(Entry(name.hf, tensor.dtype, tensor.shape, (raw_bytes(tensor),)))
+    weights = HostWeights(Transformer(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(seed)))
+    tensors = {name.hf: weights.base(name) for name in hf_names.tensor_names(config)}
     with new_directory(directory) as out:
         write_record(out / "config.json", raw)
-        with (out / WEIGHTS).open("wb") as file:
-            write_tensors(file, entries)
+        write_tensors(out / WEIGHTS, tensors, tensors.values())

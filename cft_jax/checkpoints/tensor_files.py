@@ -7,82 +7,60 @@ whose touched pages count as resident memory; here rows are read into a buffer o
 
 import json
 import math
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from cft_jax.common.errors import UserError
 
+# fmt: off
 DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# fmt: on
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@runtime_checkable
-class Rows(Protocol):
-    """A tensor that is read by rows of its first axis."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start:stop, [stop - start, *shape[1:]]."""
-        ...
-
-
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a file."""
+class TensorSpec:
+    """The dtype and shape of a tensor."""
 
-    file: Path
-    name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        row = math.prod(self.shape[1:])
-        with self.file.open("rb") as file:
-            file.seek(self.offset + start * row * self.dtype.itemsize)
-            data = np.fromfile(file, np.uint8, (stop - start) * row * self.dtype.itemsize)
-        return data.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
-    def pieces(self, nbytes: int) -> Iterator[bytes]:
-        """The raw bytes, at most `nbytes` at a time."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = file.read(min(left, nbytes))
-                if not piece:
-                    raise UserError(f"{self.file} ends inside tensor {self.name}; copy the checkpoint again")
-                left -= len(piece)
-                yield piece
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """Where a tensor lies in a file."""
+
+    name: str
+    file: Path
+    offset: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start:stop of the first axis, [stop - start, *shape[1:]]; by default all, a scalar as one row.
+
+        Raises:
+          UserError: the file has become shorter.
+        """
+        stop = math.prod(self.shape[:1]) if stop is None else stop
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = np.fromfile(self.file, np.uint8, (stop - start) * row, offset=self.offset + start * row)
+        if data.size < (stop - start) * row:
+            raise UserError(f"{self.file} ends inside tensor {self.name}; copy the checkpoint again")
+        return data.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -93,18 +71,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise _damaged(file, "its header is cut short")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise _damaged(file, "its header is no JSON") from error
+        header = _record(file, stream.read(length), "its header")
     header.pop("__metadata__", None)
-    tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 8 + length
+    tensors = [_stored(file, name, entry, end) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     for tensor in tensors:
         if tensor.offset != end:
             raise _damaged(file, f"tensor {tensor.name} does not start where the one before it ends")
@@ -121,7 +95,7 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
         raise _damaged(file, f"the header's entry of tensor {name} is incomplete") from error
     if kind not in DTYPES:
         raise UserError(f"{file}: tensor {name} has dtype {kind}, which is not known; known: {', '.join(DTYPES)}")
-    tensor = StoredTensor(file, name, DTYPES[kind], shape, base + start)
+    tensor = StoredTensor(DTYPES[kind], shape, name, file, base + start)
     if tensor.nbytes != stop - start:
         raise _damaged(file, f"tensor {name} of shape {list(shape)} and dtype {kind} has {stop - start} bytes")
     return tensor
@@ -133,31 +107,22 @@ def read_record(file: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is damaged.
     """
+    return _record(file, file.read_bytes(), "it")
+
+
+def _record(file: Path, text: bytes, what: str) -> dict[str, Any]:
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(text)
     except ValueError as error:
-        raise _damaged(file, "it is no JSON") from error
+        raise _damaged(file, f"{what} is no JSON") from error
     if not isinstance(record, dict):
-        raise _damaged(file, "it holds no record")
+        raise _damaged(file, f"{what} holds no record")
     return record
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Writes a record as the JSON of HF's files, indented."""
     file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def mismatch(tensors: Mapping[str, Rows], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What keeps tensors from being those of a model, floating-point and of these shapes; empty where nothing does."""
-    problems = [f"missing {name}" for name in sorted(shapes.keys() - tensors.keys())]
-    problems += [f"unknown {name}" for name in sorted(tensors.keys() - shapes.keys())]
-    for name in sorted(shapes.keys() & tensors.keys()):
-        tensor, shape = tensors[name], shapes[name]
-        if tensor.shape != shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{name} has dtype {tensor.dtype}, which is not floating-point")
-    return "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _damaged(file: Path, why: str) -> UserError:
@@ -182,19 +147,15 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory} has only pickled weights (.bin), which are never loaded; convert them to safetensors"
             )
         raise UserError(f"{directory} has no {WEIGHTS} and no {INDEX}; is it a checkpoint in HF format?")
-    names = sorted(set(read_weight_map(index).values()))
+    names = sorted(set(_weight_map(index).values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} lacks {', '.join(missing)}, named in {INDEX}; copy or download them again")
     return [directory / name for name in names]
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """File name by tensor name, from model.safetensors.index.json.
-
-    Raises:
-      UserError: the index is damaged.
-    """
+def _weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor name."""
     weight_map = read_record(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise _damaged(index, "it has no weight_map")
@@ -219,49 +180,30 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     index = directory / INDEX
     if index.is_file():
-        weight_map = read_weight_map(index)
-        wrong = [n for n in {*weight_map, *tensors} if n not in tensors or tensors[n].file.name != weight_map.get(n)]
+        wrong = _weight_map(index).items() ^ {name: tensor.file.name for name, tensor in tensors.items()}.items()
         if wrong:
-            raise _damaged(index, f"it does not match the files, for example for tensor {min(wrong)}")
+            raise _damaged(index, f"it does not match the files, for example for tensor {min(wrong)[0]}")
     return tensors
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: `pieces` are its raw bytes in order."""
+def write_tensors(file: Path, tensors: Mapping[str, TensorSpec | np.ndarray], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file in one pass.
 
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    pieces: Iterable[bytes | memoryview]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array in row-major order, without a copy where they lie so already."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def write_tensors(file: BinaryIO, entries: Sequence[Entry]) -> None:
-    """Writes a safetensors file in one pass, the data in the order given."""
+    Args:
+      file: to write.
+      tensors: dtypes and shapes by name.
+      arrays: their values, in the same order.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for entry in entries:
-        end = offset + entry.nbytes
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+    for name, tensor in tensors.items():
+        offsets = [offset, offset := offset + tensor.nbytes]
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
-    for entry in entries:
-        written = sum(file.write(piece) for piece in entry.pieces)
-        if written != entry.nbytes:
-            raise AssertionError(f"tensor {entry.name} of shape {entry.shape} got {written} bytes")
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
+            written = stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            if written != tensor.nbytes:
+                raise AssertionError(f"tensor {name} of shape {tensor.shape} got {written} bytes")
