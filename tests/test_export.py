@@ -188,7 +188,7 @@ def test_the_export_command_writes_both_forms(soft, tokenizer, tmp_path, capsys)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
     chat = [{"role": "user", "content": "hi"}]
     assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
-    assert "## Figures" in (tmp_path / "merged" / "README.md").read_text()
+    assert "## Metrics" in (tmp_path / "merged" / "README.md").read_text()
     assert str(tmp_path / "merged") in capsys.readouterr().out
 
 

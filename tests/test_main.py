@@ -135,7 +135,7 @@ def test_export_is_what_transformers_loads(finished):
     base, trained = (load_file(directory / "model.safetensors") for directory in (finished[0] / "base", export))
     assert base.keys() == trained.keys()
     assert all(not np.array_equal(base[name], trained[name]) for name in base)
-    assert "## Figures" in (export / "README.md").read_text()
+    assert "## Metrics" in (export / "README.md").read_text()
 
 
 def test_a_finished_run_does_nothing(finished, configured, capsys):
