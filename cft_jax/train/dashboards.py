@@ -1,16 +1,16 @@
 """The logged metrics where people watch them: TensorBoard and Weights & Biases, when the configuration asks."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
 from cft_jax.config import LogConfig
 
-Mirror = Callable[[int, Mapping[str, float]], None]
 
-
-class Dashboards:
+class Dashboards(contextlib.ExitStack):
     """Receives each row of `metrics.jsonl` as it is written.
 
     TensorBoard reads `workdir/tensorboard`. Weights & Biases takes its settings from its own WANDB_* variables; a run
@@ -18,18 +18,24 @@ class Dashboards:
     """
 
     def __init__(self, log: LogConfig, workdir: Path, *, enabled: bool) -> None:
-        """Opens what is asked for.
-
-        Args:
-          log: which of them are wanted.
-          workdir: of the run.
-          enabled: whether this process writes; process 0 does.
+        """Opens what is asked for, where this process writes (`enabled`).
 
         Raises:
           UserError: a package is not installed.
         """
-        self._tensorboard = _tensorboard(workdir) if log.tensorboard and enabled else None
-        self._wandb = _wandb(workdir) if log.wandb and enabled else None
+        super().__init__()
+        self._tensorboard = self._wandb = None
+        if log.tensorboard and enabled:
+            self._tensorboard = _package("tensorboardX", "tensorboard").SummaryWriter(str(workdir / "tensorboard"))
+            self.callback(self._tensorboard.close)
+        if log.wandb and enabled:
+            wandb = _package("wandb", "wandb")
+            kept = workdir / "wandb_run_id"
+            if not kept.exists():
+                kept.write_text(wandb.util.generate_id(), encoding="utf-8")
+            run_id = kept.read_text(encoding="utf-8")
+            self._wandb = wandb.init(dir=str(workdir), id=run_id, resume="allow", name=workdir.name)
+            self.callback(self._wandb.finish)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Passes on one row."""
@@ -39,28 +45,9 @@ class Dashboards:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def close(self) -> None:
-        """Flushes and lets go."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
-
-def _tensorboard(workdir: Path) -> Any:
+def _package(name: str, field: str) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError("config.log.tensorboard needs a package that is absent; pip install tensorboardX") from None
-    return SummaryWriter(str(workdir / "tensorboard"))
-
-
-def _wandb(workdir: Path) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("config.log.wandb needs a package that is absent; pip install wandb") from None
-    kept = workdir / "wandb_run_id"
-    if not kept.exists():
-        kept.write_text(wandb.util.generate_id(), encoding="utf-8")
-    return wandb.init(dir=str(workdir), id=kept.read_text(encoding="utf-8"), resume="allow", name=workdir.name)
+        raise UserError(f"config.log.{field} needs a package that is absent; pip install {name}") from None

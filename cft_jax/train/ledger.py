@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from types import TracebackType
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 
@@ -17,60 +17,50 @@ RUN_AHEAD = 3
 
 
 class NotFiniteError(Exception):
-    """A step's loss or gradient was not finite; carries the step (counted from 1) and its loss."""
-
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"step {step}: loss {loss}")
-        self.step, self.loss = step, loss
+    """A step's loss or gradient was not finite; its arguments are the step (counted from 1) and its loss."""
 
 
+@dataclass(eq=False)
 class Ledger:
     """Collects the metrics of every step, one logging interval late so that the host never waits for the last step.
 
-    Rows are written for step 1, for every `every`-th step and for the last.
+    Rows are written for step 1, for every `every`-th step and for the last. The clock starts when it is made.
+
+    Attributes:
+      writer: of the rows; closed when the ledger is left as a context manager.
+      progress: advanced with every step.
+      every: steps between two rows.
+      done: steps done earlier.
+      stop: the last step of this run.
+      steps_per_epoch: for the rows' `epoch`.
+      examples_per_step: mean number of strings (prompts for `exact`) in a batch.
+      operations: of a step.
+      peak: operations per second of all devices together; None where it is not known.
+      stop_on_nonfinite: whether a loss or gradient that is not finite raises.
     """
 
-    def __init__(
-        self,
-        writer: MetricsWriter,
-        progress: Progress,
-        *,
-        every: int,
-        done: int,
-        stop: int,
-        steps_per_epoch: int,
-        examples_per_step: float,
-        operations: Operations,
-        peak: float | None,
-        stop_on_nonfinite: bool,
-    ) -> None:
-        """Starts the clock.
+    writer: MetricsWriter
+    progress: Progress
+    _: KW_ONLY
+    every: int
+    done: int
+    stop: int
+    steps_per_epoch: int
+    examples_per_step: float
+    operations: Operations
+    peak: float | None
+    stop_on_nonfinite: bool
 
-        Args:
-          writer: of the rows.
-          progress: advanced with every step.
-          every: steps between two rows.
-          done: steps done earlier.
-          stop: the last step of this run.
-          steps_per_epoch: for the rows' `epoch`.
-          examples_per_step: mean number of strings (prompts for `exact`) in a batch.
-          operations: of a step.
-          peak: operations per second of all devices together; None where it is not known.
-          stop_on_nonfinite: whether a loss or gradient that is not finite raises.
-        """
-        self._writer, self._progress = writer, progress
-        self._every, self._stop = every, stop
-        self._steps_per_epoch, self._examples_per_step = steps_per_epoch, examples_per_step
-        self._operations, self._peak, self._computed = operations, peak, 0
-        self._stop_on_nonfinite = stop_on_nonfinite
+    def __post_init__(self):
+        self._computed = 0
         self._pending: deque[tuple[int, float, StepMetrics]] = deque()
-        self._last_logged = (done, time.monotonic())
+        self._last_logged = (self.done, time.monotonic())
 
     def __enter__(self) -> "Ledger":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._writer.close()
+    def __exit__(self, *error: object) -> None:
+        self.writer.close()
 
     def add(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of a step just handed to the devices; waits if too many are under way.
@@ -82,7 +72,7 @@ class Ledger:
             jax.block_until_ready(self._pending[-RUN_AHEAD][2].loss)
         previous = self._pending[-1][0] if self._pending else 0
         self._pending.append((step, time.monotonic(), metrics))
-        self._progress.advance(1)
+        self.progress.advance(1)
         if self._is_logged(step):
             self._collect(previous)
 
@@ -92,11 +82,11 @@ class Ledger:
         Raises:
           NotFiniteError: in a step not read before.
         """
-        self._collect(self._stop)
-        self._writer.sync()
+        self._collect(self.stop)
+        self.writer.sync()
 
     def _is_logged(self, step: int) -> bool:
-        return step == 1 or step % self._every == 0 or step == self._stop
+        return step == 1 or step % self.every == 0 or step == self.stop
 
     def _collect(self, last: int) -> None:
         due = []
@@ -104,9 +94,9 @@ class Ledger:
             due.append(self._pending.popleft())
         values = jax.device_get([metrics for _, _, metrics in due])
         for (step, moment, _), found in zip(due, values, strict=True):
-            if self._stop_on_nonfinite and not found.finite:
+            if self.stop_on_nonfinite and not found.finite:
                 raise NotFiniteError(step, float(found.loss))
-            self._computed += self._operations.count(tokens=int(found.tokens), steps=int(found.steps))
+            self._computed += self.operations.count(tokens=int(found.tokens), steps=int(found.steps))
             if self._is_logged(step):
                 self._write(step, moment, found)
 
@@ -115,18 +105,18 @@ class Ledger:
         seconds = (moment - then) / (step - before)
         self._last_logged = (step, moment)
         row = {
-            "epoch": step / self._steps_per_epoch,
+            "epoch": step / self.steps_per_epoch,
             "loss": float(metrics.loss),
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": float(metrics.grad_norm),
-            "examples_per_second": self._examples_per_step / max(seconds, 1e-9),
+            "examples_per_second": self.examples_per_step / max(seconds, 1e-9),
             "step_seconds": seconds,
             "padding_fraction": float(metrics.padding_fraction),
         }
-        if self._peak is not None:
-            row["model_flops_utilization"] = self._computed / max(moment - then, 1e-9) / self._peak
+        if self.peak is not None:
+            row["model_flops_utilization"] = self._computed / max(moment - then, 1e-9) / self.peak
         self._computed = 0
-        if not self._stop_on_nonfinite:
+        if not self.stop_on_nonfinite:
             row["skipped_steps"] = int(metrics.skipped)
-        self._writer.write(step, row)
-        self._progress.advance(0, loss=row["loss"])
+        self.writer.write(step, row)
+        self.progress.advance(0, loss=row["loss"])

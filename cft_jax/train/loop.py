@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from cft_jax.checkpoints.fingerprint import fingerprint, settings_digest
@@ -28,32 +27,28 @@ from cft_jax.objectives.batch_loss import head_options
 from cft_jax.train.dashboards import Dashboards
 from cft_jax.train.ledger import Ledger, NotFiniteError
 from cft_jax.train.optimizer import adamw, warmup_cosine
-from cft_jax.train.preemption import PreemptionWatch
-from cft_jax.train.prefetch import Prefetcher
+from cft_jax.train.preemption import preemption_watch
+from cft_jax.train.prefetch import prefetched
 from cft_jax.train.profile import ProfileWindow
-from cft_jax.train.state import TrainState, Weights, abstract_state, initial_state, split_model, state_shardings
-from cft_jax.train.step import StepOptions, TrainStep, make_train_step
+from cft_jax.train.state import Weights, abstract_state, initial_state, split_model, state_shardings
+from cft_jax.train.step import StepOptions, make_train_step
 
 
 @runtime_checkable
 class Batches(Protocol):
     """The data of a run; `cft_jax.data.dataset.Dataset` is one.
 
-    Attributes:
-      shared_prefix: tokens that all prompts begin with and that the batches leave out.
+    An epoch has `steps_per_epoch` batches and `num_examples` strings (prompts for `exact`). All prompts begin with the
+    tokens `shared_prefix`, which the batches leave out.
     """
 
     shared_prefix: Int32[np.ndarray, "_"]
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Batches in an epoch."""
-        ...
+    def steps_per_epoch(self) -> int: ...
 
     @property
-    def num_examples(self) -> int:
-        """Strings (prompts for `exact`) in an epoch."""
-        ...
+    def num_examples(self) -> int: ...
 
     def batch(self, step: int) -> TargetBatch:
         """The batch of a step, counted from 0 through all epochs; a function of the step alone."""
@@ -124,6 +119,7 @@ def train(
     per_epoch = dataset.steps_per_epoch
     total = per_epoch * train.epochs
     stop = min(total, train.max_steps) if train.max_steps else total
+    save_every = checkpoint.every_steps or per_epoch
     profile = ProfileWindow(log.profile, workdir.path / "profile")
     parts, weights, frozen = split_model(model)
     optimizer = adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm)
@@ -137,22 +133,21 @@ def train(
             warmup_cosine, peak=train.learning_rate, warmup_ratio=train.warmup_ratio, total_steps=total
         ),
     )
-    step_function = make_train_step(parts, options, state_shardings(weights, optimizer))
+    train_step = make_train_step(parts, options, state_shardings(weights, optimizer))
     record = {**identity, "steps_per_epoch": per_epoch, **base_identity(model, frozen)}
     with (
         _clear_memory_errors(),
-        PreemptionWatch(enabled=checkpoint.on_preemption) as watch,
+        preemption_watch(enabled=checkpoint.on_preemption) as asked_to_stop,
         Checkpoints(workdir.checkpoints, keep=checkpoint.keep) as checkpoints,
     ):
         restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(check_same, record))
         state = initial_state(weights, optimizer) if restored is None else restored.state
         done = 0 if restored is None else restored.step
         _announce(weights, done=done, stop=stop, per_epoch=per_epoch)
-        save_every = checkpoint.every_steps or per_epoch
-        run = _Run(step_function, frozen, dataset, model.mesh, workdir, checkpoints, record, save_every, stop)
         first = jax.process_index() == 0
         with (
-            contextlib.closing(Dashboards(log, workdir.path, enabled=first)) as dashboards,
+            _named_by_tasks(dataset, checkpoints),
+            Dashboards(log, workdir.path, enabled=first) as dashboards,
             Progress("train", total=stop, unit="step", done=done) as progress,
             Ledger(
                 MetricsWriter(workdir.path / "metrics.jsonl", after_step=done, enabled=first, mirror=dashboards.write),
@@ -167,61 +162,43 @@ def train(
                 stop_on_nonfinite=train.on_nonfinite == "stop",
             ) as ledger,
             profile,
+            contextlib.closing(prefetched(dataset.batch, model.mesh, start=done, stop=stop)) as batches,
         ):
-            state, done = run.go_on(state, done, ledger, profile, watch)
+            for batch in batches:
+                done += 1
+                profile.before(done)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, frozen, batch)
+                ledger.add(done, metrics)
+                profile.after(done, metrics)
+                stopping = asked_to_stop(done)
+                if stopping or done == stop or done % save_every == 0:
+                    # Read first: a state saved here has no loss behind it that was not finite.
+                    ledger.drain()
+                    workdir.publish()
+                    checkpoints.save(done, state, record)
+                if stopping:
+                    logging.warning("SIGTERM: saving step %d of %d before stopping", done, stop)
+                    break
     parts.update(model, state.weights)
     return TrainResult(done, stop, preempted=done < stop, skipped=int(jax.device_get(state.skipped)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What stays the same from step to step."""
-
-    step_function: TrainStep
-    frozen: dict[str, Array]
-    dataset: Batches
-    mesh: Mesh
-    workdir: Workdir
-    checkpoints: Checkpoints
-    record: Mapping[str, Any]
-    save_every: int
-    stop: int
-
-    def go_on(
-        self, state: TrainState, done: int, ledger: Ledger, profile: ProfileWindow, watch: PreemptionWatch
-    ) -> tuple[TrainState, int]:
-        """Steps until the last one or until SIGTERM; returns the state, which is saved, and the steps done."""
-        try:
-            with Prefetcher(self.dataset.batch, self.mesh, start=done, stop=self.stop) as batches:
-                for batch in batches:
-                    done += 1
-                    profile.before(done)
-                    with jax.transfer_guard("disallow"):
-                        state, metrics = self.step_function(state, self.frozen, batch)
-                    ledger.add(done, metrics)
-                    profile.after(done, metrics)
-                    stopping = watch.asked_to_stop(done)
-                    if stopping or done == self.stop or done % self.save_every == 0:
-                        # Read first: a state saved here has no loss behind it that was not finite.
-                        ledger.drain()
-                        self.workdir.publish()
-                        self.checkpoints.save(done, state, self.record)
-                    if stopping:
-                        logging.warning("SIGTERM: saving step %d of %d before stopping", done, self.stop)
-                        break
-        except NotFiniteError as error:
-            raise NonFiniteLossError(self._explain(error)) from error
-        return state, done
-
-    def _explain(self, error: NotFiniteError) -> str:
-        names = self.dataset.task_names(error.step - 1)
+@contextlib.contextmanager
+def _named_by_tasks(dataset: Batches, checkpoints: Checkpoints) -> Iterator[None]:
+    """Says of a loss that is not finite what it was of."""
+    try:
+        yield
+    except NotFiniteError as error:
+        step, loss = error.args
+        names = dataset.task_names(step - 1)
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        saved = self.checkpoints.steps
+        saved = checkpoints.steps
         last = f"the last checkpoint is of step {saved[-1]}" if saved else "no checkpoint was saved yet"
-        return (
-            f"loss {error.loss} at step {error.step} or its gradient is not finite (examples {shown}); {last}. Lower "
+        raise NonFiniteLossError(
+            f"loss {loss} at step {step} or its gradient is not finite (examples {shown}); {last}. Lower "
             "config.train.learning_rate in a new --workdir, or set config.train.on_nonfinite=skip there"
-        )
+        ) from error
 
 
 def _announce(weights: Weights, *, done: int, stop: int, per_epoch: int) -> None:
