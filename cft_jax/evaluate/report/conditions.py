@@ -13,15 +13,11 @@ _COUNTS = (("num_prompts",), ("overall", "num_prompts"), ("total", "num_document
 
 
 def measured_alike(runs: Sequence[Run], split: str = "") -> tuple[list[int], str]:
-    """Tells runs of one suite apart by how they were measured.
-
-    Args:
-      runs: of one suite; those that measured nothing do not count.
-      split: whose prompts matter; empty for all.
+    """Tells runs of one suite apart by how they were measured, of a split's prompts or, if it is empty, of all.
 
     Returns:
       A number for every run, equal for those measured alike, and a sentence on what the others differ in; it is empty
-      if nothing.
+      if nothing. Runs that measured nothing do not count.
     """
     measured = [run for run in runs if "suite" in run.summary and "missing" not in run.summary]
     if split:
@@ -56,8 +52,5 @@ def _by_value(values: dict[str, str]) -> str:
     runs: dict[str, list[str]] = {}
     for run, value in values.items():
         runs.setdefault(value, []).append(run)
-    return ", ".join(f"{_shortened(value)} ({', '.join(names)})" for value, names in runs.items())
-
-
-def _shortened(value: str) -> str:
-    return value if len(value) <= _SHOWN_CHARACTERS else f"{value[: _SHOWN_CHARACTERS - 1]}…"
+    short = {v: v if len(v) <= _SHOWN_CHARACTERS else f"{v[: _SHOWN_CHARACTERS - 1]}…" for v in runs}
+    return ", ".join(f"{short[value]} ({', '.join(names)})" for value, names in runs.items())

@@ -22,14 +22,7 @@ _OBJECTIVES = {
 
 
 def card_of_run(config: Config, *, form: str, base: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The card of a run's weights in one format, with a prompt of its training data as the example.
-
-    Args:
-      config: of the run.
-      form: "merged" or "adapter".
-      base: hub id or directory that the run started from.
-      summaries: of the structured evaluations, by stage.
-    """
+    """The card of a run's weights in a format, "merged" or "adapter", with a prompt of its data as the example."""
     return model_card(
         dataclasses.replace(config, export=dataclasses.replace(config.export, format=form)),
         base="" if config.model.scratch.enabled else base,
@@ -53,15 +46,13 @@ def model_card(
     """
     hub_id = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith(".") else ""
     return TEMPLATES.get_template("model_card.txt").render(
+        config=config,
         adapter=config.export.format == "adapter",
         hub_id=hub_id,
         name=hub_id or PurePath(base).name,
         # Longer than any in the prompt, which would end the block.
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", prompt)), default=0)),
         prompt=repr(prompt),
-        thinking=config.data.chat.enable_thinking,
-        tokens=config.eval.max_new_tokens,
-        date=config.data.chat.date,
         results=_results(summaries),
         training=_training(config, revision),
     )
@@ -94,16 +85,12 @@ def _training(config: Config, revision: str) -> list[str]:
     else:
         prompts = "prompts of the paper's families of distributions"
     space = "every string" if data.space == "full" else f"at most {data.max_bins:,} values"
-    weights = "all weights"
-    if lora.enabled:
-        weights = (
-            f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {', '.join(lora.targets)}"
-        )
+    adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {', '.join(lora.targets)}"
     steps = f"at most {train.max_steps:,} steps" if train.max_steps else f"{train.epochs} epochs"
     return [
         f"data: {prompts}; answers with {data.num_decimals} decimals, {space}",
         f"objective: {target}",
-        f"trained: {weights}",
+        f"trained: {adapter if lora.enabled else 'all weights'}",
         f"optimizer: AdamW, learning rate {train.learning_rate:g}, weight decay {train.weight_decay:g}, cosine with "
         f"{100 * train.warmup_ratio:g} % warm-up, batch {train.batch_size}, {steps}, seed {config.seed}",
         f"made by cft_jax, revision {revision}",

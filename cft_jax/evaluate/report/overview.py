@@ -13,7 +13,7 @@ from cft_jax.evaluate.suites.registry import SUITES
 def suites_of(runs: Sequence[Run]) -> list[str]:
     """The suites of these runs in the registry's order, unknown ones last."""
     names = dict.fromkeys(run.summary["suite"] for run in runs)
-    return [*(name for name in SUITES if name in names), *(name for name in names if name not in SUITES)]
+    return sorted(names, key=[*SUITES, *names].index)
 
 
 def suite_title(suite: str) -> str:
@@ -47,25 +47,18 @@ def task_headlines(summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
 
 def headline_metrics(summary: Mapping[str, Any]) -> dict[str, float | int]:
     """A suite's headline metrics by title; those that were not computed are absent."""
-    values = {
-        headline.title: value_at(summary, headline.path) for headline in headlines_of(summary["suite"], [summary])
-    }
-    return {title: value for title, value in values.items() if value is not None}
+    headlines = headlines_of(summary["suite"], [summary])
+    values = ((headline.title, value_at(summary, headline.path)) for headline in headlines)
+    return {title: value for title, value in values if value is not None}
 
 
 def all_summary(summaries: Mapping[str, Mapping[str, Any]], *, checkpoint: str) -> dict[str, Any]:
     """The contents of `summary.json` over several suites: by suite its headline metrics, or why they are missing."""
-    return {
-        "suite": ALL,
-        "checkpoint": checkpoint,
-        "suites": {
-            name: {"missing": summary["missing"]}
-            if "missing" in summary
-            else {"figures": headline_metrics(summary)}
-            | {key: summary[key] for key in ("incomplete",) if key in summary}
-            for name, summary in summaries.items()
-        },
-    }
+    suites: dict[str, dict[str, Any]] = {}
+    for name, summary in summaries.items():
+        lacking = {key: summary[key] for key in ("missing", "incomplete") if key in summary}
+        suites[name] = lacking if "missing" in lacking else {"figures": headline_metrics(summary), **lacking}
+    return {"suite": ALL, "checkpoint": checkpoint, "suites": suites}
 
 
 def overview_table(runs: Sequence[Run]) -> Table | None:

@@ -20,21 +20,15 @@ _ORDER = (
     "maxwell",
 )  # fmt: skip
 _TITLE_LENGTH = 48
-
 Key = tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One prompt's distributions.
+    """One prompt's distributions over its values, under its family or beginning and its parameters.
 
-    Attributes:
-      title: the family, or the beginning of the prompt.
-      subtitle: its parameters.
-      kind: `continuous`, `discrete` (integers or listed numbers) or `text`.
-      values: the strings.
-      target: their probabilities.
-      models: a model's probabilities of them, not renormalised, by the model's style; the last matters most.
+    `kind` is `continuous`, `discrete` (integers or listed numbers) or `text`; `models` are the models' probabilities,
+    not renormalised, by their styles: the last matters most.
     """
 
     title: str
@@ -60,9 +54,8 @@ def choose_panels(runs: Sequence[Run], splits: Sequence[str], limit: int) -> lis
     """
     shown: dict[Key, dict[int, Record]] = {}
     for run in runs:
-        for record in run.records:
-            if "distribution" in record:
-                shown.setdefault(record_key(record), {})[run.style] = record
+        for record in (record for record in run.records if "distribution" in record):
+            shown.setdefault(record_key(record), {})[run.style] = record
     groups = {key: next(iter(records.values()))["group"] for key, records in shown.items()}
     rank = {group: _ORDER.index(group) if group in _ORDER else len(_ORDER) for group in groups.values()}
     queues = [sorted((key for key in shown if key[0] == s), key=lambda key: (rank[groups[key]], key)) for s in splits]

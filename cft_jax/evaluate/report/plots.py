@@ -5,16 +5,16 @@ everywhere (target grey, the first model orange, the second blue: told apart by 
 is dashed, so that a grey print still tells them apart.
 """
 
-import contextlib
 import html
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,30 +34,15 @@ _CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", TARGET: "target"} | 
     colour: f"run{style}" for style, colour in enumerate(COLOURS)
 }
 _STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 8.5,
-    "axes.linewidth": 0.8,
-    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "axes.xmargin": 0.02,
-    "figure.constrained_layout.use": True,
-    "font.size": 8.5,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.labelcolor": INK,
-    "svg.fonttype": "none",
-    **dict.fromkeys(("xtick.color", "ytick.color"), MUTED),
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-}
+    "figure.constrained_layout.use": True, "font.size": 8.5, "svg.fonttype": "none",
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.axisbelow": True, "axes.edgecolor": MUTED, "axes.linewidth": 0.8, "axes.xmargin": 0.02,
+    "axes.labelcolor": MUTED, "axes.labelsize": 8.5,
+    "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlesize": 9.5,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.7,
+    "legend.frameon": False, "legend.fontsize": 8.5, "legend.labelcolor": INK,
+    "xtick.color": MUTED, "xtick.major.size": 3, "ytick.color": MUTED, "ytick.major.size": 0,
+}  # fmt: skip
 _CAPTION: dict[str, Any] = {"fontsize": 8, "color": MUTED, "pad": 4}
 _MAX_BARS = 45
 _DENSITY_BINS = 44
@@ -73,7 +58,7 @@ def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Fi
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, [ax for row in axes for ax in row]
+    return figure, list(axes.flat)
 
 
 def panel_figure(panel: Panel) -> Figure:
@@ -134,11 +119,7 @@ def draw_cumulative(ax: Axes, panel: Panel) -> None:
 
 
 def calibration_figure(curves: Mapping[int, Mapping[str, Sequence[float]]]) -> Figure:
-    """The model's share below the target's quantiles, averaged over families; the diagonal is perfect.
-
-    Args:
-      curves: by a model's style, the `calibration` section of a split's summary.
-    """
+    """The model's share below the target's quantiles: by a model's style, a split's section `calibration`."""
     figure, (ax,) = new_figure(4.1, 3.6, 1, 1)
     levels = np.linspace(0, 1, len(next(iter(curves.values()))["model"]) + 1)
     ax.plot([0, 1], [0, 1], color=TARGET, linewidth=5, solid_capstyle="round")
@@ -174,17 +155,13 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float]) -> Figure:
 
 
 def bars_figure(
-    labels: Sequence[str],
-    heights: Mapping[int, Sequence[float]],
-    *,
-    percent: bool,
-    uniform: bool = False,
+    labels: Sequence[str], heights: Mapping[int, Float[np.ndarray, "G"]], *, percent: bool, uniform: bool
 ) -> Figure:
-    """Groups of bars, a bar per model; logarithmic where they differ much.
+    """Groups of bars, a bar per model by its style, none where it is NaN; logarithmic where they differ much.
 
     Args:
       labels: of the groups.
-      heights: by a model's style; no bar where one is NaN.
+      heights: of the bars in every group.
       percent: whether heights are shares.
       uniform: whether a dotted line is drawn where all groups would be alike.
     """
@@ -195,8 +172,8 @@ def bars_figure(
         ax.bar(centres, values, 0.92 * width, color=_line(style)["color"], linewidth=0)
     if uniform:
         ax.axhline(1 / len(labels), color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-    known = np.concatenate([np.asarray(values)[~np.isnan(values)] for values in heights.values()])
-    if known.min() > 0 and known.max() > 50 * known.min():
+    least, most = (extreme([*heights.values()]) for extreme in (np.nanmin, np.nanmax))
+    if least > 0 and most > 50 * least:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         ax.yaxis.set_minor_locator(NullLocator())
@@ -214,10 +191,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
       name: keeps the element's ids apart from those of other figures on the page.
       description: what it shows, for those who do not see it.
     """
-    text = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), _any_script():
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    element = text.getvalue()
+    element = _saved(figure, name, format="svg", transparent=True, metadata={"Date": None}).decode()
     element = element[element.index("<svg") :]
     for left_out in (
         r"(?s)<metadata>.*?</metadata>",
@@ -235,18 +209,16 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 def png(figure: Figure, dots_per_inch: int) -> bytes:
     """The figure as a PNG file on white."""
+    return _saved(figure, "", format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
+
+
+def _saved(figure: Figure, name: str, **options: Any) -> bytes:
     data = io.BytesIO()
-    with matplotlib.rc_context(_STYLE), _any_script():
-        figure.savefig(data, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
-    return data.getvalue()
-
-
-@contextlib.contextmanager
-def _any_script() -> Iterator[None]:
-    """Silence about characters that matplotlib's own font lacks; a browser has others."""
-    with warnings.catch_warnings():
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # A browser has the characters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
+        figure.savefig(data, **options)
+    return data.getvalue()
 
 
 def _line(style: int) -> dict[str, Any]:
@@ -263,9 +235,8 @@ def _dot(style: int) -> dict[str, Any]:
 
 def _label_bars(ax: Axes, labels: Sequence[str]) -> None:
     fits = sum(len(label) + 2 for label in labels) < _LABEL_CHARACTERS
-    ax.set_xticks(
-        range(len(labels)), labels, rotation=0 if fits else 40, ha="center" if fits else "right", parse_math=False
-    )
+    slant: dict[str, Any] = {} if fits else {"rotation": 40, "ha": "right"}
+    ax.set_xticks(range(len(labels)), labels, parse_math=False, **slant)
 
 
 def _is_dense(panel: Panel) -> bool:

@@ -18,11 +18,8 @@ STAGES = ("before", "after")
 class Run:
     """One suite's evaluation of one model.
 
-    Attributes:
-      name: of the model, on the page.
-      summary: `summary.json`; of a suite that could not run, `suite` and the reason, `missing`.
-      records: of its prompts.
-      style: number of the model's colour and line, the same everywhere on the page.
+    `summary` is `summary.json`, or `suite` and the reason, `missing`, of a suite that could not run; `style` the number
+    of the model's colour and line, the same everywhere on the page.
     """
 
     name: str
@@ -33,13 +30,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Training:
-    """A run of the main job.
-
-    Attributes:
-      name: of the run.
-      metrics: the rows of `metrics.jsonl`.
-      config: the contents of `config.json`: the configuration, versions, revision, devices.
-    """
+    """A run of the main job: the rows of `metrics.jsonl`; of `config.json` configuration, revision and devices."""
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
@@ -81,10 +72,7 @@ def read_training(workdir: Path) -> tuple[list[Run], Training]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The evaluations in these directories, in order.
-
-    Args:
-      paths: directories of evaluations, or of runs of the main job, which hold one before and one after training.
+    """The evaluations in these directories, in order; one of a run of the main job holds those of both stages.
 
     Raises:
       UserError: a directory holds no evaluation, or a damaged one.

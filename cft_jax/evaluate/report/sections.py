@@ -1,39 +1,21 @@
 """What a page has: its tables, its plots and the words that depend on the runs, for the template `page.html`."""
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
-from cft_jax.evaluate.report import plots
+from cft_jax.evaluate.report import overview, plots, tables
 from cft_jax.evaluate.report.conditions import measured_alike
-from cft_jax.evaluate.report.overview import (
-    headlines_of,
-    models_of,
-    overview_table,
-    suite_title,
-    suites_of,
-    task_headlines,
-)
+from cft_jax.evaluate.report.overview import models_of, suite_title, suites_of
 from cft_jax.evaluate.report.panels import choose_panels, record_key
 from cft_jax.evaluate.report.runs import Run, Training, flat, section_at, value_at
-from cft_jax.evaluate.report.tables import (
-    METRICS,
-    at,
-    families_table,
-    metric_table,
-    number,
-    numbers_table,
-    shown,
-    split_table,
-    split_title,
-    tests_table,
-)
+from cft_jax.evaluate.report.tables import METRICS, at, number, shown, split_title
 from cft_jax.evaluate.suites.protocol import Headline
 from cft_jax.evaluate.suites.structured.suite import SUITE
 
@@ -80,23 +62,22 @@ def page_sections(runs: Sequence[Run], training: Training | None) -> dict[str, A
     measured = [run for run in runs if "missing" not in run.summary]
     structured = [run for run in measured if run.summary["suite"] == SUITE]
     names = {name for run in structured for name in run.summary["splits"]}
-    splits = sorted(names, key=lambda name: (_SPLIT_ORDER.index(name) if name in _SPLIT_ORDER else 9, name))
+    splits = sorted(names, key=[*_SPLIT_ORDER, *sorted(names)].index)
+    sizes = [sum(split["num_prompts"] for split in run.summary["splits"].values()) for run in structured]
     return {
         "training": training,
         "trained": _trained(training) if training is not None else "",
         "models": models_of(runs),
         "heading": _heading(suites_of(runs), training),
-        "num_prompts": max(
-            (sum(s["num_prompts"] for s in r.summary["splits"].values()) for r in structured), default=0
-        ),
+        "num_prompts": max(sizes, default=0),
         "missing": _missing(runs),
-        "overview": overview_table(runs),
+        "overview": overview.overview_table(runs),
         "cards": list(_cards(structured, splits[0])) if splits and len(structured) <= 2 else [],
-        "split_tables": {split: split_table(structured, split) for split in splits},
+        "split_tables": {split: tables.split_table(structured, split) for split in splits},
         "panels": _panels(structured, splits),
-        "family_tables": {split: families_table(structured, split) for split in splits},
+        "family_tables": {split: tables.families_table(structured, split) for split in splits},
         "curves": _curves(structured, splits, training),
-        "tests": tests_table(structured, splits),
+        "tests": tables.tests_table(structured, splits),
         "suites": [_suite(measured, suite) for suite in suites_of(measured) if suite != SUITE],
         "left_out": [line for run in structured for line in _left_out(run, splits)],
         "configuration": {".".join(path): value for path, value in flat(training.config).items()} if training else {},
@@ -195,23 +176,24 @@ def _suite(measured: Sequence[Run], suite: str) -> dict[str, Any]:
     """The section of a suite beside structured sampling: headlines and further metrics, bars, every number."""
     runs = [run for run in measured if run.summary["suite"] == suite]
     summaries = [run.summary for run in runs]
-    headlines = headlines_of(suite, summaries)
+    headlines = overview.headlines_of(suite, summaries)
     further = {metric: _expanded(metric, summaries) for metric in _FURTHER.get(suite, ())}
     # Tasks in a group come after the groups that were asked for.
-    metrics = [*headlines, *task_headlines(summaries), *itertools.chain(*further.values())]
+    metrics = [*headlines, *overview.task_headlines(summaries), *itertools.chain(*further.values())]
     bars = {metric.title: group for metric, group in further.items() if any("*" in name for name in metric.path)}
     bars["lm-eval"] = [headline for headline in headlines if headline.path[0] == "lm_eval" and headline.is_share]
     gallery = []
     for title, group in bars.items():
-        heights = {run.style: [_height(run, metric) for metric in group] for run in runs}
-        heights = {style: values for style, values in heights.items() if not all(map(math.isnan, values))}
+        of_runs = ((run.style, [value_at(run.summary, metric.path) for metric in group]) for run in runs)
+        # What a run lacks is NaN.
+        heights = {style: np.array(values, np.float64) for style, values in of_runs if set(values) - {None}}
         if heights:
             labels = [metric.title.removeprefix(f"{title}, ") for metric in group]
             figure = plots.bars_figure(labels, heights, percent=group[0].is_share, uniform=suite == "mcq")
             gallery.append(_plot(title[0].upper() + title[1:], figure))
     unique = {metric.path: metric for metric in reversed(metrics)}.values()
-    table = metric_table(runs, list(unique)[::-1])
-    return {"title": suite_title(suite), "table": table, "plots": gallery, "numbers": numbers_table(runs)}
+    table = tables.metric_table(runs, list(unique)[::-1])
+    return {"title": suite_title(suite), "table": table, "plots": gallery, "numbers": tables.numbers_table(runs)}
 
 
 def _expanded(metric: Headline, summaries: Sequence[Mapping[str, Any]]) -> list[Headline]:
@@ -220,18 +202,12 @@ def _expanded(metric: Headline, summaries: Sequence[Mapping[str, Any]]) -> list[
     if index is None:
         return [metric]
     before, after, prefix = metric.path[:index], metric.path[index + 1 :], metric.path[index][:-1]
-    names = dict.fromkeys(
-        name for summary in summaries for name in section_at(summary, before) if name.startswith(prefix)
-    )
+    names = dict.fromkeys(name for summary in summaries for name in section_at(summary, before))
     return [
         replace(metric, title=f"{metric.title}, {name.removeprefix(prefix)}", path=(*before, name, *after))
         for name in names
+        if name.startswith(prefix)
     ]
-
-
-def _height(run: Run, metric: Headline) -> float:
-    value = value_at(run.summary, metric.path)
-    return math.nan if value is None else float(value)
 
 
 def _plot(title: str, figure: Figure, subtitle: str = "") -> dict[str, Any]:

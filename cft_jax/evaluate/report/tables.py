@@ -94,7 +94,7 @@ def percent(value: float | int | None) -> str:
     """A share in percent, with a decimal where it is not near whole."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if 0 < value < 1 else f"{100 * value:.0f} %"
+    return f"{100 * value:.{1 if 0 < value < 1 else 0}f} %"
 
 
 def shown(value: float | int | None, metric: Headline) -> str:
@@ -129,19 +129,16 @@ def cells_of(runs: Sequence[Run], metric: Headline, alike: Sequence[int]) -> lis
 def table_of(
     runs: Sequence[Run], rows: Mapping[str, Sequence[Headline]], groups: Sequence[str] = ("",), *, split: str = ""
 ) -> Table | None:
-    """A table of metrics; rows and groups of columns in which no run has any are left out.
+    """A table of metrics; rows and groups of columns in which no run has any are left out, None if no row is left.
 
     Args:
       runs: the columns of every group.
       rows: by title the metric in each group of columns.
       groups: headings.
       split: that all metrics are of; empty where there is none.
-
-    Returns:
-      The table, or None if no row is left.
     """
-    summaries, columns = [run.summary for run in runs], list(zip(*rows.values(), strict=True))
-    kept = [any(_is_known(summaries, metric) for metric in column) for column in columns]
+    summaries = [run.summary for run in runs]
+    kept = [any(_is_known(summaries, metric) for metric in column) for column in zip(*rows.values(), strict=True)]
     alike, note = measured_alike(runs, split)
     lines = [
         Row(title, [cell for metric in itertools.compress(metrics, kept) for cell in cells_of(runs, metric, alike)])
