@@ -9,7 +9,7 @@ from typing import Any
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.config.suites import NoveltyBenchConfig
-from cft_jax.evaluate.suites.hub_rows import data_set_rows
+from cft_jax.evaluate.suites.data_sets import data_set_rows
 
 _FIELD = "config.suite.noveltybench.data"
 _GET = "hf download yimingzhang/novelty-bench --repo-type dataset --local-dir novelty-bench"

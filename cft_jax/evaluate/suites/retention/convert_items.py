@@ -11,7 +11,6 @@ import hashlib
 import io
 import pickle
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,18 @@ from cft_jax.evaluate.suites.retention.item_response import BUNDLES, DOWNLOAD
 
 # Name that git gives to the file's contents: SHA-1 over "blob", its size and its bytes.
 PUBLISHED_BLOB = "eb2a0276bafbfc02dbf46c459a1142ff9baeb8a6"
+# What pickles make arrays and numbers with; NumPy 2 calls the package of all but the first two numpy._core.
+_PLAIN = {
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.numeric._frombuffer",
+}
 
 
 def convert(source: Path, target: Path, *, blob: str) -> list[str]:
-    """Writes the arrays of a pickle of item parameters.
-
-    Args:
-      source: the pickle.
-      target: the .npz file.
-      blob: the git hash that the pickle must have.
-
-    Returns:
-      The names of the arrays.
+    """Writes the arrays of a pickle of item parameters, whose git hash must be `blob`, as .npz; returns their names.
 
     Raises:
       UserError: there is no such pickle, it is another one, or it holds something else than plain data.
@@ -48,55 +47,37 @@ def convert(source: Path, target: Path, *, blob: str) -> list[str]:
     found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     if found != blob:
         raise UserError(f"{source} has the git hash {found}, not that of the published file, {blob}; {DOWNLOAD}")
-    arrays: dict[str, Any] = _arrays(_PlainUnpickler(io.BytesIO(content)).load())
+    published = _PlainUnpickler(io.BytesIO(content)).load()
+    arrays: dict[str, Any] = {}
+    for bundle in BUNDLES:
+        own = published[bundle]
+        scenarios = list(own["scenarios_position"])
+        for name in ("A", "B"):
+            arrays[f"{bundle}.{name}"] = np.asarray(own["irt_parameters"][name], np.float64)
+        arrays[f"{bundle}.seen_examples"] = np.asarray(own["seen_examples"], np.int64)
+        arrays[f"{bundle}.scenarios"] = np.array(scenarios)
+        arrays[f"{bundle}.lambdas"] = np.array([float(own["optimal_lambdas"][name]) for name in scenarios])
+        for name in scenarios:
+            arrays[f"{bundle}.weights.{name}"] = np.asarray(own["examples_weights"][name], np.float64)
+            arrays[f"{bundle}.positions.{name}"] = np.asarray(own["scenarios_position"][name], np.int64)
+            for part, positions in own["subscenarios_position"][name].items():
+                arrays[f"{bundle}.subpositions.{name}.{part}"] = np.asarray(positions, np.int64)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(target, buffer.getvalue())
     return sorted(arrays)
 
 
-def _numpy_globals() -> dict[tuple[str, str], Any]:
-    """The functions by which pickles make arrays and numbers, under the names of NumPy 1 and 2."""
-    rebuild, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    from_buffer = np.zeros(1).__reduce_ex__(5)[0]
-    found: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for core in ("numpy.core", "numpy._core"):
-        found[f"{core}.multiarray", "_reconstruct"] = rebuild
-        found[f"{core}.multiarray", "scalar"] = scalar
-        found[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return found
-
-
 class _PlainUnpickler(pickle.Unpickler):
     """Makes arrays and built-in containers; everything else that a pickle may name is refused."""
-
-    _allowed = _numpy_globals()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             # Bytes of pickles that Python 2 could read.
             return lambda text, encoding: text.encode(encoding)
-        if (module, name) not in self._allowed:
+        if f"{module.replace('_core', 'core')}.{name}" not in _PLAIN:
             raise UserError(f"the pickle asks for {module}.{name}, which is no plain data; get the published file")
-        return self._allowed[module, name]
-
-
-def _arrays(published: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for bundle in BUNDLES:
-        own = published[bundle]
-        scenarios = list(own["scenarios_position"])
-        for name in ("A", "B"):
-            found[f"{bundle}.{name}"] = np.asarray(own["irt_parameters"][name], np.float64)
-        found[f"{bundle}.seen_examples"] = np.asarray(own["seen_examples"], np.int64)
-        found[f"{bundle}.scenarios"] = np.array(scenarios)
-        found[f"{bundle}.lambdas"] = np.array([float(own["optimal_lambdas"][name]) for name in scenarios])
-        for name in scenarios:
-            found[f"{bundle}.weights.{name}"] = np.asarray(own["examples_weights"][name], np.float64)
-            found[f"{bundle}.positions.{name}"] = np.asarray(own["scenarios_position"][name], np.int64)
-            for part, positions in own["subscenarios_position"][name].items():
-                found[f"{bundle}.subpositions.{name}.{part}"] = np.asarray(positions, np.int64)
-    return found
+        return super().find_class(module, name)
 
 
 def _main(values: flags.FlagValues) -> None:

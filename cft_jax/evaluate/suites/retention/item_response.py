@@ -10,36 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from scipy import optimize
 
 from cft_jax.common.errors import UserError
 
+DOWNLOAD = (
+    "get it with `curl -LO https://github.com/felipemaiapolo/tinyBenchmarks/raw/main/tinyBenchmarks/tinyBenchmarks.pkl`"
+)
+HOW_TO_GET = (
+    f"{DOWNLOAD} and `python -m cft_jax.evaluate.suites.retention.convert_items --input=tinyBenchmarks.pkl "
+    "--output=tinyBenchmarks.npz`, then set config.suite.retention.item_parameters=tinyBenchmarks.npz"
+)
 NUM_SCORES = 100
 # Benchmarks that share one model of all items; `mmlu` has a model of its own.
 _LB, _MMLU = "lb", "mmlu"
 BUNDLES = (_LB, _MMLU)
 _MAX_TERM = 30.0
 _TINY = 1e-10
-
-
-@dataclass(frozen=True, eq=False)
-class Scenario:
-    """One benchmark's items.
-
-    Attributes:
-      positions: of its items in the bundle.
-      balance: weight of every item of the bundle: parts of the benchmark weigh alike.
-      seen: the items whose scores are given, in the order of the scores.
-      weights: of these in `irt`.
-      optimal_lambda: weight of `irt` in `gpirt`.
-    """
-
-    positions: Int64[np.ndarray, "_"]
-    balance: Float64[np.ndarray, "N"]
-    seen: Int64[np.ndarray, "S"]
-    weights: Float64[np.ndarray, "S"]
-    optimal_lambda: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +40,17 @@ class Estimate:
     gpirt: float
 
 
+@dataclass(frozen=True, eq=False)
 class ItemParameters:
     """Published parameters of the items of several benchmarks.
 
-    Args:
+    Attributes:
       arrays: as `convert_items` writes them: for every bundle A and B [1, D, N], `seen_examples`, `scenarios`
         (names in the order of the seen examples), `lambdas`, and by scenario `weights`, `positions` and, by part,
         `subpositions`.
     """
 
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays = arrays
+    arrays: Mapping[str, Any]
 
     @classmethod
     def load(cls, path: Path) -> "ItemParameters":
@@ -75,60 +63,42 @@ class ItemParameters:
             raise UserError(f"config.suite.retention.item_parameters={str(path)!r}: no such file; {HOW_TO_GET}")
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+                arrays = dict(file)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged or no .npz of arrays ({error}); {HOW_TO_GET}") from error
-        found = cls(arrays)
         missing = [f"{bundle}.{name}" for bundle in BUNDLES for name in ("A", "B") if f"{bundle}.{name}" not in arrays]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}; {HOW_TO_GET}")
-        return found
+        return cls(arrays)
 
     def estimate(self, benchmark: str, scores: Float64[np.ndarray, "S"]) -> Estimate:
-        """Estimates from the scores, in [0, 1], of a benchmark's seen items.
+        """Estimates from the scores, in [0, 1], of a benchmark's seen items, in their order.
 
         Raises:
           ValueError: there are not 100 scores, or no such benchmark.
         """
         if scores.shape != (NUM_SCORES,):
             raise ValueError(f"{scores.shape} scores; estimates need {NUM_SCORES}")
-        bundle = _MMLU if benchmark == "mmlu" else _LB
-        scenario = self.scenario(bundle, benchmark)
-        slopes, offsets = self._arrays[f"{bundle}.A"][0], self._arrays[f"{bundle}.B"][0]
-        theta = _ability(slopes[:, scenario.seen], offsets[:, scenario.seen], scores)
-        curves = _curves(slopes, offsets, theta)
-        unseen = np.setdiff1d(scenario.positions, scenario.seen)
-        share = NUM_SCORES / scenario.positions.size
-        known = float(np.mean(scenario.balance[scenario.seen] * scores))
-        guessed = float(np.mean(scenario.balance[unseen] * curves[unseen])) if unseen.size else 0.0
-        irt = float(scenario.weights @ scores)
-        pirt = share * known + (1 - share) * guessed
-        return Estimate(theta, irt, pirt, scenario.optimal_lambda * irt + (1 - scenario.optimal_lambda) * pirt)
-
-    def scenario(self, bundle: str, name: str) -> Scenario:
-        """A benchmark's items."""
-        names = self._arrays[f"{bundle}.scenarios"].tolist()
-        place = names.index(name)
-        positions = {other: self._arrays[f"{bundle}.positions.{other}"] for other in names}
-        balance = np.ones(1 + max(int(members.max()) for members in positions.values()))
-        prefix = f"{bundle}.subpositions.{name}."
-        parts = [members for key, members in self._arrays.items() if key.startswith(prefix)]
-        for members in parts:
-            balance[members] = positions[name].size / (len(parts) * members.size)
-        seen = self._arrays[f"{bundle}.seen_examples"]
+        bundle = _MMLU if benchmark == _MMLU else _LB
+        prefix = f"{bundle}."
+        arrays = {name.removeprefix(prefix): own for name, own in self.arrays.items() if name.startswith(prefix)}
+        index = arrays["scenarios"].tolist().index(benchmark)
+        seen, items = arrays["seen_examples"], arrays[f"positions.{benchmark}"]
         if bundle == _LB:
-            seen = seen[place * NUM_SCORES : (place + 1) * NUM_SCORES]
-        weights = self._arrays[f"{bundle}.weights.{name}"]
-        return Scenario(positions[name], balance, seen, weights, float(self._arrays[f"{bundle}.lambdas"][place]))
-
-
-DOWNLOAD = (
-    "get it with `curl -LO https://github.com/felipemaiapolo/tinyBenchmarks/raw/main/tinyBenchmarks/tinyBenchmarks.pkl`"
-)
-HOW_TO_GET = (
-    f"{DOWNLOAD} and `python -m cft_jax.evaluate.suites.retention.convert_items --input=tinyBenchmarks.pkl "
-    "--output=tinyBenchmarks.npz`, then set config.suite.retention.item_parameters=tinyBenchmarks.npz"
-)
+            seen = seen[index * NUM_SCORES : (index + 1) * NUM_SCORES]
+        slopes, offsets = arrays["A"][0], arrays["B"][0]
+        # Parts of a benchmark weigh alike, however many items they have.
+        balance = np.ones(slopes.shape[1])
+        parts = [members for name, members in arrays.items() if name.startswith(f"subpositions.{benchmark}.")]
+        for members in parts:
+            balance[members] = items.size / (len(parts) * members.size)
+        theta = _ability(slopes[:, seen], offsets[:, seen], scores)
+        unseen = np.setdiff1d(items, seen)
+        guesses = balance[unseen] * _curves(slopes, offsets, theta)[unseen]
+        share, guessed = NUM_SCORES / items.size, float(np.mean(guesses)) if unseen.size else 0.0
+        pirt = share * float(np.mean(balance[seen] * scores)) + (1 - share) * guessed
+        irt, weight = float(arrays[f"weights.{benchmark}"] @ scores), float(arrays["lambdas"][index])
+        return Estimate(theta, irt, pirt, weight * irt + (1 - weight) * pirt)
 
 
 def _curves(

@@ -8,7 +8,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,12 @@ class Example:
     target_scores: tuple[float, ...] = ()
     target_answer: str = ""
 
+    @property
+    def scored(self) -> list[tuple[str, str]]:
+        """The context of every choice and its continuation."""
+        contexts = self.contexts or (self.prompt,) * len(self.continuations)
+        return list(zip(contexts, self.continuations, strict=True))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -60,18 +66,18 @@ class Task:
     Attributes:
       name: its own.
       benchmark: name of its item parameters.
-      source: data set on the hub, its configuration ("" for none) and its split.
-      columns: exactly those of every row.
+      source: data set on the hub, its configuration and its split.
       metric: "acc", "acc_norm", "mc2" or "" (GSM8K).
-      read: a row → its example, without the id.
+      read: a row → the fields of its example beside id and prompt, the continuations not yet joined to their contexts.
+      columns: exactly those of every row.
     """
 
     name: str
     benchmark: str
-    source: tuple[str, str, str]
-    columns: frozenset[str]
+    source: tuple[str, str | None, str]
     metric: str
-    read: Callable[[Row], Example]
+    read: Callable[[Row], dict[str, Any]]
+    columns: set[str]
 
     @property
     def how_to_get(self) -> str:
@@ -105,30 +111,32 @@ class Task:
         Raises:
           ValueError: the row breaks a rule of the task.
         """
-        example = self.read(row)
-        return Example(**{**example.__dict__, "example_id": f"{self.name}_{number:03d}"})
+        example = Example(f"{self.name}_{number:03d}", row["input_formatted"], **self.read(row))
+        return replace(example, continuations=tuple(_joined(*pair) for pair in example.scored))
 
 
-def joined(context: str, continuation: str) -> str:
-    """The continuation with a blank before it, unless there is one at either side of the seam.
-
-    Raises:
-      ValueError: it is empty.
-    """
+def _joined(context: str, continuation: str) -> str:
+    """The continuation with a blank before it, unless there is one at either side of the seam."""
     if not continuation:
         raise ValueError("an answer is empty")
     return continuation if continuation.startswith(_BLANKS) or context.endswith(_BLANKS) else f" {continuation}"
 
 
-def _mmlu(row: Row) -> Example:
-    prompt, choices, answer = row["input_formatted"], tuple(row["choices"]), int(row["answer"])
+def _mmlu(row: Row) -> dict[str, Any]:
+    choices, answer = tuple(row["choices"]), int(row["answer"])
     if not 0 <= answer < len(choices) <= len(string.ascii_uppercase):
         raise ValueError(f"answer {answer} of {len(choices)} choices")
-    letters = tuple(joined(prompt, letter) for letter in string.ascii_uppercase[: len(choices)])
-    return Example("", prompt, choices, letters, correct=answer)
+    return {"choices": choices, "continuations": tuple(string.ascii_uppercase[: len(choices)]), "correct": answer}
 
 
-def cleaned_ending(text: str) -> str:
+def _hellaswag(row: Row) -> dict[str, Any]:
+    endings, label = tuple(_cleaned_ending(ending) for ending in row["endings"]), int(row["label"])
+    if not 0 <= label < len(endings):
+        raise ValueError(f"label {label} of {len(endings)} endings")
+    return {"choices": endings, "continuations": endings, "correct": label}
+
+
+def _cleaned_ending(text: str) -> str:
     """HellaSwag's endings without their marks, by the paper's rules (and their leftovers)."""
     text = text.strip().replace(" [title]", ". ")
     while (start := text.find("[")) >= 0 and (end := text.find("]", start)) >= 0:
@@ -136,31 +144,15 @@ def cleaned_ending(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _hellaswag(row: Row) -> Example:
-    prompt, label = row["input_formatted"], int(row["label"])
-    endings = tuple(cleaned_ending(ending) for ending in row["endings"])
-    if not 0 <= label < len(endings):
-        raise ValueError(f"label {label} of {len(endings)} endings")
-    return Example("", prompt, endings, tuple(joined(prompt, ending) for ending in endings), correct=label)
-
-
-def _truthfulqa(row: Row) -> Example:
+def _truthfulqa(row: Row) -> dict[str, Any]:
     for name in ("mc1_targets", "mc2_targets"):
         if set(row[name]) != _TARGETS:
             raise ValueError(f"{name} holds {sorted(row[name])}, not {sorted(_TARGETS)}")
-    prompt, choices = row["input_formatted"], tuple(row["mc2_targets"]["choices"])
-    scores = tuple(float(label) for label in row["mc2_targets"]["labels"])
-    return Example(
-        "",
-        prompt,
-        choices,
-        tuple(joined(prompt, choice) for choice in choices),
-        correct=scores.index(1.0),
-        target_scores=scores,
-    )
+    choices, scores = tuple(row["mc2_targets"]["choices"]), tuple(map(float, row["mc2_targets"]["labels"]))
+    return {"choices": choices, "continuations": choices, "correct": scores.index(1.0), "target_scores": scores}
 
 
-def _winogrande(row: Row) -> Example:
+def _winogrande(row: Row) -> dict[str, Any]:
     prompt, options, right = row["input_formatted"], (row["option1"], row["option2"]), row["answer"]
     if right not in ("1", "2"):
         raise ValueError(f"answer {right!r} is neither '1' nor '2'")
@@ -169,63 +161,41 @@ def _winogrande(row: Row) -> Example:
         raise ValueError("the prompt does not end with the right option")
     # The longer option is tried first, even where the shorter one is right.
     tail = next(option for option in sorted(options, key=len, reverse=True) if prompt.endswith(option))
-    prefix = prompt[: len(prompt) - len(tail)]
-    contexts = tuple(prefix + option for option in options)
-    blank, _, rest = row["sentence"].partition("_")
-    if len(blank) == len(row["sentence"]):
+    contexts = tuple(prompt.removesuffix(tail) + option for option in options)
+    _, blank, rest = row["sentence"].partition("_")
+    if not blank:
         raise ValueError("the sentence has no blank")
-    continuations = tuple(joined(context, rest.strip()) for context in contexts)
-    return Example("", prompt, options, continuations, contexts, correct)
+    return {"choices": options, "continuations": (rest.strip(),) * 2, "contexts": contexts, "correct": correct}
 
 
-def _gsm8k(row: Row) -> Example:
+def _gsm8k(row: Row) -> dict[str, Any]:
     # Of five hashes the first four are the marker.
     _, *targets = row["answer"].split("####")
-    target = targets[-1] if targets else ""
-    if not target.strip():
+    if not targets or not targets[-1].strip():
         raise ValueError("the answer has nothing after ####")
-    return Example("", row["input_formatted"], target_answer=target.strip())
+    return {"target_answer": targets[-1].strip()}
 
 
-_FORMATTED = "input_formatted"
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "tiny_mmlu", "mmlu", ("tinyBenchmarks/tinyMMLU", "", "test"),
-            frozenset({"answer", "choices", _FORMATTED, "question", "subject"}), "acc", _mmlu,
-        ),
-        Task(
-            "tiny_hellaswag", "hellaswag", ("tinyBenchmarks/tinyHellaswag", "", "validation"),
-            frozenset(
-                {"activity_label", "ctx", "ctx_a", "ctx_b", "endings", "ind", _FORMATTED, "label", "source_id", "split",
-                 "split_type"}
-            ),
-            "acc_norm", _hellaswag,
-        ),
-        Task(
-            "tiny_truthfulqa", "truthfulqa", ("tinyBenchmarks/tinyTruthfulQA", "multiple_choice", "validation"),
-            frozenset({_FORMATTED, "mc1_targets", "mc2_targets", "question"}), "mc2", _truthfulqa,
-        ),
-        Task(
-            "tiny_winogrande", "winogrande", ("tinyBenchmarks/tinyWinogrande", "winogrande_xl", "validation"),
-            frozenset({"answer", _FORMATTED, "option1", "option2", "sentence"}), "acc", _winogrande,
-        ),
-        Task(
-            "tiny_gsm8k", "gsm8k", ("tinyBenchmarks/tinyGSM8k", "main", "test"),
-            frozenset({"answer", _FORMATTED, "question"}), "", _gsm8k,
-        ),
+        Task("tiny_mmlu", "mmlu", ("tinyBenchmarks/tinyMMLU", None, "test"), "acc", _mmlu,
+             {"answer", "choices", "input_formatted", "question", "subject"}),
+        Task("tiny_hellaswag", "hellaswag", ("tinyBenchmarks/tinyHellaswag", None, "validation"), "acc_norm",
+             _hellaswag, {"activity_label", "ctx", "ctx_a", "ctx_b", "endings", "ind", "input_formatted", "label",
+                          "source_id", "split", "split_type"}),
+        Task("tiny_truthfulqa", "truthfulqa", ("tinyBenchmarks/tinyTruthfulQA", "multiple_choice", "validation"), "mc2",
+             _truthfulqa, {"input_formatted", "mc1_targets", "mc2_targets", "question"}),
+        Task("tiny_winogrande", "winogrande", ("tinyBenchmarks/tinyWinogrande", "winogrande_xl", "validation"), "acc",
+             _winogrande, {"answer", "input_formatted", "option1", "option2", "sentence"}),
+        Task("tiny_gsm8k", "gsm8k", ("tinyBenchmarks/tinyGSM8k", "main", "test"), "", _gsm8k,
+             {"answer", "input_formatted", "question"}),
     )
 }  # fmt: skip
 
 
 def score_choices(example: Example, metric: str, log_probs: Sequence[float]) -> dict[str, Any]:
-    """What the log-probabilities of the continuations say; ties go to the first choice.
-
-    Args:
-      example: the question.
-      metric: of its task.
-      log_probs: one per choice, natural logarithms.
+    """What the log-probabilities (natural) of the continuations say by a task's metric; ties go to the first choice.
 
     Returns:
       prediction and gold (letters) with their texts, example_score, is_correct (None for mc2), raw_accuracy,
@@ -255,7 +225,7 @@ def score_choices(example: Example, metric: str, log_probs: Sequence[float]) -> 
 
 def clean_response(text: str, *, thinks: bool) -> str:
     """A generated answer up to the first stop string; without reasoning blocks if the model writes them."""
-    text = text[: min((text.find(stop) for stop in STOP_STRINGS if stop in text), default=len(text))].strip()
+    text = re.split("|".join(map(re.escape, STOP_STRINGS)), text, maxsplit=1)[0].strip()
     return strip_thinking(text).strip() if thinks else text
 
 
@@ -293,12 +263,9 @@ def choice_row(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, An
     row = _row(task.name, task.benchmark, [record["example_score"] for record in records])
     if not records:
         return row
-    row["metric_name"] = task.metric
-    if task.metric == "acc_norm":
-        row["raw_accuracy"] = float(np.mean([record["raw_accuracy"] for record in records]))
-    if task.metric == "mc2":
-        row["argmax_accuracy"] = float(np.mean([record["raw_accuracy"] for record in records]))
-    return row
+    raw = float(np.mean([record["raw_accuracy"] for record in records]))
+    further = {"acc_norm": {"raw_accuracy": raw}, "mc2": {"argmax_accuracy": raw}}.get(task.metric, {})
+    return row | {"metric_name": task.metric} | further
 
 
 def response_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -313,13 +280,12 @@ def response_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _row(name: str, benchmark: str, scores: Sequence[float]) -> dict[str, Any]:
     total = math.fsum(scores)
-    whole = all(score in (0.0, 1.0) for score in scores)
     return {
         "task_name": name,
         "benchmark_name": benchmark,
         "num_examples": len(scores),
         "score_sum": total,
-        "num_correct": int(total) if whole else None,
+        "num_correct": int(total) if {*scores} <= {0.0, 1.0} else None,
         "accuracy": total / len(scores) if scores else 0.0,
     }
 

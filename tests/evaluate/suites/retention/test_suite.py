@@ -55,18 +55,18 @@ def checkpoint(tmp_path_factory, write_hf, hf_config, tokenizer):
 )
 def test_what_is_scored_at_the_seam(tokenizers_dir, name, context, continuation, scored, copies):
     tokenizer = load_tokenizer(str(tokenizers_dir / name), revision="main", local_files_only=True)
-    before, after = PromptText.of(tokenizer, ChatOptions(), duplicate_bos=True).request(context, continuation)
+    before, after = PromptText(tokenizer, ChatOptions(), duplicate_bos=True).request(context, continuation)
     assert after == scored
     if copies:
         assert before.count(tokenizer.bos_token_id) == copies
-        before, after = PromptText.of(tokenizer, ChatOptions(), duplicate_bos=False).request(context, continuation)
+        before, after = PromptText(tokenizer, ChatOptions(), duplicate_bos=False).request(context, continuation)
         assert after == scored and before.count(tokenizer.bos_token_id) == 1
 
 
 def test_the_seam_without_a_template(tokenizers_dir):
     tokenizer = load_tokenizer(str(tokenizers_dir / "qwen3"), revision="main", local_files_only=True)
     tokenizer.chat_template = None
-    prompts = PromptText.of(tokenizer, ChatOptions(), duplicate_bos=True)
+    prompts = PromptText(tokenizer, ChatOptions(), duplicate_bos=True)
     assert prompts.request("Answer: ", "the cat")[1] == [8251]
     with pytest.raises(UserError, match="is no token of its own"):
         prompts.request("Answer: ", "A")

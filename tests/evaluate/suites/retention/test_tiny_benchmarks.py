@@ -156,7 +156,7 @@ def test_a_pickle_that_would_run_something_is_refused(published, tmp_path, capsy
 
 
 def test_item_parameters_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"no such file.*curl -LO.*cft_jax\.convert_items"):
+    with pytest.raises(UserError, match=r"no such file.*curl -LO.*retention\.convert_items"):
         ItemParameters.load(tmp_path / "none.npz")
     (tmp_path / "bad.npz").write_bytes(b"no zip")
     with pytest.raises(UserError, match="damaged"):

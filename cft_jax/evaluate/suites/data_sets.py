@@ -1,5 +1,9 @@
-"""Rows of data sets, from the hub or a directory in its format."""
+"""Rows of data sets: from the hub, a directory in its format, or a file of JSON lines."""
 
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cft_jax.common.errors import UserError
@@ -29,3 +33,21 @@ def data_set_rows(source: str, config: str | None, split: str, *, fix: str) -> l
         raise UserError(
             f"the data set {source} (split {split}) cannot be had: {first}; check the network, or {fix}"
         ) from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The lines of a file, compressed if its name ends in .gz, each with its number; empty ones are left out.
+
+    Raises:
+      UserError: a line is no JSON, or the file cannot be read.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: line {number} is no JSON ({error}); copy the file again") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} cannot be read after line {number} ({error}); copy the file again") from error
