@@ -26,11 +26,7 @@ _IN_CODE = (
 def config_of(
     values: flags.FlagValues, *, example: str = "configs/demo.py, which needs no network and no accelerator"
 ) -> Config:
-    """The checked configuration of a command line.
-
-    Args:
-      values: the parsed flags, with `config` and `override`.
-      example: a config that fits the command, named where there is none.
+    """The checked configuration of a command line's flags `config` and `override`; `example` fits the command.
 
     Raises:
       UserError: no `--config` was given, or see `load_config` and `validate`.
@@ -63,12 +59,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     arguments = (argument,) if ":" in name else ()
     try:
         get_config = _module(path).get_config
-        if not _takes(get_config, arguments):
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError:
             takes = "takes no" if arguments else "needs an"
-            raise UserError(f"--config={name}: this config file {takes} argument after a colon")
+            raise UserError(f"this config file {takes} argument after a colon") from None
         config = get_config(*arguments)
     except UserError as error:
-        raise UserError(f"--config={name}: {str(error).removeprefix(f'--config={name}: ')}") from error
+        raise UserError(f"--config={name}: {error}") from error
     except _IN_CODE as error:
         raise UserError(f"--config={name}: {_what_and_where(error, path)}") from error
     if not isinstance(config, ConfigDict):
@@ -98,14 +96,6 @@ def _module(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _takes(function: Any, arguments: Sequence[str]) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    return True
 
 
 def _what_and_where(error: Exception, path: str) -> str:

@@ -225,12 +225,10 @@ def paper_config_dict(checkpoints: Mapping[str, str], argument: str) -> ConfigDi
 
 
 def eval_config_dict(suites: Sequence[str], run: str) -> ConfigDict:
-    """The settings of an evaluation.
+    """The settings of an evaluation by these suites.
 
-    Args:
-      suites: to run.
-      run: the directory of a run, whose data settings are taken and whose newest checkpoint is measured; empty for the
-        defaults, which leave `model.checkpoint` to be set.
+    `run` is the directory of a run, whose data settings are taken and whose newest checkpoint is measured; empty for
+    the defaults, which leave `model.checkpoint` to be set.
 
     Raises:
       UserError: the directory holds no run.
@@ -254,13 +252,13 @@ def read_config(workdir: Path) -> dict[str, Any]:
     record = workdir / RECORD
     try:
         values = json.loads(record.read_text(encoding="utf-8"))["config"]
+        if not isinstance(values, dict):
+            raise TypeError("its config is no record")
+        return values
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no config.json; it is not the directory of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record} is damaged ({error}); start in a new --workdir") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{record} is damaged (its config is no record); start in a new --workdir")
-    return values
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:

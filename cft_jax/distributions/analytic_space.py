@@ -197,8 +197,9 @@ def analytic_space(spec: PromptSpec, *, num_decimals: int, quantile: float) -> A
     family = find_family(spec.family_id)
     distribution = family.frozen(spec.parameters)
     lower, upper = family.support(spec.parameters)
-    lower = lower if math.isfinite(lower) else _cut(distribution.ppf(quantile))
-    upper = upper if math.isfinite(upper) else max(_cut(distribution.isf(quantile)), lower)
+    # Quantiles go without their last digits, which depend on the CPU: they must not decide which strings exist.
+    lower = lower if math.isfinite(lower) else float(f"{distribution.ppf(quantile):.12g}")
+    upper = upper if math.isfinite(upper) else max(float(f"{distribution.isf(quantile):.12g}"), lower)
     decimals = 0 if family.integer_only else num_decimals
     limit = 2**53 if family.integer_only else LARGEST_INTEGER
     if not max(abs(lower), abs(upper)) * 10.0**decimals < limit:
@@ -212,8 +213,3 @@ def analytic_space(spec: PromptSpec, *, num_decimals: int, quantile: float) -> A
     if first > last:
         first = last = round((Fraction(repr(lower)) + Fraction(repr(upper))) / 2 * 10**decimals)
     return AnalyticSpace(distribution, family.integer_only, decimals, first, last, lower, upper)
-
-
-def _cut(quantile: float) -> float:
-    """Without the last digits, which depend on the CPU: they must not decide which strings exist."""
-    return float(f"{quantile:.12g}")

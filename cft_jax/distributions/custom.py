@@ -17,13 +17,10 @@ from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.splits import SPLITS, TRAIN, PromptSpec, distribution_id
 from cft_jax.distributions.tasks import Task
 
-CUSTOM_GROUP = "custom"
-
 _QUESTIONS = ("prompt", "messages")
 _ANSWERS = ("values", "distribution", "counts", "samples")
 _KEYS = (*_QUESTIONS, *_ANSWERS, "probabilities", "split", "weight")
 _PROBLEMS_SHOWN = 10
-
 _Row = Mapping[str, Any]
 
 
@@ -65,17 +62,13 @@ def read_tasks(path: str | Path) -> list[Task]:
         try:
             tasks.append(_task(_parse(line), number))
         except UserError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append((number, error))
     if problems:
-        raise UserError(_summary(str(path), problems, len(lines)))
+        shown = " | ".join(f"line {number}: {problem}" for number, problem in problems[:_PROBLEMS_SHOWN])
+        rest = ", ".join(str(number) for number, _ in problems[_PROBLEMS_SHOWN:])
+        more = f" | and lines {rest}" if rest else ""
+        raise UserError(f"{len(problems)} of {len(lines)} lines of data.custom={str(path)!r} are wrong: {shown}{more}")
     return tasks
-
-
-def _summary(path: str, problems: list[str], num_lines: int) -> str:
-    shown = " | ".join(problems[:_PROBLEMS_SHOWN])
-    rest = [problem.partition(":")[0].removeprefix("line ") for problem in problems[_PROBLEMS_SHOWN:]]
-    more = f" | and lines {', '.join(rest)}" if rest else ""
-    return f"{len(problems)} of {num_lines} lines of data.custom={path!r} are wrong: {shown}{more}"
 
 
 def _parse(line: bytes) -> _Row:
@@ -111,11 +104,11 @@ def _task(row: _Row, number: int) -> Task:
     split = _collect(found, _split, row) or TRAIN
     weight = _collect(found, _weight, row) or 1.0
     spec = _collect(found, _spec, row, split, messages) if "distribution" in row else None
-    space = _collect(found, _space, row) if "distribution" not in row else None
+    space = None if "distribution" in row else _collect(found, _space, row)
     if found:
         raise UserError("; ".join(found))
-    group = CUSTOM_GROUP if spec is None else spec.family_id
-    return Task(split, group, f"{CUSTOM_GROUP}_{number}", messages, spec=spec, space=space, weight=weight)
+    group = spec.family_id if spec else "custom"
+    return Task(split, group, f"custom_{number}", messages, spec, space, weight)
 
 
 def _collect(found: list[str], read: Callable[..., Any], *arguments: Any) -> Any:
@@ -196,26 +189,19 @@ def _space(row: _Row) -> OutputSpace | None:
         probabilities = _list(row["probabilities"], "probabilities")
         numbers = [_number(value, f"probabilities[{index}]") for index, value in enumerate(probabilities)]
         return OutputSpace(_values(row["values"], "values"), np.array(numbers, dtype=np.float64))
-    if "counts" in row:
-        return _counted(row["counts"])
-    if "samples" in row:
-        return _counted(Counter(_values(row["samples"], "samples")))
-    return None
-
-
-def _counted(counts: Any) -> OutputSpace:
+    if "counts" not in row and "samples" not in row:
+        return None
+    counts = row["counts"] if "counts" in row else Counter(_values(row["samples"], "samples"))
     if not isinstance(counts, dict):
         raise UserError("counts must be an object of values and whole numbers")
     values = tuple(_value(value, "counts") for value in counts)
-    numbers = []
     for value, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UserError(f"count {count!r} of {value!r} must be a whole number of at least 0")
-        numbers.append(count)
-    total = sum(numbers)
+    total = sum(counts.values())
     if total == 0:
         raise UserError("nothing was counted; at least one value must have occurred")
-    return OutputSpace(values, np.array([count / total for count in numbers]))
+    return OutputSpace(values, np.array([count / total for count in counts.values()]))
 
 
 def _list(items: Any, name: str) -> list[Any]:

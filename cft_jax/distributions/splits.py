@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,8 +60,12 @@ def build_splits(
     Raises:
       UserError: unknown families or options, a family in both roles, or options that contradict each other.
     """
-    _check_choice("selection", selection, ("full_grid", "paper_selected"))
-    _check_choice("unseen", unseen, ("outside", "inside"))
+    for name, value, allowed in (
+        ("selection", selection, ("full_grid", "paper_selected")),
+        ("unseen", unseen, ("outside", "inside")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
     if selection == "paper_selected" and unseen == "inside":
         raise UserError("selection=paper_selected lists parameters outside the trained ranges; set unseen=outside")
     digits = parameter_digits if readable_parameters else None
@@ -71,16 +75,14 @@ def build_splits(
     for family in trained:
         grids = GRIDS[family.family_id]
         main = resampled(family, grids.main, grid_points) if grid_points else grids.main
+        if unseen == "outside" and not selected and not grids.beyond:
+            raise UserError(f"{family.family_id} has no parameters outside its training grid; set unseen=inside")
+        tested = between(family, main) if unseen == "inside" else grids.beyond
         splits[TRAIN] += _specs(TRAIN, family, _points(main), digits)
-        if selected:
-            points = list(grids.selected)
-        else:
-            points = _points(between(family, main) if unseen == "inside" else _beyond(family))
-        splits[UNSEEN] += _specs(UNSEEN, family, points, digits)
+        splits[UNSEEN] += _specs(UNSEEN, family, grids.selected if selected else _points(tested), digits)
     for family in held_out:
         grids = GRIDS[family.family_id]
-        points = list(grids.selected) if selected else _points(grids.main)
-        splits[OOD] += _specs(OOD, family, points, digits)
+        splits[OOD] += _specs(OOD, family, grids.selected if selected else _points(grids.main), digits)
     _check_distinct(splits)
     for name in (UNSEEN, OOD):
         if max_prompts_per_split:
@@ -90,11 +92,10 @@ def build_splits(
 
 def prompt_text(family: Family, parameters: Mapping[str, float | int], *, digits: int | None = None) -> str:
     """The paper's message asking for one number; parameters print as repr, or with `digits` significant digits."""
-
-    def show(value: float) -> str:
-        return repr(value) if digits is None else readable_number(value, digits)
-
-    shown = ", ".join(f"{name}={show(float(parameters[name]))}" for name in family.parameter_names)
+    values = {name: float(parameters[name]) for name in family.parameter_names}
+    shown = ", ".join(
+        f"{name}={repr(value) if digits is None else readable_number(value, digits)}" for name, value in values.items()
+    )
     return (
         f"Generate exactly ONE random number from a {family.display_name} distribution with parameters {shown}. "
         "Output ONLY the number."
@@ -127,7 +128,7 @@ def spread(items: Sequence[_T], limit: int, group: Callable[[_T], str]) -> list[
         for name in [name for name in sizes if quota[name] < sizes[name]][:left]:
             quota[name] += 1
             left -= 1
-    taken, seen = [], dict.fromkeys(sizes, 0)
+    taken, seen = [], Counter()
     for item in items:
         name = group(item)
         index = seen[name]
@@ -136,11 +137,6 @@ def spread(items: Sequence[_T], limit: int, group: Callable[[_T], str]) -> list[
         if (index + 1) * quota[name] // sizes[name] > index * quota[name] // sizes[name]:
             taken.append(item)
     return taken
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
 
 
 def _roles(train_families: Sequence[str], heldout_families: Sequence[str]) -> tuple[list[Family], list[Family]]:
@@ -155,27 +151,18 @@ def _roles(train_families: Sequence[str], heldout_families: Sequence[str]) -> tu
     return [find_family(name) for name in trained], [find_family(name) for name in held_out]
 
 
-def _beyond(family: Family) -> tuple[Axis, ...]:
-    axes = GRIDS[family.family_id].beyond
-    if not axes:
-        raise UserError(f"{family.family_id} has no parameters outside its training grid; set unseen=inside")
-    return axes
+def _points(axes: tuple[Axis, ...]) -> Iterable[tuple[float, ...]]:
+    return itertools.product(*(axis.values for axis in axes))
 
 
-def _points(axes: tuple[Axis, ...]) -> list[tuple[float, ...]]:
-    return list(itertools.product(*(axis.values for axis in axes)))
-
-
-def _specs(split: str, family: Family, points: list[tuple[float, ...]], digits: int | None) -> list[PromptSpec]:
+def _specs(split: str, family: Family, points: Iterable[tuple[float, ...]], digits: int | None) -> list[PromptSpec]:
     specs = []
     for point in points:
         parameters = family.prompt_parameters(dict(zip(family.grid_parameter_names, point, strict=True)))
         if digits is not None:
             parameters = {name: float(readable_number(value, digits)) for name, value in parameters.items()}
-        name = distribution_id(family, parameters)
-        specs.append(
-            PromptSpec(split, family.family_id, name, parameters, prompt_text(family, parameters, digits=digits))
-        )
+        name, prompt = distribution_id(family, parameters), prompt_text(family, parameters, digits=digits)
+        specs.append(PromptSpec(split, family.family_id, name, parameters, prompt))
     return specs
 
 
