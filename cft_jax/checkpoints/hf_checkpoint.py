@@ -16,11 +16,7 @@ from cft_jax.models.config import ModelConfig
 from cft_jax.models.families import config_from_hf, is_multimodal
 
 # Wrapped language models: published files, then those of transformers 5's own naming.
-_WRAPPED = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-)
+_WRAPPED = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 GENERATION = "generation_config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_ROWS = 4096
@@ -32,7 +28,6 @@ class HfCheckpoint:
     """A checkpoint in HF format.
 
     Attributes:
-      directory: where it lies.
       raw: the record in config.json.
       config: of the language model.
       tensors: the language model's tensors, by the names of `hf_names`.
@@ -113,13 +108,9 @@ def _language_model(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) 
         return {name: name for name in stored}
     owners: dict[str, str] = {}
     for name in stored:
-        for prefix, own in _WRAPPED:
-            if name.startswith(prefix):
-                owners[name] = own + name.removeprefix(prefix)
-                break
-        else:
-            if not name.startswith(_REST):
-                owners[name] = name
+        prefix = next(filter(name.startswith, _WRAPPED), "")
+        if prefix or not name.startswith(_REST):
+            owners[name] = _WRAPPED.get(prefix, "") + name.removeprefix(prefix)
     return owners
 
 
@@ -142,21 +133,16 @@ def _dequantize(tensors: dict[str, Rows], owners: dict[str, str]) -> None:
         assert isinstance(blocks, StoredTensor) and isinstance(scales, StoredTensor | None)
         if scales is None:
             raise UserError(f"tensor {blocks.name} has no {base}_scales beside it; get the checkpoint again")
-        tensors[base] = packed = Mxfp4Tensor(blocks, scales)
-        _check_packed(packed)
+        if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
+            raise UserError(
+                f"{blocks.file}: {blocks.name} of shape {list(blocks.shape)} and {scales.name} of shape "
+                f"{list(scales.shape)} are no MXFP4 blocks of 16 bytes with one scale each"
+            )
+        for part in (blocks, scales):
+            if part.dtype != np.uint8:
+                raise UserError(f"{part.file}: {part.name} has dtype {part.dtype}; MXFP4 blocks and scales are uint8")
+        tensors[base] = Mxfp4Tensor(blocks, scales)
         owners |= {blocks.name: base, scales.name: base}
-
-
-def _check_packed(packed: Mxfp4Tensor) -> None:
-    blocks, scales = packed.blocks, packed.scales
-    if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
-        raise UserError(
-            f"{blocks.file}: {blocks.name} of shape {list(blocks.shape)} and {scales.name} of shape "
-            f"{list(scales.shape)} are no MXFP4 blocks of 16 bytes with one scale each"
-        )
-    for part in (blocks, scales):
-        if part.dtype != np.uint8:
-            raise UserError(f"{part.file}: {part.name} has dtype {part.dtype}; MXFP4 blocks and scales are uint8")
 
 
 def mismatch(tensors: Mapping[str, Rows], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -173,11 +159,7 @@ def mismatch(tensors: Mapping[str, Rows], shapes: Mapping[str, tuple[int, ...]])
 
 
 def match_shapes(checkpoint: HfCheckpoint, shapes: Mapping[hf_names.Path, tuple[int, ...]]) -> None:
-    """Checks that the files hold the model's tensors, all of them and nothing else.
-
-    Args:
-      checkpoint: as read.
-      shapes: of our base weights, by path.
+    """Checks that the files hold the model's tensors, whose shapes with us are given, and nothing else.
 
     Raises:
       UserError: with the names of what is missing, unknown, mis-shaped or of a dtype that is not floating-point.

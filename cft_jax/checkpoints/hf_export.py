@@ -17,25 +17,17 @@ from jaxtyping import Shaped
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.directories import check_free, new_directory
-from cft_jax.checkpoints.hf_checkpoint import GENERATION, HfCheckpoint, named_stop_ids, read_checkpoint
+from cft_jax.checkpoints.hf_checkpoint import GENERATION, named_stop_ids, read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors
 from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
 from cft_jax.checkpoints.peft_files import write_adapter
-from cft_jax.checkpoints.tensor_files import (
-    INDEX,
-    StoredTensor,
-    TensorSpec,
-    read_record,
-    write_record,
-    write_tensors,
-)
+from cft_jax.checkpoints.tensor_files import INDEX, StoredTensor, TensorSpec, read_record, write_record, write_tensors
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.common.progress import Progress
 from cft_jax.models.rope_spelling import with_both_spellings
 from cft_jax.models.transformer import Transformer
 
-FORMATS = ("merged", "adapter")
 # Numbers of a tensor that are in float64 at a time.
 _SUMMED = 2**22
 # Shares of the update that survive rounding: not worth a word in the card (float32 rounds, too), warned of, refused.
@@ -73,8 +65,8 @@ def save_pretrained(
       UserError: the directory is taken, the base checkpoint is gone, the adapter changes nothing, or rounding loses
         the update.
     """
-    if format not in FORMATS:
-        raise UserError(f"export format {format!r} must be one of {', '.join(FORMATS)}")
+    if format not in ("merged", "adapter"):
+        raise UserError(f"export format {format!r} must be one of merged, adapter")
     if model.source is None:
         raise UserError("the model was not loaded from a checkpoint; there is nothing to complete its files from")
     directory, origin = Path(directory), Path(model.source.directory)
@@ -82,10 +74,8 @@ def save_pretrained(
     if model.lora_spec is None and format == "adapter":
         raise UserError("the model has no adapter; export it with format merged")
     rounding = _Rounding()
-    if format == "merged":
-        write = _Merged(model, read_checkpoint(origin), dtype, rounding).write
-    else:
-        write = functools.partial(write_adapter, model)
+    merged = format == "merged"
+    write = _Merged(model, origin, dtype, rounding).write if merged else functools.partial(write_adapter, model)
     if jax.process_index() != 0:
         write(None)
         return
@@ -178,17 +168,15 @@ class _Merged:
     W + scale*BA in float32, rounded once to the file's dtype; one that was trained is rounded to it.
     """
 
-    def __init__(
-        self, model: Transformer, checkpoint: HfCheckpoint, dtype: DTypeLike | None, rounding: _Rounding
-    ) -> None:
-        self.checkpoint, self.rounding = checkpoint, rounding
+    def __init__(self, model: Transformer, origin: Path, dtype: DTypeLike | None, rounding: _Rounding) -> None:
+        self.checkpoint, self.rounding = read_checkpoint(origin), rounding
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.weights = HostWeights(model)
         self.names = {name.hf: name for name in hf_names.tensor_names(model.config)}
         targets = [] if model.lora_spec is None else adapter_tensors(model.config, model.lora_spec)
         self.adapters = {target.name.hf: target for target in targets}
-        if self.names.keys() - checkpoint.tensors.keys():
-            raise UserError(f"{checkpoint.directory} is no longer the checkpoint that the model was loaded from")
+        if self.names.keys() - self.checkpoint.tensors.keys():
+            raise UserError(f"{origin} is no longer the checkpoint that the model was loaded from")
 
     def write(self, out: Path | None) -> None:
         """Writes weights and config; without a directory, only takes part in gathering the weights."""
@@ -257,9 +245,7 @@ def _with_dtype(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**raw, "dtype": name, "torch_dtype": name}
 
 
-def _read_all(
-    tensors: Iterable[StoredTensor | _MergedTensor], progress: Progress
-) -> Iterator[Shaped[np.ndarray, "..."]]:
+def _read_all(tensors: Iterable[StoredTensor | _MergedTensor], progress: Progress) -> Iterator[np.ndarray]:
     """One tensor at a time, which is all that is in memory."""
     for tensor in tensors:
         yield tensor.read()

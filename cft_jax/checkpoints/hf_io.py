@@ -1,6 +1,7 @@
 """Loading a checkpoint in HF format straight onto the devices."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,12 +76,11 @@ def from_pretrained(
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
     flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
-    base: _Wanted = {}
-    adapters: _Wanted = {}
-    for path, variable in flat.items():
-        where = placement.weight_sharding(variable.shape, variable.get_metadata("axes"), mesh)
-        wanted = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=where)
-        (adapters if isinstance(variable, LoraParam) else base)[path] = wanted
+    base: _Wanted = {
+        path: placement.abstract_weight(variable.shape, variable.dtype, variable.get_metadata("axes"), mesh)
+        for path, variable in flat.items()
+    }
+    adapters = {path: base.pop(path) for path, variable in flat.items() if isinstance(variable, LoraParam)}
     values = _base_weights(checkpoint, base, piece_bytes)
     if peft is not None:
         values |= _adapter_weights(peft, checkpoint.config, adapters)
@@ -109,32 +109,26 @@ def _locate(
 ) -> tuple[Path, str, str, PeftAdapter | None]:
     """The base checkpoint's directory, name and commit, and the adapter: given beside it, or what `name` stands for."""
     directory, commit = hub.resolve(name, revision=revision, local_files_only=local_files_only)
+    peft = None
     if adapter is not None:
         peft = read_adapter(str(adapter), revision="main", local_files_only=local_files_only)
-        return directory, name, commit, peft
-    if not is_adapter(directory):
-        return directory, name, commit, None
-    peft = read_adapter(str(directory), revision="", local_files_only=True)
-    if not (directory / "config.json").is_file():
-        if not peft.base:
-            raise UserError(f"{directory} is an adapter that names no base model; give the base and model.adapter")
-        name = peft.base
-        directory, commit = hub.resolve(name, revision=peft.revision, local_files_only=local_files_only)
+    elif is_adapter(directory):
+        peft = read_adapter(str(directory), revision="", local_files_only=True)
+        if not (directory / "config.json").is_file():
+            if not peft.base:
+                raise UserError(f"{directory} is an adapter that names no base model; give the base and model.adapter")
+            name = peft.base
+            directory, commit = hub.resolve(name, revision=peft.revision, local_files_only=local_files_only)
     return directory, name, commit, peft
 
 
 def _compare_with_published(name: str, config: ModelConfig) -> None:
     """Tells where a checkpoint of a published name has other numbers; its own config.json decides."""
     published = PUBLISHED.get(name, config)
-    differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(published, f.name)]
-    for field in differ:
-        logging.warning(
-            "config.json of %s has %s=%s, published was %s",
-            name,
-            field,
-            getattr(config, field),
-            getattr(published, field),
-        )
+    for field in dataclasses.fields(config):
+        own, known = getattr(config, field.name), getattr(published, field.name)
+        if own != known:
+            logging.warning("config.json of %s has %s=%s, published was %s", name, field.name, own, known)
 
 
 def _adapters(config: ModelConfig, lora: LoraSpec | None, peft: PeftAdapter | None) -> LoraSpec | None:
@@ -169,15 +163,13 @@ def _adapters(config: ModelConfig, lora: LoraSpec | None, peft: PeftAdapter | No
 def _base_weights(checkpoint: HfCheckpoint, wanted: _Wanted, piece_bytes: int) -> _Weights:
     match_shapes(checkpoint, {path: array.shape for path, array in wanted.items()})
     values: _Weights = {}
-    groups = hf_names.group_by_path(hf_names.tensor_names(checkpoint.config))
-    with Progress("load weights", total=sum(map(len, groups.values())), unit="tensor") as progress:
-        for path, names in groups.items():
-            tensors = [checkpoint.tensors[name.hf] for name in names]
-            stacked = names[0].layer is not None
-            values[path] = placement.place_stack(
-                tensors, names[0].layout, wanted[path], stacked=stacked, piece_bytes=piece_bytes
-            )
-            progress.advance(len(names))
+    names = hf_names.tensor_names(checkpoint.config)
+    with Progress("load weights", total=len(names), unit="tensor") as progress:
+        for path, same in itertools.groupby(names, lambda name: name.path):
+            layers = list(same)
+            tensors = [checkpoint.tensors[name.hf] for name in layers]
+            values[path] = placement.place_stack(tensors, layers[0], wanted[path], piece_bytes=piece_bytes)
+            progress.advance(len(tensors))
     return values
 
 

@@ -5,7 +5,6 @@ Weights are transposed and reshaped, never scaled or permuted, so that export is
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,15 +70,16 @@ class Layout:
         return self.text.split("->")[0].split(",")
 
     @property
+    def file_letters(self) -> str:
+        return "".join(self.file_axes)
+
+    @property
     def our_letters(self) -> str:
         return self.text.split("->")[1]
 
-    def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
-        return dict(zip(self.our_letters, shape, strict=True))
-
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The file's shape of a tensor that has this shape with us."""
-        sizes = self._sizes(shape)
+        sizes = dict(zip(self.our_letters, shape, strict=True))
         return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.file_axes)
 
     def split_axis(self) -> int:
@@ -88,8 +88,7 @@ class Layout:
 
     def permutation(self) -> tuple[int, ...]:
         """For each of our axes, its index among the letters of the file's axes."""
-        letters = "".join(self.file_axes)
-        return tuple(letters.index(letter) for letter in self.our_letters)
+        return tuple(map(self.file_letters.index, self.our_letters))
 
     def to_ours(self, rows: Shaped[np.ndarray, "..."], shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
         """Some rows of the file's tensor in our layout; a view.
@@ -98,15 +97,13 @@ class Layout:
           rows: whole blocks of the first axis's first letter.
           shape: of the whole tensor with us.
         """
-        sizes = self._sizes(shape)
-        letters = "".join(self.file_axes)
-        full = rows.reshape(-1, *(sizes[letter] for letter in letters[1:]))
+        sizes = dict(zip(self.our_letters, shape, strict=True))
+        full = rows.reshape(-1, *(sizes[letter] for letter in self.file_letters[1:]))
         return full.transpose(self.permutation())
 
     def to_file(self, ours: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """A tensor of ours in the file's layout."""
-        letters = "".join(self.file_axes)
-        moved = ours.transpose([self.our_letters.index(letter) for letter in letters])
+        moved = ours.transpose([self.our_letters.index(letter) for letter in self.file_letters])
         return moved.reshape(self.file_shape(ours.shape))
 
 
@@ -121,15 +118,16 @@ class Name:
 
 
 def tensor_names(config: ModelConfig) -> list[Name]:
-    """All tensors of a checkpoint of the language model, under the names of `*ForCausalLM`."""
+    """All tensors of the language model, under the names of `*ForCausalLM`; those of one array in its layers' order."""
     names = [Name("model.embed_tokens.weight", ("embed",), None, Layout("V,D->VD"))]
-    for s, (repeats, pattern) in enumerate(config.stacks):
-        for p in range(len(pattern)):
-            for suffix, (hf, layout) in _block(config).items():
-                for repeat in range(repeats):
-                    layer = config.layer_index(s, repeat, p)
-                    path = ("stacks", s, p, *suffix)
-                    names.append(Name(f"model.layers.{layer}.{hf}", path, repeat, Layout(layout)))
+    block = _block(config)
+    names += [
+        Name(f"model.layers.{config.layer_index(s, repeat, p)}.{hf}", ("stacks", s, p, *suffix), repeat, Layout(layout))
+        for s, (repeats, pattern) in enumerate(config.stacks)
+        for p in range(len(pattern))
+        for suffix, (hf, layout) in block.items()
+        for repeat in range(repeats)
+    ]
     names.append(Name("model.norm.weight", ("final_norm", "scale"), None, Layout("D->D")))
     if not config.tie_head:
         names.append(Name("lm_head.weight", ("head",), None, Layout("V,D->VD")))
@@ -138,26 +136,14 @@ def tensor_names(config: ModelConfig) -> list[Name]:
 
 def _block(config: ModelConfig) -> _Table:
     """The weights of a layer: our path in the block to name and layout."""
-    linear = _ATTENTION if isinstance(config.mlp, Moe) else {**_ATTENTION, **_MLP}
+    moe = isinstance(config.mlp, Moe)
+    linear = _ATTENTION if moe else _ATTENTION | _MLP
     table = {(*path, "kernel"): (f"{hf}.weight", layout) for path, (hf, layout) in linear.items()}
     table |= _SANDWICH_NORMS if config.post_norms else _NORMS
-    for present, more in (
-        (config.attn_bias, _ATTENTION_BIAS),
-        (config.qk_norm, _HEAD_NORMS),
-        (config.attn_sinks, _SINKS),
-        (isinstance(config.mlp, Moe), _MOE),
-    ):
-        if present:
-            table |= more
-    return table
-
-
-def group_by_path(names: list[Name]) -> Mapping[Path, list[Name]]:
-    """Names of the tensors that make up each of our arrays, in the order of its leading axis."""
-    groups: dict[Path, list[Name]] = {}
-    for name in names:
-        groups.setdefault(name.path, []).append(name)
-    return groups
+    table |= _ATTENTION_BIAS if config.attn_bias else {}
+    table |= _HEAD_NORMS if config.qk_norm else {}
+    table |= _SINKS if config.attn_sinks else {}
+    return table | (_MOE if moe else {})
 
 
 def linear_layers(config: ModelConfig) -> list[str]:

@@ -13,6 +13,8 @@ from cft_jax.checkpoints import hf_names
 from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.transformer import Transformer
 
+Matrix = Float[np.ndarray, "..."]
+
 
 @dataclass(frozen=True)
 class AdapterTensor:
@@ -36,24 +38,15 @@ def adapter_tensors(config: ModelConfig, spec: LoraSpec) -> list[AdapterTensor]:
     adapted = []
     for name in hf_names.tensor_names(config):
         if name.path[-1] == "kernel" and name.path[-2] in spec.targets:
-            experts = ".experts." in name.hf
-            adapted.append(AdapterTensor(name, _module(name.hf, spec), (*name.path[:-1], "lora"), experts))
+            module, _, last = name.hf.rpartition(".")
+            # For experts PEFT puts one wrapper per parameter around the module that holds them, in the order in which
+            # the module declares them, so that gate_up_proj's is the inner one.
+            module += ".base_layer" if last == "gate_up_proj" and "down_proj" in spec.targets else ""
+            adapted.append(AdapterTensor(name, module, (*name.path[:-1], "lora"), ".experts." in name.hf))
     return adapted
 
 
-def _module(hf: str, spec: LoraSpec) -> str:
-    """PEFT's module of an adapted tensor: for experts, one wrapper per parameter around the module that holds them.
-
-    PEFT wraps the parameters in the order in which the module declares them, so that gate_up_proj is the inner one.
-    """
-    base, _, last = hf.rpartition(".")
-    both = {"gate_up_proj", "down_proj"} <= set(spec.targets)
-    return f"{base}.base_layer" if last == "gate_up_proj" and both else base
-
-
-def as_matrices(
-    a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."], experts: bool
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+def as_matrices(a: Matrix, b: Matrix, experts: bool) -> tuple[Matrix, Matrix]:
     """One layer's A [(E,) *in, R] and B [(E,) R, *out] as matrices [(E,) in, R] and [(E,) R, out]."""
     lead, rank = a.shape[: int(experts)], a.shape[-1]
     return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
@@ -68,23 +61,22 @@ class HostWeights:
 
     def base(self, name: hf_names.Name) -> Shaped[np.ndarray, "..."]:
         """A base weight in the file's layout and the model's dtype."""
-        return name.layout.to_file(to_host(self._values[name.path], name.layer))
+        return name.layout.to_file(_to_host(self._values[name.path], name.layer))
 
-    def factors(self, target: AdapterTensor) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    def factors(self, target: AdapterTensor) -> tuple[Matrix, Matrix]:
         """A and B of one adapted tensor, float32: [in, R] and [R, out], for experts with a leading axis E."""
-        a, b = (to_host(self._values[(*target.path, which)], target.name.layer) for which in ("a", "b"))
+        a, b = (_to_host(self._values[(*target.path, which)], target.name.layer) for which in ("a", "b"))
         return as_matrices(a, b, target.experts)
 
-    def update(self, target: AdapterTensor) -> Float[np.ndarray, "..."]:
+    def update(self, target: AdapterTensor) -> Matrix:
         """The update scale * BA in the file's layout, float32."""
-        if self._spec is None:
-            raise AssertionError("adapters without a LoraSpec")
+        assert self._spec is not None
         a, b = self.factors(target)
         update = np.matmul(a, b) * np.float32(self._spec.scale)
         return update if target.experts else update.T
 
 
-def to_host(array: Array, layer: int | None) -> Shaped[np.ndarray, "..."]:
+def _to_host(array: Array, layer: int | None) -> Shaped[np.ndarray, "..."]:
     """One layer of a weight, or all of it, gathered from all devices."""
     part = array if layer is None else _take(array, jnp.int32(layer))
     if part.is_fully_addressable:

@@ -48,23 +48,25 @@ class Checkpoints:
         # `absolute` would take an address for the name of a directory.
         self._directory = epath.Path(path if "://" in path else Path(path).absolute())
         self._read_only = read_only
+        options: dict[str, Any] = {"max_to_keep": keep, "cleanup_tmp_directories": True}
+        if read_only:
+            options = {"create": False, "save_interval_steps": 0, "enable_async_checkpointing": False}
         self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else keep,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                create=not read_only,
-                save_interval_steps=0 if read_only else 1,
-                enable_async_checkpointing=not read_only,
-            ),
+            self._directory, options=ocp.CheckpointManagerOptions(**options, read_only=read_only)
         )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Waits for saves under way and lets go of the directory.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        with self._clear_errors():
+            self._manager.wait_until_finished()
+        self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -84,23 +86,8 @@ class Checkpoints:
         """
         record = {**metadata, "step": step, "fingerprint": fingerprint(state)}
         with self._clear_errors():
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
-            )
-
-    def wait(self) -> None:
-        """Blocks until everything saved is complete on disk.
-
-        Raises:
-          UserError: the disk is full.
-        """
-        with self._clear_errors():
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits for saves under way and lets go of the directory."""
-        self.wait()
-        self._manager.close()
+            parts = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+            self._manager.save(step, args=parts)
 
     def restore(self, target: Any, check: Callable[[Mapping[str, Any]], None]) -> Restored | None:
         """Reads the newest checkpoint that is whole; damaged ones are set aside as `<step>.damaged`, with a warning.
@@ -119,11 +106,11 @@ class Checkpoints:
         """
         steps = self.steps
         for step in reversed(steps):
-            metadata = self._attempt(step, lambda step=step: self._read_metadata(step))
+            metadata = self._attempt(self._read_metadata, step)
             if metadata is None:
                 continue
             check(metadata)
-            state = self._attempt(step, lambda step=step, want=metadata: self._read_state(step, target, want))
+            state = self._attempt(self._read_state, step, target, metadata)
             if state is not None:
                 return Restored(step, state, metadata)
         if steps:
@@ -133,11 +120,11 @@ class Checkpoints:
             )
         return None
 
-    def _attempt(self, step: int, read: Callable[[], Any]) -> Any:
+    def _attempt(self, read: Callable[..., Any], step: int, *args: Any) -> Any:
         """What `read` returns; None, with the checkpoint set aside, if any process found it damaged."""
         value, reason = None, ""
         try:
-            value = read()
+            value = read(step, *args)
         except _DAMAGE as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if np.all(multihost_utils.process_allgather(np.array(value is not None))):

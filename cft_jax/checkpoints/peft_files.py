@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.hf_checkpoint import mismatch
-from cft_jax.checkpoints.lora_weights import AdapterTensor, HostWeights, adapter_tensors, as_matrices
+from cft_jax.checkpoints.lora_weights import AdapterTensor, HostWeights, Matrix, adapter_tensors, as_matrices
 from cft_jax.checkpoints.tensor_files import StoredTensor, read_header, read_record, write_record, write_tensors
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
@@ -36,21 +35,16 @@ _READ = frozenset({"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora",
 # Starts that put the adapter's first value into the base weights, which are then not those of the base checkpoint.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-Matrix = Float[np.ndarray, "..."]
-
 
 def _to_peft(a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
-    """PEFT's matrices of A [in, R] and B [R, out], or of experts' [E, in, R] and [E, R, out]."""
-    if a.ndim == 2:
-        return a.T, b.T
+    """PEFT's matrices of A [(E,) in, R] and B [(E,) R, out]."""
+    a, b = (factor.reshape(-1, *factor.shape[-2:]) for factor in (a, b))
     # PEFT counts (expert, rank) in A's rows and (rank, expert) in B's columns.
     return a.transpose(0, 2, 1).reshape(-1, a.shape[1]), b.transpose(2, 1, 0).reshape(b.shape[2], -1)
 
 
 def _from_peft(a: Matrix, b: Matrix, experts: int) -> tuple[Matrix, Matrix]:
-    """The inverse of `_to_peft`; `experts` is 0 where there is a single matrix."""
-    if not experts:
-        return a.T, b.T
+    """The inverse of `_to_peft`, [E, in, R] and [E, R, out], also of a single matrix."""
     a = a.reshape(experts, -1, a.shape[1]).transpose(0, 2, 1)
     return a, b.reshape(b.shape[0], -1, experts).transpose(2, 1, 0)
 
@@ -71,15 +65,15 @@ def write_adapter(model: Transformer, directory: Path | None) -> None:
     if directory is None:
         return
     multimodal = is_multimodal(source.config)
-    prefixes = _WRAPPED if multimodal else _WRAPPED[:1]
     written = {
         _ROOT + prefix + name.removeprefix(_WRAPPED[0]): matrix
-        for prefix in prefixes
+        for prefix in _WRAPPED[: 1 + multimodal]
         for name, matrix in tensors.items()
     }
     write_tensors(directory / WEIGHTS, written, written.values())
     experts = sorted({target.name.hf.split(".", 3)[3] for target in targets if target.experts})
     modules = sorted({target.module.rpartition(".")[2] for target in targets if not target.experts})
+    in_language_model = rf"(?!.*(?:vision_tower|multi_modal_projector)).*\.(?:{'|'.join(modules)})"
     record = {
         "base_model_name_or_path": source.name if source.revision else source.directory,
         "bias": "none",
@@ -90,9 +84,7 @@ def write_adapter(model: Transformer, directory: Path | None) -> None:
         "peft_type": "LORA",
         "r": spec.rank,
         "revision": source.revision or None,
-        "target_modules": rf"(?!.*(?:vision_tower|multi_modal_projector)).*\.(?:{'|'.join(modules)})"
-        if multimodal
-        else modules,
+        "target_modules": in_language_model if multimodal else modules,
         **({"target_parameters": experts} if experts else {}),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
@@ -142,7 +134,7 @@ class PeftAdapter:
         out = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
         for target, a, b in zip(targets, matrices[::2], matrices[1::2], strict=True):
             paths = [(*target.path, which) for which in "ab"]
-            factors = _from_peft(a, b, shapes[paths[0]][1] if target.experts else 0)
+            factors = _from_peft(a, b, shapes[paths[0]][1] if target.experts else 1)
             for path, factor in zip(paths, factors, strict=True):
                 out[path][target.name.layer] = factor.reshape(shapes[path][1:])
         return out
@@ -170,12 +162,7 @@ def adapter_weights(directory: Path) -> Path:
 
 
 def read_adapter(path_or_id: str, *, revision: str, local_files_only: bool) -> PeftAdapter:
-    """Reads an adapter's settings and the header of its weights.
-
-    Args:
-      path_or_id: directory or hub id.
-      revision: of a hub id.
-      local_files_only: take a hub id from the local cache alone.
+    """Reads the settings of an adapter in a directory or on the hub, and the header of its weights.
 
     Raises:
       UserError: a file is missing or damaged, or the adapter has a feature that is not implemented; names it.
@@ -189,13 +176,13 @@ def read_adapter(path_or_id: str, *, revision: str, local_files_only: bool) -> P
     tensors = _by_module(file)
     spec = LoraSpec(
         rank=_number(raw, "r", int),
-        alpha=_alpha(raw),
+        # Rank-stabilised adapters have the scale alpha / sqrt(r), all others alpha / r.
+        alpha=_number(raw, "lora_alpha", float) * (math.sqrt(_number(raw, "r", int)) if raw.get("use_rslora") else 1),
         dropout=_number(raw, "lora_dropout", float) if raw.get("lora_dropout") else 0.0,
         targets=_targets(raw, tensors),
     )
-    return PeftAdapter(
-        directory, raw.get("base_model_name_or_path") or "", raw.get("revision") or "main", spec, tensors
-    )
+    base, commit = raw.get("base_model_name_or_path") or "", raw.get("revision") or "main"
+    return PeftAdapter(directory, base, commit, spec, tensors)
 
 
 def _refuse_features(raw: Mapping[str, Any]) -> None:
@@ -220,21 +207,13 @@ def _number(raw: Mapping[str, Any], name: str, kind: type) -> Any:
     return kind(value)
 
 
-def _alpha(raw: Mapping[str, Any]) -> float:
-    """The alpha of the scale alpha / r; rank-stabilised adapters have the scale alpha / sqrt(r)."""
-    alpha = _number(raw, "lora_alpha", float)
-    return alpha * math.sqrt(_number(raw, "r", int)) if raw.get("use_rslora") else alpha
-
-
 def _by_module(file: Path) -> dict[str, StoredTensor]:
     """Tensors by module below the language model and by factor; both key sets of one file must hold the same."""
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in read_header(file).items():
         name = key.removeprefix(_ROOT).removesuffix(".weight")
-        for prefix in reversed(_WRAPPED):
-            if name.startswith(prefix):
-                name = _WRAPPED[0] + name.removeprefix(prefix)
-                break
+        if name.startswith(_WRAPPED[1]):
+            name = _WRAPPED[0] + name.removeprefix(_WRAPPED[1])
         module, _, factor = name.rpartition(".")
         if not module or factor not in _FACTORS or not key.startswith(_ROOT):
             raise UserError(f"{file}: tensor {key} is no LoRA weight that is known")
@@ -248,11 +227,7 @@ def _targets(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[str, .
     """Names of the adapted layers: from the weights, since target_modules may be a pattern."""
     experts = sorted(name.rpartition(".")[2] for name in raw.get("target_parameters") or ())
     modules = {name.rpartition(".")[0] for name in tensors}
-    plain = {module.rpartition(".")[2] for module in modules if not _in_experts(module)}
-    if any(_in_experts(module) for module in modules) != bool(experts):
+    of_experts = {module for module in modules if module.endswith((".experts", ".experts.base_layer"))}
+    if bool(of_experts) != bool(experts):
         raise UserError(f"{CONFIG}: target_parameters={raw.get('target_parameters')!r} does not match the weights")
-    return (*sorted(plain), *experts)
-
-
-def _in_experts(module: str) -> bool:
-    return module.endswith((".experts", ".experts.base_layer"))
+    return (*sorted({module.rpartition(".")[2] for module in modules - of_experts}), *experts)

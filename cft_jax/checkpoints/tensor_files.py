@@ -18,13 +18,13 @@ import numpy as np
 from cft_jax.common.errors import UserError
 
 # fmt: off
-DTYPES: dict[str, np.dtype] = {
+_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }
 # fmt: on
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -93,9 +93,9 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
         kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"the header's entry of tensor {name} is incomplete") from error
-    if kind not in DTYPES:
-        raise UserError(f"{file}: tensor {name} has dtype {kind}, which is not known; known: {', '.join(DTYPES)}")
-    tensor = StoredTensor(DTYPES[kind], shape, name, file, base + start)
+    if kind not in _DTYPES:
+        raise UserError(f"{file}: tensor {name} has dtype {kind}, which is not known; known: {', '.join(_DTYPES)}")
+    tensor = StoredTensor(_DTYPES[kind], shape, name, file, base + start)
     if tensor.nbytes != stop - start:
         raise _damaged(file, f"tensor {name} of shape {list(shape)} and dtype {kind} has {stop - start} bytes")
     return tensor
@@ -159,9 +159,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_record(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise _damaged(index, "it has no weight_map")
-    files = weight_map.values()
     # A path would let an index read files outside its directory.
-    if not all(isinstance(name, str) and Path(name).name == name for name in files):
+    if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
         raise _damaged(index, "its weight_map names files outside the directory")
     return weight_map
 
@@ -187,13 +186,7 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, TensorSpec | np.ndarray], arrays: Iterable[np.ndarray]) -> None:
-    """Writes a safetensors file in one pass.
-
-    Args:
-      file: to write.
-      tensors: dtypes and shapes by name.
-      arrays: their values, in the same order.
-    """
+    """Writes a safetensors file in one pass: dtypes and shapes by name, then the values in the same order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():

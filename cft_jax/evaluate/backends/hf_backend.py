@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
 from cft_jax.checkpoints.peft_files import adapter_weights, is_adapter, read_adapter
 from cft_jax.checkpoints.tensor_files import weight_files
 from cft_jax.common import hub
+from cft_jax.evaluate.backends.protocol import Prefixes, Tokens
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.generate.stops import StopStrings
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
@@ -32,29 +32,18 @@ _SAMPLES_AT_ONCE = 250
 
 
 class HfBackend:
-    """Samples from and scores with a model of `transformers`, with or without a PEFT adapter.
-
-    Args:
-      model: in eval mode.
-      tokenizer: of the model.
-      stop_ids: tokens that end a text.
-    """
+    """Samples from and scores with a model of `transformers` in eval mode, with or without a PEFT adapter."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]) -> None:
         self._model, self._tokenizer, self.stop_ids = model, tokenizer, tuple(sorted(stop_ids))
         # Checkpoints bring sampling settings of their own (top_k, top_p, penalties), which would be applied in silence.
         model.generation_config = GenerationConfig(eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0])
-        self._fingerprint = _fingerprint(model, self.stop_ids)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all weights, adapters included, the configuration, and the tokens that end a text."""
-        return self._fingerprint
+        self.fingerprint = _fingerprint(model, self.stop_ids)
 
     @torch.inference_mode()
     def sample(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         *,
         seeds: Sequence[int],
         num_samples: int,
@@ -63,11 +52,9 @@ class HfBackend:
         top_p: float,
         stop: Sequence[str] = (),
     ) -> list[list[str]]:
-        """See `Backend.sample`; torch's generator is seeded anew for each prompt."""
         strings = StopStrings(self._tokenizer, stop)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
         found = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             torch.manual_seed(seed)
@@ -75,10 +62,9 @@ class HfBackend:
             while len(texts) < num_samples:
                 count = min(_SAMPLES_AT_ONCE, num_samples - len(texts))
                 ids = torch.tensor([list(prompt)] * count, device=self._model.device)
-                mask = torch.ones_like(ids)
                 out = self._model.generate(
                     input_ids=ids,
-                    attention_mask=mask,
+                    attention_mask=torch.ones_like(ids),
                     max_new_tokens=max_new_tokens,
                     stopping_criteria=_stopping(strings, len(prompt)),
                     **sampling,
@@ -89,19 +75,13 @@ class HfBackend:
 
     @torch.inference_mode()
     def score(
-        self,
-        prompts: Sequence[Sequence[int]],
-        tries: Sequence[Trie],
-        *,
-        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
+        self, prompts: Sequence[Tokens], tries: Sequence[Trie], *, prefixes: Sequence[Prefixes] | None
     ) -> list[TrieScore]:
-        """See `Backend.score`."""
         parts = [None] * len(tries) if prefixes is None else prefixes
         return [self._score(*asked) for asked in zip(prompts, tries, parts, strict=True)]
 
     @torch.inference_mode()
-    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
-        """See `Backend.next_token_log_probs`."""
+    def next_token_log_probs(self, prompts: Sequence[Tokens]) -> Float32[np.ndarray, "P V"]:
         rows = []
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=self._model.device)
@@ -110,21 +90,19 @@ class HfBackend:
         return np.stack(rows)
 
     @torch.inference_mode()
-    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """See `Backend.log_likelihoods`; every continuation runs with its context."""
+    def log_likelihoods(self, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Likelihood]:
         answers = self._answers([[*context, *continuation] for context, continuation in requests])
-        found = []
-        for (context, _), (log_probs, best) in zip(requests, answers, strict=True):
-            own = slice(len(context) - 1, None)
-            found.append(Likelihood(float(log_probs[own].sum(dtype=np.float64)), bool(best[own].all())))
-        return found
+        firsts = [len(context) - 1 for context, _ in requests]
+        return [
+            Likelihood(float(log_probs[first:].sum(dtype=np.float64)), bool(best[first:].all()))
+            for first, (log_probs, best) in zip(firsts, answers, strict=True)
+        ]
 
     @torch.inference_mode()
-    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
-        """See `Backend.token_log_probs`."""
+    def token_log_probs(self, rows: Sequence[Tokens]) -> list[Float32[np.ndarray, "_"]]:
         return [log_probs for log_probs, _ in self._answers(rows)]
 
-    def _answers(self, rows: Sequence[Sequence[int]]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
+    def _answers(self, rows: Sequence[Tokens]) -> list[tuple[Float32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]:
         """Log-probabilities of every token but the first of each row, and whether it is the most probable one."""
         found = [(np.zeros(0, np.float32), np.zeros(0, bool)) for _ in rows]
         order = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: -len(rows[i]))
@@ -141,13 +119,13 @@ class HfBackend:
                 found[i] = (chosen.cpu().numpy(), (scores.argmax(1) == targets).cpu().numpy())
         return found
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def _text(self, tokens: Tokens) -> str:
         end = next((index for index, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         text = self._tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
-    def _score(self, prompt: Sequence[int], trie: Trie, prefixes: Int[np.ndarray, "_"] | None) -> TrieScore:
+    def _score(self, prompt: Tokens, trie: Trie, prefixes: Prefixes | None) -> TrieScore:
         chosen = np.arange(trie.num_prefixes) if prefixes is None else np.asarray(prefixes)
         others = [token for token in self.stop_ids if token != trie.terminator_id]
         is_leaf = np.zeros(trie.num_prefixes, dtype=bool)
@@ -160,12 +138,9 @@ class HfBackend:
             if is_leaf[prefix]:
                 stops[prefix] = torch.logsumexp(log_probs[others], 0).item() if others else -np.inf
         whole = prefix_log_probs(trie, children)
-        strings = string_log_probs(trie, children)
-        return TrieScore(children, whole, strings, (whole + stops)[trie.leaf_prefix])
+        return TrieScore(children, whole, string_log_probs(trie, children), (whole + stops)[trie.leaf_prefix])
 
-    def _next_tokens(
-        self, prompt: Sequence[int], trie: Trie, chosen: Int[np.ndarray, "R"]
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def _next_tokens(self, prompt: Tokens, trie: Trie, chosen: Prefixes) -> Iterator[tuple[int, torch.Tensor]]:
         """The log-probabilities of the next token after every chosen prefix, float32[V]."""
         device = self._model.device
         start = self._model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
@@ -203,23 +178,14 @@ def load_hf_model(path_or_id: str, *, dtype: str, revision: str, local_files_onl
     if is_adapter(directory) and not (directory / "config.json").is_file():
         adapter = read_adapter(str(directory), revision="", local_files_only=True)
         base, _ = hub.resolve(adapter.base, revision=adapter.revision, local_files_only=local_files_only)
-    model = _load(base, dtype)
+    weight_files(base)  # in one line what torch would say in many, where there are pickles alone
+    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=getattr(torch, dtype), **options)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if is_adapter(directory):
         adapter_weights(directory)
         model = PeftModel.from_pretrained(model, str(directory))
     return model.eval(), {*named_stop_ids(base), *named_stop_ids(directory)}
-
-
-def _load(directory: Path, dtype: str) -> Any:
-    weight_files(directory)  # in one line what torch would say in many, where there are pickles alone
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(directory),
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _stopping(strings: StopStrings, start: int) -> StoppingCriteriaList:
@@ -232,7 +198,7 @@ def _stopping(strings: StopStrings, start: int) -> StoppingCriteriaList:
     return StoppingCriteriaList(criteria)
 
 
-def _paths(trie: Trie, chosen: Int[np.ndarray, "R"]) -> Int[np.ndarray, "S T"]:
+def _paths(trie: Trie, chosen: Prefixes) -> Int[np.ndarray, "S T"]:
     """Prefixes along the path to every chosen one that no other continues, the empty one left out; -1 after the end."""
     continued = np.zeros(trie.num_prefixes, dtype=bool)
     continued[trie.parent[chosen[chosen > 0]]] = True

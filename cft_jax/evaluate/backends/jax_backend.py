@@ -1,25 +1,18 @@
 """The JAX model as a backend of the suites."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 from flax import nnx
-from jaxtyping import Float32, Int
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints.fingerprint import fingerprint
-from cft_jax.generate import Likelihood, Sampler, TextScorer, TrieScore, TrieScorer
+from cft_jax.generate import Sampler, TextScorer, TrieScorer
 from cft_jax.models.transformer import Transformer
-from cft_jax.text.trie import Trie
 
 
 class JaxBackend:
-    """Samples from and scores with a model that does not change while this object lives.
-
-    Args:
-      model: the language model.
-      tokenizer: of the model.
-    """
+    """Samples from and scores with a model that does not change while this object lives."""
 
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
         self._sampler = Sampler(model, tokenizer)
@@ -27,55 +20,12 @@ class JaxBackend:
         lora = model.lora_spec
         adapters = None if lora is None else (lora.rank, lora.alpha, sorted(lora.targets))
         settings = (model.config, adapters, model.dtype.name, self.stop_ids)
-        self._fingerprint = fingerprint(nnx.state(model, nnx.Param), *settings)
-        self._scorer = TrieScorer(model, stop_ids=self.stop_ids)
-        self._texts = TextScorer(model)
+        self.fingerprint = fingerprint(nnx.state(model, nnx.Param), *settings)
+        self.score = TrieScorer(model, stop_ids=self.stop_ids).score
+        texts = TextScorer(model)
+        self.next_token_log_probs = texts.next_token_log_probs
+        self.log_likelihoods = texts.log_likelihoods
+        self.token_log_probs = texts.token_log_probs
 
-    @property
-    def fingerprint(self) -> str:
-        """Of all weights, adapters included, the architecture, and the tokens that end a text."""
-        return self._fingerprint
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        seeds: Sequence[int],
-        num_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        stop: Sequence[str] = (),
-    ) -> list[list[str]]:
-        """See `Backend.sample`."""
-        return self._sampler.sample(
-            prompts,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            seed=seeds,
-            temperature=temperature,
-            top_p=top_p,
-            stop=stop,
-        )
-
-    def score(
-        self,
-        prompts: Sequence[Sequence[int]],
-        tries: Sequence[Trie],
-        *,
-        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
-    ) -> list[TrieScore]:
-        """See `Backend.score`."""
-        return self._scorer.score(prompts, tries, prefixes=prefixes)
-
-    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
-        """See `Backend.next_token_log_probs`."""
-        return self._texts.next_token_log_probs(prompts)
-
-    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """See `Backend.log_likelihoods`; continuations of one context share its computation."""
-        return self._texts.log_likelihoods(requests)
-
-    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
-        """See `Backend.token_log_probs`."""
-        return self._texts.token_log_probs(rows)
+    def sample(self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], **sampling: Any) -> list[list[str]]:
+        return self._sampler.sample(prompts, seed=seeds, **sampling)

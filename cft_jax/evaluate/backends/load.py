@@ -12,7 +12,6 @@ from cft_jax.config import Config, from_config_dict, read_config
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.backends.protocol import Backend, MeasuredModel
 from cft_jax.generate.stops import all_stop_ids, end_at
-from cft_jax.models.transformer import Transformer
 from cft_jax.runs.base import base_tokenizer
 from cft_jax.runs.trained import load_trained
 from cft_jax.sharding.mesh import make_mesh
@@ -20,39 +19,38 @@ from cft_jax.text import terminator_id
 
 
 def load_measured_model(config: Config) -> MeasuredModel:
-    """The model that `config.model` names, to be measured.
+    """The model that `config.model` names: a checkpoint, or the directory of a run of cft_jax.main, also on a store.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be loaded.
     """
     settings, what = config.model, config.model.checkpoint
-    if _is_run(what):
-        if config.backend == "jax":
-            with opened(what, write=False, flag="config.model.checkpoint") as run:
-                model, tokenizer, step = load_trained(run, from_config_dict(read_config(run.path)))
-            return MeasuredModel(_jax_backend(model, tokenizer, config), tokenizer, f"{what}, step {step}")
+    with reaching(what, "config.model.checkpoint"):
+        is_run = (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
+    if is_run and config.backend == "hf":
         what = f"{what.rstrip('/')}/export"
         if not epath.Path(what).is_dir():
             raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
-    tokenizer = base_tokenizer(settings, _tokenizer_place(what, config))
-    if config.backend == "hf":
-        return MeasuredModel(_hf_backend(what, config, tokenizer), tokenizer, what)
-    model = from_pretrained(
-        what,
-        dtype=settings.dtype,
-        param_dtype=settings.dtype,
-        mesh=make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
-        adapter=settings.adapter or None,
-        revision=settings.revision,
-        local_files_only=settings.local_files_only,
-    )
-    return MeasuredModel(_jax_backend(model, tokenizer, config), tokenizer, what)
-
-
-def _is_run(what: str) -> bool:
-    """Whether a directory, here or on a store, is that of a run of cft_jax.main."""
-    with reaching(what, "config.model.checkpoint"):
-        return (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
+    if is_run and config.backend == "jax":
+        with opened(what, write=False, flag="config.model.checkpoint") as run:
+            model, tokenizer, step = load_trained(run, from_config_dict(read_config(run.path)))
+        what = f"{what}, step {step}"
+    else:
+        tokenizer = base_tokenizer(settings, _tokenizer_place(what, config))
+        if config.backend == "hf":
+            return MeasuredModel(_hf_backend(what, config, tokenizer), tokenizer, what)
+        model = from_pretrained(
+            what,
+            dtype=settings.dtype,
+            param_dtype=settings.dtype,
+            mesh=make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+            adapter=settings.adapter or None,
+            revision=settings.revision,
+            local_files_only=settings.local_files_only,
+        )
+    for token in _terminators(config, tokenizer):
+        end_at(model, token)
+    return MeasuredModel(JaxBackend(model, tokenizer), tokenizer, what)
 
 
 def _tokenizer_place(what: str, config: Config) -> str:
@@ -72,12 +70,6 @@ def _terminators(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int
     return [] if named == "auto" else [terminator_id(tokenizer, named)]
 
 
-def _jax_backend(model: Transformer, tokenizer: PreTrainedTokenizerBase, config: Config) -> Backend:
-    for token in _terminators(config, tokenizer):
-        end_at(model, token)
-    return JaxBackend(model, tokenizer)
-
-
 def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backend:
     if config.model.adapter:
         raise UserError("with backend=hf give the adapter's own directory as config.model.checkpoint")
@@ -89,7 +81,6 @@ def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -
     model, named = load_hf_model(
         what, dtype=settings.dtype, revision=settings.revision, local_files_only=settings.local_files_only
     )
-    stop_ids = all_stop_ids(
-        [*named, *_terminators(config, tokenizer)], tokenizer, vocab_size=model.config.get_text_config().vocab_size
-    )
-    return HfBackend(model, tokenizer, stop_ids=stop_ids)
+    named |= set(_terminators(config, tokenizer))
+    size = model.config.get_text_config().vocab_size
+    return HfBackend(model, tokenizer, stop_ids=all_stop_ids(named, tokenizer, vocab_size=size))

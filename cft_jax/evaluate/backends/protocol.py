@@ -11,19 +11,23 @@ from transformers import PreTrainedTokenizerBase
 from cft_jax.generate import Likelihood, TrieScore
 from cft_jax.text.trie import Trie
 
+Tokens = Sequence[int]
+Prefixes = Int[np.ndarray, "_"]
+
 
 @runtime_checkable
 class Backend(Protocol):
-    """A model that can be sampled from and asked for probabilities."""
+    """A model that can be sampled from and asked for probabilities.
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the model, its weights and all that decides its numbers: the same model gives the same text."""
-        ...
+    Attributes:
+      fingerprint: identifies the model, its weights and all that decides its numbers: equal for the same model.
+    """
+
+    fingerprint: str
 
     def sample(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         *,
         seeds: Sequence[int],
         num_samples: int,
@@ -36,32 +40,23 @@ class Backend(Protocol):
 
         The draws of a prompt depend on its seed and tokens alone, not on the other prompts.
         """
-        ...
 
     def score(
-        self,
-        prompts: Sequence[Sequence[int]],
-        tries: Sequence[Trie],
-        *,
-        prefixes: Sequence[Int[np.ndarray, "_"]] | None,
+        self, prompts: Sequence[Tokens], tries: Sequence[Trie], *, prefixes: Sequence[Prefixes] | None
     ) -> list[TrieScore]:
         """Probabilities along one trie per prompt, over the whole vocabulary at temperature 1.
 
         With `prefixes`, only at these prefixes of each trie, which come with all their ancestors.
         """
-        ...
 
-    def next_token_log_probs(self, prompts: Sequence[Sequence[int]]) -> Float32[np.ndarray, "P V"]:
+    def next_token_log_probs(self, prompts: Sequence[Tokens]) -> Float32[np.ndarray, "P V"]:
         """Log-probabilities of every token after each prompt, over the whole vocabulary at temperature 1, float32."""
-        ...
 
-    def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def log_likelihoods(self, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Likelihood]:
         """Of continuations, given as the token ids of a context, at least one, and of what follows it."""
-        ...
 
-    def token_log_probs(self, rows: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "_"]]:
+    def token_log_probs(self, rows: Sequence[Tokens]) -> list[Float32[np.ndarray, "_"]]:
         """Of every token of a row but the first, given those before it: T - 1 numbers per row of T tokens."""
-        ...
 
 
 @dataclass(frozen=True)
