@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -130,6 +131,10 @@ def test_several_seeds_are_averaged(open_random, tmp_path):
 def test_the_packages_prompts_and_those_of_others(tmp_path):
     own = read_prompts("")
     assert len(own) >= 120 and len({prompt.text for prompt in own}) == len(own)
+    assert own[46].text == "Pick an inventor at random. Reply with it alone."
+    # Results of other prompts are others: the text of all 143, in order.
+    digest = hashlib.sha256("\n".join(prompt.text for prompt in own).encode()).hexdigest()
+    assert digest == "48a074c59b4ecdf7bba5ec73711cccda5a28232cad7e632796fc8692a8a5e5b4"
     file = tmp_path / "mine.json"
     file.write_text('["Name a fish.", "Name a bird."]')
     mine = read_prompts(str(file))
