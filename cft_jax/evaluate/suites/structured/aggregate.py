@@ -55,8 +55,7 @@ def summarise_split(records: Sequence[Record], num_samples: int) -> dict[str, An
         if section in _COMPARISONS:
             medians[section] = {name: _median(columns) for name, columns in metrics.items()}
         missing = {name: len(records) - sum(map(len, columns)) for name, columns in metrics.items()}
-        if section != "ideal" and any(missing.values()):
-            left_out[section] = {name: count for name, count in missing.items() if count}
+        left_out[section] = {name: count for name, count in missing.items() if count and section != "ideal"}
     if "sampled" in summary:
         summary["sampled"]["num_samples"] = num_samples
         errors = _columns(groups.values(), "intervals")
@@ -68,7 +67,7 @@ def summarise_split(records: Sequence[Record], num_samples: int) -> dict[str, An
     return summary | {
         "medians": medians,
         "tests": _rejections(records),
-        "left_out": left_out,
+        "left_out": {section: counts for section, counts in left_out.items() if counts},
         **_calibration(groups),
         "lenient_parses": dict(lenient_parses),
         "families": {group: _family(members) for group, members in groups.items()},

@@ -6,79 +6,89 @@ probability of a cell is known. The KL is a sum over prefixes (the chain rule), 
 estimated without bias below them from the drawn strings.
 """
 
-import numpy as np
-from jaxtyping import Float, Int
+from dataclasses import dataclass
 
-from cft_jax.evaluate.metrics import exact, paths, sound
-from cft_jax.evaluate.metrics.target import FamilyTarget
-from cft_jax.evaluate.suites.structured.prompt_metrics import Metrics, finite, rounded
+import numpy as np
+from jaxtyping import Float
+
+from cft_jax.distributions.tasks import Task
+from cft_jax.evaluate.metrics import exact, paths
+from cft_jax.evaluate.suites.structured.prompt_metrics import (
+    Metrics,
+    finite,
+    named,
+    rounded,
+    scaled_distance,
+    target_of_task,
+)
+from cft_jax.evaluate.suites.structured.settings import Resolution
 from cft_jax.generate import TrieScore
 from cft_jax.text.analytic_trie import AnalyticTrie, Expansion
 from cft_jax.text.paths import sum_from_root
+from cft_jax.text.trie import Trie
 
 # A plot's resolution, and the share of the target that it leaves out on each side.
 _PLOT_BINS = 120
 _PLOT_TAIL = 0.002
 
 
-def cell_sections(
-    full: AnalyticTrie, expansion: Expansion, score: TrieScore, target: FamilyTarget, epsilon: float
-) -> Metrics:
-    """Sections of the prompt's record.
+@dataclass(frozen=True, eq=False)
+class AnalyticPlan:
+    """Metrics of a space at full resolution; the model must score the whole of `trie`, the scored part of its trie."""
 
-    Args:
-      full: the space and its tokens.
-      expansion: the scored part of its trie.
-      score: the model's, for all of it.
-      target: scale of the values.
-      epsilon: floor of the targets in the path KL.
+    task: Task
+    full: AnalyticTrie
+    expansion: Expansion
+    resolution: Resolution
 
-    Returns:
-      `exact` with `kl` over whole strings; `estimate` with `kl_standard_error` of its estimated part; `exact_cells`
-      with the metrics of `exact_figures` over the cells, where `kl` and `total_variation` are at most those over
-      strings and `support_mass` is at least theirs; `exact_cells_scaled`; `path` with `logit_kl_as_trained`;
-      `calibration`; `distribution`, what plots need.
-    """
-    trie = expansion.trie
-    kl, error = _over_strings(expansion, paths.step_kl(trie, score.child_log_probs, 0.0), per_step=False)
-    path, _ = _over_strings(expansion, paths.step_kl(trie, score.child_log_probs, epsilon), per_step=True)
-    cells = _cells(expansion)
-    parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))[cells]
-    masses = trie.reach[parents] * trie.child_probs[cells]
-    log_probs = score.prefix_log_probs[parents] + score.child_log_probs[cells]
-    numbers = full.child_numbers(trie, cells)
-    metrics = exact.distances(masses, log_probs, numbers)
-    scaled = sound.in_interquartile_ranges(metrics["wasserstein_1"], target) if "wasserstein_1" in metrics else None
-    return {
-        "exact": finite({"kl": kl}),
-        "estimate": finite({"kl_standard_error": error}),
-        "exact_cells": finite(metrics),
-        "exact_cells_scaled": finite({"wasserstein_1_over_iqr": scaled}),
-        "path": finite({"logit_kl_as_trained": path}),
-        "calibration": rounded(exact.calibration_bins(masses, log_probs, numbers)[1]),
-        "distribution": _distribution(masses, np.exp(log_probs), numbers, full.space.num_decimals),
-    }
+    @property
+    def trie(self) -> Trie:
+        return self.expansion.trie
 
+    def sections(self, score: TrieScore, *, keep_distribution: bool) -> Metrics:
+        """Sections of the prompt's record.
 
-def _over_strings(expansion: Expansion, steps: Float[np.ndarray, "M"], *, per_step: bool) -> tuple[float, float]:
-    """Expectation over the target's strings of the sum (or mean) of their steps, and its standard error."""
-    trie, is_exact = expansion.trie, expansion.exact
-    weights = expansion.mean_weights if per_step else expansion.sequence_weights
-    known = float(weights[is_exact] @ steps[is_exact])
-    below = sum_from_root(trie, np.where(is_exact, 0.0, steps))[trie.leaf_prefix]
-    if per_step:
-        below = below / (trie.depth[trie.leaf_prefix] + 1)
-    return known + float(below.mean()), float(below.std(ddof=1) / np.sqrt(below.size))
+        Returns:
+          `exact` with `kl` over whole strings; `estimate` with `kl_standard_error` of its estimated part; `exact_cells`
+          with the metrics of `ListedPlan`'s `exact` over the cells, where `kl` and `total_variation` are at most those
+          over strings and `support_mass` is at least theirs; `exact_cells_scaled`; `path` with `logit_kl_as_trained`;
+          `calibration`; and where it is to be kept `distribution`, what plots need.
+        """
+        trie, is_exact = self.trie, self.expansion.exact
+        kl, error = self._over_strings(paths.step_kl(trie, score.child_log_probs, 0.0), per_step=False)
+        path, _ = self._over_strings(paths.step_kl(trie, score.child_log_probs, self.resolution.epsilon), per_step=True)
+        # The cells: children of exact prefixes that are no exact prefixes themselves. They share out all strings.
+        parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))
+        followed = (trie.child_prefix >= 0) & is_exact[np.maximum(trie.child_prefix, 0)]
+        cells = np.flatnonzero(is_exact[parents] & ~followed)
+        parents = parents[cells]
+        masses = trie.reach[parents] * trie.child_probs[cells]
+        log_probs = score.prefix_log_probs[parents] + score.child_log_probs[cells]
+        numbers = self.full.child_numbers(trie, cells)
+        metrics = exact.distances(masses, log_probs, numbers)
+        num_decimals = self.full.space.num_decimals
+        sections = {
+            "exact": finite({"kl": kl}),
+            "estimate": finite({"kl_standard_error": error}),
+            "exact_cells": finite(metrics),
+            **scaled_distance("exact_cells_scaled", metrics, target_of_task(self.task, num_decimals)),
+            "path": finite({"logit_kl_as_trained": path}),
+            "calibration": rounded(exact.calibration_bins(masses, log_probs, numbers)[1]),
+        }
+        if keep_distribution:
+            plot = _distribution(masses, np.exp(log_probs), numbers, num_decimals)
+            sections["distribution"] = named(self.task) | plot
+        return sections
 
-
-def _cells(expansion: Expansion) -> Int[np.ndarray, "C"]:
-    """The children of exact prefixes that are no exact prefixes themselves: they share out all strings."""
-    trie = expansion.trie
-    parents = np.repeat(np.arange(trie.num_prefixes), np.diff(trie.child_offsets))
-    followed = np.zeros(trie.child_prefix.size, dtype=bool)
-    inner = trie.child_prefix >= 0
-    followed[inner] = expansion.exact[trie.child_prefix[inner]]
-    return np.flatnonzero(expansion.exact[parents] & ~followed)
+    def _over_strings(self, steps: Float[np.ndarray, "M"], *, per_step: bool) -> tuple[float, float]:
+        """Expectation over the target's strings of the sum (or mean) of their steps, and its standard error."""
+        trie, is_exact = self.trie, self.expansion.exact
+        weights = self.expansion.mean_weights if per_step else self.expansion.sequence_weights
+        known = float(weights[is_exact] @ steps[is_exact])
+        below = sum_from_root(trie, np.where(is_exact, 0.0, steps))[trie.leaf_prefix]
+        if per_step:
+            below = below / (trie.depth[trie.leaf_prefix] + 1)
+        return known + float(below.mean()), float(below.std(ddof=1) / np.sqrt(below.size))
 
 
 def _distribution(
@@ -88,13 +98,13 @@ def _distribution(
     order = np.argsort(numbers)
     cumulative = np.cumsum(target[order])
     low, high = numbers[order][np.minimum(np.searchsorted(cumulative, [_PLOT_TAIL, 1 - _PLOT_TAIL]), numbers.size - 1)]
-    edges = np.linspace(low, high, _PLOT_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
-    inside = (numbers >= edges[0]) & (numbers <= edges[-1])
-    place = np.clip(np.searchsorted(edges, numbers[inside], side="right") - 1, 0, edges.size - 2)
+    bins, within = _PLOT_BINS if high > low else 1, (float(low), float(high))
+    shown, edges = np.histogram(numbers, bins, within, weights=target)
+    answered, _ = np.histogram(numbers, bins, within, weights=model)
     middles = (edges[1:] + edges[:-1]) / 2
     return {
         "kind": "continuous",
         "values": [f"{middle:.{num_decimals + 2}f}" for middle in middles],
-        "target": rounded(np.bincount(place, weights=target[inside], minlength=middles.size)),
-        "model": rounded(np.bincount(place, weights=model[inside], minlength=middles.size)),
+        "target": rounded(shown),
+        "model": rounded(answered),
     }

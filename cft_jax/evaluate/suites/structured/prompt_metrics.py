@@ -1,4 +1,4 @@
-"""All metrics of one prompt of the structured suite, from the model's probabilities and from its samples. Pure."""
+"""Metrics of sampled answers to one prompt of the structured suite, and what its exact ones share with them. Pure."""
 
 import math
 from collections import Counter
@@ -7,79 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from cft_jax.distributions.families import find_family
-from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.parse import ParsedNumber, number_error, parse_number, parse_numbers, strip_thinking
 from cft_jax.distributions.tasks import Task
-from cft_jax.evaluate.metrics import exact, paper, paths, sound
+from cft_jax.evaluate.metrics import exact, paper, sound
 from cft_jax.evaluate.metrics.target import FamilyTarget, ListedTarget, Target
-from cft_jax.generate import TrieScore
-from cft_jax.text.trie import Trie
 
 Metrics = dict[str, Any]
-
-
-def exact_section(space: OutputSpace, scores: TrieScore, target: Target | None) -> Metrics:
-    """Metrics of the model's whole distribution over a listed space: sections of the prompt's record.
-
-    Args:
-      space: the strings and the target.
-      scores: the model's, for the whole trie of the same strings.
-      target: scale of the values; None for strings that are no numbers.
-
-    Returns:
-      `exact` (see `exact_figures`), `exact_scaled` (Wasserstein-1 in interquartile ranges), `calibration` (the model's
-      mass in bins of equal target mass), and `other_stops`, the mass that ends a value by another stop token.
-    """
-    log_probs = scores.string_log_probs
-    metrics = exact.exact_figures(space.probabilities, log_probs, space.values)
-    sections: Metrics = {"exact": finite(metrics)}
-    if target is not None and "wasserstein_1" in metrics:
-        scaled = sound.in_interquartile_ranges(metrics["wasserstein_1"], target)
-        sections["exact_scaled"] = finite({"wasserstein_1_over_iqr": scaled})
-    _, model = exact.calibration_bins(space.probabilities, log_probs, exact.as_numbers(space.values))
-    sections["calibration"] = rounded(model)
-    sections["other_stops"] = {"mass": float(np.exp(scores.other_stop_log_probs).sum())}
-    return sections
-
-
-def distribution_section(task: Task, space: OutputSpace, scores: TrieScore) -> Metrics:
-    """What plots of one prompt need: its name, the values, the target and the model's probabilities, to 6 digits."""
-    model = np.exp(scores.string_log_probs)
-    if task.spec is not None:
-        kind = find_family(task.spec.family_id).kind
-    else:
-        kind = "text" if exact.as_numbers(space.values) is None else "discrete"
-    values = {"values": list(space.values), "target": rounded(space.probabilities), "model": rounded(model)}
-    return named(task) | {"kind": kind} | values
 
 
 def named(task: Task) -> Metrics:
     """A prompt's name for plots: `title` and `parameters`."""
     if task.spec is None:
         return {"title": task.messages[-1]["content"], "parameters": {}}
-    title = find_family(task.spec.family_id).display_name
-    return {"title": title, "parameters": dict(task.spec.parameters)}
-
-
-def path_draws(space: OutputSpace, count: int, rng: np.random.Generator) -> Int[np.ndarray, "S"]:
-    """Indices of `count` strings drawn from the target."""
-    return rng.choice(space.probabilities.size, size=count, p=space.probabilities)
-
-
-def mean_path_kl(trie: Trie, scores: TrieScore, strings: Int[np.ndarray, "S"], epsilon: float) -> float:
-    """The paper's path KL: mean over drawn strings of the mean over their steps, in nats."""
-    steps = paths.step_kl(trie, scores.child_log_probs, epsilon)
-    return float(np.mean(paths.path_kl(trie, steps)[strings]))
-
-
-def expected_path_kl(space: OutputSpace, trie: Trie, scores: TrieScore, epsilon: float) -> float:
-    """The expectation of the path KL over strings drawn from the target: the number `mean_path_kl` estimates."""
-    steps = paths.step_kl(trie, scores.child_log_probs, epsilon)
-    drawn = space.probabilities > 0
-    return float(space.probabilities[drawn] @ paths.path_kl(trie, steps)[drawn])
+    return {"title": find_family(task.spec.family_id).display_name, "parameters": dict(task.spec.parameters)}
 
 
 def target_of_task(task: Task, num_decimals: int) -> Target | None:
@@ -89,6 +32,14 @@ def target_of_task(task: Task, num_decimals: int) -> Target | None:
     assert task.space is not None
     numbers = exact.as_numbers(task.space.values)
     return None if numbers is None else ListedTarget.of(numbers, task.space.probabilities)
+
+
+def scaled_distance(section: str, metrics: Mapping[str, float], target: Target | None) -> Metrics:
+    """The section with a Wasserstein-1 distance in interquartile ranges of its target; empty where there is none."""
+    if target is None or "wasserstein_1" not in metrics:
+        return {}
+    distance = sound.in_interquartile_ranges(metrics["wasserstein_1"], target)
+    return {section: finite({"wasserstein_1_over_iqr": distance})}
 
 
 @dataclass(frozen=True)
@@ -171,9 +122,7 @@ def sampled_section(answers: Answers, task: Task, target: Target | None, rng: np
         intervals |= sound.bootstrap_intervals(answers.numbers, target, rng)
         sections["ideal"] = sound.ideal_metrics(target, count, rng)
         sections["tests"] = finite(sound.tests_of_target(answers.numbers, target, rng))
-        if "wasserstein_1" in errors:
-            scaled = sound.in_interquartile_ranges(errors["wasserstein_1"], target)
-            sections["sampled_scaled"] = finite({"wasserstein_1_over_iqr": scaled})
+        sections |= scaled_distance("sampled_scaled", errors, target)
     if task.spec is not None:
         sections["paper_gof"] = finite(paper.goodness_of_fit(answers.numbers, task.spec))
     sections["intervals"] = {name: [i.low, i.high, i.standard_error] for name, i in intervals.items()}
@@ -189,16 +138,17 @@ def mean_sections(sections: Sequence[Metrics]) -> Metrics:
     if len(sections) == 1:
         return sections[0]
     merged: Metrics = {}
-    for name in sections[0]:
+    for name, first in sections[0].items():
         parts = [section[name] for section in sections if name in section]
+        common = [key for key in first if all(key in part for part in parts)]
         if name == "lenient_parses":
-            merged[name] = dict(sum((Counter(part) for part in parts), Counter()))
+            merged[name] = dict(sum(map(Counter, parts), Counter()))
         elif name in ("tests", "paper_gof"):
-            merged[name] = sections[0][name]
+            merged[name] = first
         elif name == "intervals":
-            merged[name] = {key: _mean_interval([p[key] for p in parts]) for key in _common(parts)}
+            merged[name] = {key: _mean_interval([part[key] for part in parts]) for key in common}
         else:
-            merged[name] = {key: math.fsum(p[key] for p in parts) / len(parts) for key in _common(parts)}
+            merged[name] = {key: math.fsum(part[key] for part in parts) / len(parts) for key in common}
     return merged
 
 
@@ -207,7 +157,7 @@ def finite(metrics: Mapping[str, Any]) -> Metrics:
     return {
         name: value
         for name, value in metrics.items()
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        if value is not None and (not isinstance(value, float) or math.isfinite(value))
     }
 
 
@@ -232,10 +182,6 @@ def _joins(raw: str, stripped: str) -> bool:
     before = raw.lower().partition("<think>")[0].strip()
     after = raw.lower().rpartition("</think>")[2].strip()
     return bool(before and after and before != raw.lower().strip() and parse_number(stripped).valid)
-
-
-def _common(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key in parts[0] if all(key in part for part in parts)]
 
 
 def _mean_interval(intervals: Sequence[Sequence[float]]) -> list[float]:

@@ -1,6 +1,6 @@
 """What evaluations measure, from a run's configuration: which prompts, as which tokens, with which settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -10,27 +10,52 @@ from cft_jax.config import Config, DataConfig
 from cft_jax.distributions import OutputSpace, Task, space_settings, spread
 from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
-from cft_jax.evaluate.suites.structured.plan import PromptCodec, Resolution
+from cft_jax.distributions.tasks import SpaceSettings
 from cft_jax.text import ChatOptions, Trie, build_trie, encode_chats, terminator_id
 from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.digits import digit_tokens
 from cft_jax.text.number_grammar import NumberTokens
 from cft_jax.text.tokenizer import fingerprint
 
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptCodec:
+    """How prompts and answers become tokens.
+
+    Attributes:
+      encode: messages → token ids of the prompt.
+      build_trie: output space → trie, in the model's tokens with the trained terminator.
+      analytic_trie: the same for a space at full resolution.
+      name: identifies all of them: part of a result's fingerprint.
+    """
+
+    encode: Callable[[Messages], list[int]]
+    build_trie: Callable[[OutputSpace], Trie]
+    analytic_trie: Callable[[AnalyticSpace], AnalyticTrie]
+    name: str
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The values whose probabilities are compared: as in training.
+
+    Attributes:
+      grid: how the paper's grid discretises the families.
+      full_quantile: 0 for the grid; else every string of the grid's decimals counts, and an unbounded support is cut
+        at this quantile.
+      epsilon: floor of the targets in the path KL.
+    """
+
+    grid: SpaceSettings
+    full_quantile: float
+    epsilon: float
+
 
 @dataclass(frozen=True)
 class StructuredSettings:
-    """What is measured.
-
-    Attributes:
-      resolution: the values whose probabilities are compared.
-      num_samples: answers per prompt and seed; 0 samples nothing.
-      seeds: one set of samples for each.
-      max_new_tokens: per answer.
-      temperature, top_p: of the samples.
-      numbers_per_completion: 1 for the protocol `independent`; more for `batch`, where each completion holds so many
-        comma-separated numbers and nothing but samples is measured.
-    """
+    """What is measured at a resolution: the other fields are those of `config.eval`."""
 
     resolution: Resolution
     num_samples: int
@@ -47,11 +72,9 @@ def evaluation_tasks(config: Config, tasks: Mapping[str, Sequence[Task]]) -> lis
     Raises:
       UserError: there are none.
     """
-    tested = [list(tasks[split]) for split in (UNSEEN, OOD) if tasks[split]] or [list(tasks[TRAIN])]
+    tested = [tasks[split] for split in (UNSEEN, OOD) if tasks[split]] or [tasks[TRAIN]]
     limit = config.eval.max_prompts_per_split
-    if limit:
-        tested = [spread(members, limit, lambda task: task.group) for members in tested]
-    found = [task for members in tested for task in members]
+    found = [task for members in tested for task in spread(members, limit or len(members), lambda task: task.group)]
     if not found:
         raise UserError("there are no prompts to evaluate; check config.data's families and the splits of custom tasks")
     return found
@@ -59,12 +82,9 @@ def evaluation_tasks(config: Config, tasks: Mapping[str, Sequence[Task]]) -> lis
 
 def structured_settings(config: Config) -> StructuredSettings:
     """What the structured suite measures: the values of training, sampled as `eval` says."""
+    quantile = config.data.full_quantile if config.data.space == "full" else 0.0
     return StructuredSettings(
-        resolution=Resolution(
-            grid=space_settings(config.data),
-            full_quantile=config.data.full_quantile if config.data.space == "full" else 0.0,
-            epsilon=config.train.epsilon_smoothing,
-        ),
+        Resolution(space_settings(config.data), quantile, config.train.epsilon_smoothing),
         num_samples=config.eval.num_samples,
         seeds=config.eval.seeds,
         max_new_tokens=config.eval.max_new_tokens,
@@ -76,18 +96,10 @@ def structured_settings(config: Config) -> StructuredSettings:
 
 def prompt_codec(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> PromptCodec:
     """How prompts and answers become tokens, as in training."""
-    options = ChatOptions.from_config(data)
-    end = terminator_id(tokenizer, data.terminator)
-
-    def listed(space: OutputSpace) -> Trie:
-        return build_trie(tokenizer, space, end)
-
-    def full(space: AnalyticSpace) -> AnalyticTrie:
-        return AnalyticTrie(space, NumberTokens(digit_tokens(tokenizer), end))
-
+    options, end = ChatOptions.from_config(data), terminator_id(tokenizer, data.terminator)
     return PromptCodec(
         encode=lambda messages: encode_chats(tokenizer, [messages], options)[0],
-        build_trie=listed,
-        analytic_trie=full,
+        build_trie=lambda space: build_trie(tokenizer, space, end),
+        analytic_trie=lambda space: AnalyticTrie(space, NumberTokens(digit_tokens(tokenizer), end)),
         name=f"{fingerprint(tokenizer)} {options} {end}",
     )

@@ -5,8 +5,9 @@ metrics of sampled answers. Each finished prompt is kept, so a killed evaluation
 the same numbers.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,17 @@ from cft_jax.config import Config
 from cft_jax.distributions import configured_tasks
 from cft_jax.distributions.tasks import Task, digest_of_tasks
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.evaluate.prompting import PromptStrategy, prompt_strategy
+from cft_jax.evaluate.prompting import PromptStrategy, SamplingConfig, draw, prompt_strategy
 from cft_jax.evaluate.results import STORE, Results, fingerprint_of, read_summary
+from cft_jax.evaluate.ssot import ReadAnswer
 from cft_jax.evaluate.store import Record, read_records, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 from cft_jax.evaluate.suites.structured import prompt_metrics
 from cft_jax.evaluate.suites.structured.aggregate import SECTIONS, summarise_split
-from cft_jax.evaluate.suites.structured.plan import (
-    Messages,
-    PaperPath,
-    PromptCodec,
-    plan_of,
-    task_number,
-    task_rng,
-)
+from cft_jax.evaluate.suites.structured.plan import paper_path_kl, plan_of, task_rng
 from cft_jax.evaluate.suites.structured.settings import (
+    Messages,
+    PromptCodec,
     StructuredSettings,
     evaluation_tasks,
     prompt_codec,
@@ -41,7 +38,6 @@ SUITE = "structured"
 VERSION = 2  # part of every fingerprint: raise it when the same inputs come to other records
 # Prompts handed to the backend at once; a killed run repeats at most these.
 _PROMPTS_AT_ONCE = 8
-_LARGEST_SEED = 2**31
 
 
 def check(config: Config, _: Path) -> None:
@@ -98,21 +94,29 @@ def run_structured(
             store,
             tasks,
             lambda task: (task.split, task.task_id),
-            lambda chunk: measure(backend, codec, chunk, settings, shown, strategy),
+            lambda chunk: _measure(backend, codec, chunk, settings, shown, strategy),
             at_once=_PROMPTS_AT_ONCE,
             what="evaluate structured",
             unit="prompt",
         )
-    splits: dict[str, list[Record]] = {}
+    splits: dict[str, list[Record]] = defaultdict(list)
+    rows, samples = [], []
     for record in records:
-        splits.setdefault(record["split"], []).append(record)
+        splits[record["split"]].append(record)
+        name = {"split": record["split"], "task_id": record["task_id"]}
+        metrics = {
+            f"{section}.{metric}": value
+            for section in (*SECTIONS, "estimate", "tests", "paper_gof")
+            for metric, value in record.get(section, {}).items()
+        }
+        rows.append({"split": record["split"], "family": record["group"], "task_id": record["task_id"]} | metrics)
+        samples += [name | {"seed": int(seed), "samples": texts} for seed, texts in record.get("samples", {}).items()]
     protocol = "independent" if settings.numbers_per_completion == 1 else "batch"
-    metrics = {
+    summary = {
         "protocol": protocol if strategy is None else strategy.method,
         "splits": {name: summarise_split(members, settings.num_samples) for name, members in splits.items()},
     }
-    rows, samples = _rows(records), _samples(records)
-    return results.finish(SUITE, fingerprint, asdict(settings), metrics, rows=rows, samples=samples)
+    return results.finish(SUITE, fingerprint, asdict(settings), summary, rows=rows, samples=samples)
 
 
 def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
@@ -127,75 +131,52 @@ def read_results(directory: Path) -> tuple[dict[str, Any], list[Record]] | None:
     return summary, read_records(directory / STORE, summary["fingerprint"])
 
 
-def measure(
+def _measure(
     backend: Backend,
     codec: PromptCodec,
     tasks: Sequence[Task],
     settings: StructuredSettings,
     shown: frozenset[tuple[str, str]],
-    strategy: PromptStrategy | None = None,
+    strategy: PromptStrategy | None,
 ) -> list[Record]:
     """The records of a few tasks; a record does not depend on which other tasks are measured with it."""
-    encode = codec.encode if strategy is None else strategy.encode
-    prompts = [encode(_messages(task, settings.numbers_per_completion)) for task in tasks]
+    per_completion, resolution, seed = settings.numbers_per_completion, settings.resolution, settings.seeds[0]
+    asked = strategy or PromptStrategy(
+        "direct",
+        codec.encode,
+        lambda text: ReadAnswer(text, False),
+        settings.max_new_tokens * per_completion,
+        codec.name,
+    )
+    prompts = [asked.encode(_messages(task, per_completion)) for task in tasks]
     records: list[Record] = [
         {"split": task.split, "task_id": task.task_id, "group": task.group, "weight": task.weight} for task in tasks
     ]
-    if settings.numbers_per_completion == 1 and strategy is None:
-        plans = [plan_of(task, codec, settings.resolution, settings.seeds[0]) for task in tasks]
-        whole = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
-        for i, record in enumerate(records):
-            keep = (record["split"], record["task_id"]) in shown
-            record |= plans[i].sections(whole[i], keep_distribution=keep)
-        papers = {i: PaperPath.of(task, codec, settings.resolution, settings.seeds[0]) for i, task in enumerate(tasks)}
-        on_grid = {i: paper for i, paper in papers.items() if paper is not None}
-        if on_grid:
-            tries, prefixes = zip(*((paper.trie, paper.prefixes) for paper in on_grid.values()), strict=True)
-            drawn = backend.score([prompts[i] for i in on_grid], tries, prefixes=prefixes)
-            for (i, paper), score in zip(on_grid.items(), drawn, strict=True):
-                records[i]["path"] = prompt_metrics.finite({"logit_kl": paper.logit_kl(score)}) | records[i]["path"]
-    if settings.num_samples:
-        for record, sections in zip(records, _sample(backend, tasks, prompts, settings, strategy), strict=True):
-            record |= sections
-    return records
-
-
-def _sample(
-    backend: Backend,
-    tasks: Sequence[Task],
-    prompts: Sequence[Sequence[int]],
-    settings: StructuredSettings,
-    strategy: PromptStrategy | None,
-) -> Iterator[prompt_metrics.Metrics]:
-    per_completion = settings.numbers_per_completion
-    completions = {
-        seed: backend.sample(
-            prompts,
-            seeds=[(seed + task_number(task, "sample")) % _LARGEST_SEED for task in tasks],
-            num_samples=-(-settings.num_samples // per_completion),
-            max_new_tokens=settings.max_new_tokens * per_completion if strategy is None else strategy.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
-        for seed in settings.seeds
-    }
-    for i, task in enumerate(tasks):
-        target = prompt_metrics.target_of_task(task, settings.resolution.grid.num_decimals)
+    if per_completion == 1 and strategy is None:
+        plans = [plan_of(task, codec, resolution, seed) for task in tasks]
+        scores = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
+        for record, plan, score in zip(records, plans, scores, strict=True):
+            record |= plan.sections(score, keep_distribution=(record["split"], record["task_id"]) in shown)
+        for i, path_kl in paper_path_kl(backend, prompts, tasks, codec, resolution, seed).items():
+            records[i]["path"] = prompt_metrics.finite({"logit_kl": path_kl}) | records[i]["path"]
+    if not settings.num_samples:
+        return records
+    completions = -(-settings.num_samples // per_completion)
+    sampling = SamplingConfig(completions, settings.seeds, settings.temperature, settings.top_p)
+    drawn = draw(backend, asked, sampling, prompts, [f"{task.split}/{task.task_id}" for task in tasks])
+    for record, task, samples in zip(records, tasks, drawn, strict=True):
+        target = prompt_metrics.target_of_task(task, resolution.grid.num_decimals)
         sections = []
         for seed in settings.seeds:
-            texts = completions[seed][i]
-            read = [] if strategy is None else [strategy.read(text) for text in texts]
-            answers = prompt_metrics.read_answers(
-                texts if strategy is None else [answer.text for answer in read],
-                task,
-                per_completion=per_completion,
-            )
+            read = [asked.read(text) for text in samples[str(seed)]]
+            texts = [answer.text for answer in read]
+            answers = prompt_metrics.read_answers(texts, task, per_completion=per_completion)
+            section = prompt_metrics.sampled_section(answers, task, target, task_rng(task, seed, "figures"))
             if degraded := sum(answer.degraded for answer in read):
-                answers = replace(answers, lenient_parses={**answers.lenient_parses, "without_answer_tag": degraded})
-            sections.append(prompt_metrics.sampled_section(answers, task, target, task_rng(task, seed, "figures")))
-        yield prompt_metrics.mean_sections(sections) | {
-            "samples": {str(seed): completions[seed][i] for seed in settings.seeds}
-        }
+                section["lenient_parses"]["without_answer_tag"] = degraded
+            sections.append(section)
+        record |= prompt_metrics.mean_sections(sections) | {"samples": samples}
+    return records
 
 
 def _messages(task: Task, per_completion: int) -> Messages:
@@ -216,26 +197,7 @@ def _messages(task: Task, per_completion: int) -> Messages:
 
 def _shown(tasks: Sequence[Task]) -> frozenset[tuple[str, str]]:
     """The tasks whose whole distribution is kept for plots: the middle one of every family in every split."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in tasks:
-        groups.setdefault((task.split, task.group), []).append(task.task_id)
+        groups[task.split, task.group].append(task.task_id)
     return frozenset((split, members[len(members) // 2]) for (split, _), members in groups.items())
-
-
-def _rows(records: Sequence[Record]) -> list[Record]:
-    """One row per prompt, a column per metric."""
-    sections = (*SECTIONS, "estimate", "tests", "paper_gof")
-    return [
-        {"split": r["split"], "family": r["group"], "task_id": r["task_id"]}
-        | {f"{section}.{name}": value for section in sections for name, value in r.get(section, {}).items()}
-        for r in records
-    ]
-
-
-def _samples(records: Sequence[Record]) -> list[Record]:
-    """One row per prompt and seed."""
-    return [
-        {"split": r["split"], "task_id": r["task_id"], "seed": int(seed), "samples": texts}
-        for r in records
-        for seed, texts in r.get("samples", {}).items()
-    ]
