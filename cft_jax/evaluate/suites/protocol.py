@@ -17,13 +17,9 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True)
 class Headline:
-    """A metric worth a row in the table of all suites.
+    """A metric worth a row in the table of all suites, by its path in the suite's summary.
 
-    Attributes:
-      title: of the row.
-      path: of the metric in the suite's summary.
-      better: -1 where less is better, 1 where more is.
-      is_share: shown in percent.
+    `better` is -1 where less is better, 1 where more is; a share is shown in percent.
     """
 
     title: str
@@ -34,13 +30,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class SuiteContext:
-    """What a suite runs with.
-
-    Attributes:
-      config: of the run.
-      results: where the files go.
-      model: what is measured; None only for a suite that needs none with this configuration.
-    """
+    """What a suite runs with; no model only where the suite needs none with this configuration."""
 
     config: Config
     results: Results
@@ -48,19 +38,13 @@ class SuiteContext:
 
     @property
     def backend(self) -> Backend:
-        """Of the model, in suites that need one."""
         assert self.model is not None
         return self.model.backend
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the model, in suites that need one."""
         assert self.model is not None
         return self.model.tokenizer
-
-
-def _always(_: Config) -> bool:
-    return True
 
 
 @dataclass(frozen=True)
@@ -80,4 +64,4 @@ class Suite:
     check: Callable[[Config, Path], object]
     run: Callable[[SuiteContext], Summary]
     headlines: tuple[Headline, ...]
-    needs_model: Callable[[Config], bool] = _always
+    needs_model: Callable[[Config], bool] = lambda _: True

@@ -13,18 +13,16 @@ SUITES: dict[str, Suite] = {
         Headline("W1, unseen parameters", ("splits", UNSEEN, "sampled", "wasserstein_1"), better=-1),
         Headline("KL, unseen families", ("splits", OOD, "exact", "kl"), better=-1),
         Headline("W1, unseen families", ("splits", OOD, "sampled", "wasserstein_1"), better=-1),
-        Headline(
-            "valid answers, unseen parameters", ("splits", UNSEEN, "sampled", "valid_rate"), better=1, is_share=True
-        ),
+        Headline("valid answers, unseen parameters", ("splits", UNSEEN, "sampled", "valid_rate"), 1, is_share=True),
     )),
     open_random.SUITE: Suite("Open random", open_random.check, open_random.run, (
         Headline("unique answers", ("mean_num_unique",), better=1),
-        Headline("unique fraction", ("mean_unique_fraction",), better=1, is_share=True),
+        Headline("unique fraction", ("mean_unique_fraction",), 1, is_share=True),
         Headline("entropy, nats", ("mean_entropy",), better=1),
     )),
     mcq.SUITE: Suite("Multiple choice", mcq.check, mcq.run, (
         Headline("total variation", ("tv_distance_from_uniform",), better=-1),
-        Headline("parsed", ("parse_rate",), better=1, is_share=True),
+        Headline("parsed", ("parse_rate",), 1, is_share=True),
     )),
     noveltybench.SUITE: Suite("NoveltyBench", noveltybench.check, noveltybench.run, (
         Headline("distinct, curated", ("splits", "curated", "mean_distinct"), better=1),
@@ -40,10 +38,8 @@ SUITES: dict[str, Suite] = {
     )),
     # Beside these, the tasks of lm-eval that a configuration names.
     retention.SUITE: Suite("Retention", retention.check, retention.run, (
-        Headline("TinyBenchmarks, mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), better=1, is_share=True),
-        Headline(
-            "TinyBenchmarks, mean accuracy", ("tinybenchmarks", "aggregate", "mean_accuracy"), better=1, is_share=True
-        ),
-        Headline("GSM8K, strict", ("tinybenchmarks", "aggregate", "gsm8k_strict_accuracy"), better=1, is_share=True),
+        Headline("TinyBenchmarks, mean gp-IRT", ("tinybenchmarks", "aggregate", "mean_gpirt"), 1, is_share=True),
+        Headline("TinyBenchmarks, mean accuracy", ("tinybenchmarks", "aggregate", "mean_accuracy"), 1, is_share=True),
+        Headline("GSM8K, strict", ("tinybenchmarks", "aggregate", "gsm8k_strict_accuracy"), 1, is_share=True),
     )),
 }  # fmt: skip

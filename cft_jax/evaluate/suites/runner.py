@@ -52,16 +52,7 @@ def evaluate_stage(
 ) -> dict[str, Summary]:
     """Runs the suites of a run on its model, into `eval/<suite>/<stage>`; killed ones resume where they stopped.
 
-    Args:
-      config: of the run.
-      model: as it is at this stage; it must not change meanwhile.
-      tokenizer: of the model.
-      workdir: of the run.
-      stage: "before" or "after".
-      checkpoint: name of what is measured.
-
-    Returns:
-      As `run_suites`.
+    The stage is "before" or "after", the checkpoint a name of what is measured. The model must not change meanwhile.
     """
     logging.info("evaluating %s training", stage)
     measured = MeasuredModel(JaxBackend(model, tokenizer), tokenizer, checkpoint)
@@ -75,12 +66,7 @@ def stage_directory(workdir: Path, suite: str, stage: str) -> Path:
 
 
 def run_suites(config: Config, model: MeasuredModel | None, directories: Mapping[str, Path]) -> dict[str, Summary]:
-    """Runs several suites; one that lacks something does not keep the others from running.
-
-    Args:
-      config: of the run.
-      model: what is measured; None where none of the suites needs one.
-      directories: where the files of each suite go, by its name.
+    """Runs suites into their directories; one that lacks something does not keep the others from running.
 
     Returns:
       By suite its summary, or `{"suite": name, "missing": reason}`.

@@ -1,30 +1,19 @@
-"""What to ask the model about one prompt for its exact metrics, and the metrics from its answers."""
+"""What to ask the model about a prompt for its exact metrics."""
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions.analytic_space import analytic_space
-from cft_jax.distributions.families import find_family
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate.backends.protocol import Backend
-from cft_jax.evaluate.metrics import exact, paths
-from cft_jax.evaluate.suites.structured.analytic_metrics import AnalyticPlan
-from cft_jax.evaluate.suites.structured.prompt_metrics import (
-    Metrics,
-    finite,
-    named,
-    rounded,
-    scaled_distance,
-    target_of_task,
-)
+from cft_jax.evaluate.metrics import paths
+from cft_jax.evaluate.suites.structured.exact_metrics import AnalyticPlan, ListedPlan, path_kl
 from cft_jax.evaluate.suites.structured.settings import PromptCodec, Resolution
-from cft_jax.generate import TrieScore
-from cft_jax.text.trie import Trie
 
 # The paper scores its path KL at 2 decimals, whatever the training resolution, on 4 strings per prompt.
 PAPER_PATH_DECIMALS = 2
@@ -36,61 +25,21 @@ MAX_PREFIXES = 1024
 DRAWN_STRINGS = 64
 
 
-@dataclass(frozen=True, eq=False)
-class ListedPlan:
-    """Exact metrics over listed values; the model must score the whole of `trie`."""
-
-    task: Task
-    space: OutputSpace
-    trie: Trie
-    resolution: Resolution
-
-    def sections(self, score: TrieScore, *, keep_distribution: bool) -> Metrics:
-        """Sections of the prompt's record.
-
-        Returns:
-          `exact` (see `metrics.exact`), `exact_scaled` (Wasserstein-1 in interquartile ranges), `calibration` (the
-          model's mass in bins of equal target mass), `other_stops`, the mass that ends a value by another stop token,
-          `path` with `logit_kl_as_trained`, the expectation of the path KL over strings drawn from the target, and
-          where it is to be kept `distribution`, what plots need.
-        """
-        target, log_probs = self.space.probabilities, score.string_log_probs
-        numbers = exact.as_numbers(self.space.values)
-        metrics = exact.distances(target, log_probs, numbers)
-        scale = target_of_task(self.task, self.resolution.grid.num_decimals)
-        path_kl = _path_kl(self.trie, score, self.resolution.epsilon)
-        drawn = target > 0
-        sections = {
-            "exact": finite(metrics),
-            **scaled_distance("exact_scaled", metrics, scale),
-            "calibration": rounded(exact.calibration_bins(target, log_probs, numbers)[1]),
-            "other_stops": {"mass": float(np.exp(score.other_stop_log_probs).sum())},
-            "path": finite({"logit_kl_as_trained": float(target[drawn] @ path_kl[drawn])}),
-        }
-        if keep_distribution:
-            kind = "text" if numbers is None else "discrete"
-            if self.task.spec is not None:
-                kind = find_family(self.task.spec.family_id).kind
-            masses = {"target": rounded(target), "model": rounded(np.exp(log_probs))}
-            sections["distribution"] = named(self.task) | {"kind": kind, "values": list(self.space.values)} | masses
-        return sections
-
-
 def plan_of(task: Task, codec: PromptCodec, resolution: Resolution, seed: int) -> ListedPlan | AnalyticPlan:
     """The plan of a task; what is drawn depends on the seed and the task alone."""
     if task.spec is None or not resolution.full_quantile:
         space = task.output_space(resolution.grid)
-        return ListedPlan(task, space, codec.build_trie(space), resolution)
-    full = analytic_space(task.spec, num_decimals=resolution.grid.num_decimals, quantile=resolution.full_quantile)
-    if full.num_values <= MAX_LISTED:
+    else:
+        full = analytic_space(task.spec, num_decimals=resolution.grid.num_decimals, quantile=resolution.full_quantile)
+        if full.num_values > MAX_LISTED:
+            trie = codec.analytic_trie(full)
+            drawn = full.draw(task_rng(task, seed, "full").random(DRAWN_STRINGS))
+            # The longest string is one of the two ends.
+            longest = int(trie.encode(np.array([full.first, full.last]))[1].max())
+            return AnalyticPlan(task, trie, trie.expand(MAX_PREFIXES, longest, drawn), resolution)
         integers = np.arange(full.first, full.last + 1)
         space = OutputSpace(tuple(full.strings(integers)), full.interval_masses(integers, integers + 1))
-        return ListedPlan(task, space, codec.build_trie(space), resolution)
-    trie = codec.analytic_trie(full)
-    drawn = full.draw(task_rng(task, seed, "full").random(DRAWN_STRINGS))
-    # The longest string is one of the two ends.
-    longest = int(trie.encode(np.array([full.first, full.last]))[1].max())
-    return AnalyticPlan(task, trie, trie.expand(MAX_PREFIXES, longest, drawn), resolution)
+    return ListedPlan(task, space, codec.build_trie(space), resolution)
 
 
 def paper_path_kl(
@@ -122,13 +71,9 @@ def paper_path_kl(
     prefixes = [paths.path_prefixes(trie, strings) for trie, strings in drawn.values()]
     scores = backend.score([prompts[i] for i in drawn], tries, prefixes=prefixes)
     return {
-        i: float(np.mean(_path_kl(trie, score, resolution.epsilon)[strings]))
+        i: float(np.mean(path_kl(trie, score, resolution.epsilon)[strings]))
         for (i, (trie, strings)), score in zip(drawn.items(), scores, strict=True)
     }
-
-
-def _path_kl(trie: Trie, score: TrieScore, epsilon: float) -> np.ndarray:
-    return paths.path_kl(trie, paths.step_kl(trie, score.child_log_probs, epsilon))
 
 
 def task_rng(task: Task, seed: int, purpose: str) -> np.random.Generator:

@@ -9,20 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cft_jax.distributions.families import find_family
 from cft_jax.distributions.parse import ParsedNumber, number_error, parse_number, parse_numbers, strip_thinking
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate.metrics import exact, paper, sound
 from cft_jax.evaluate.metrics.target import FamilyTarget, ListedTarget, Target
 
 Metrics = dict[str, Any]
-
-
-def named(task: Task) -> Metrics:
-    """A prompt's name for plots: `title` and `parameters`."""
-    if task.spec is None:
-        return {"title": task.messages[-1]["content"], "parameters": {}}
-    return {"title": find_family(task.spec.family_id).display_name, "parameters": dict(task.spec.parameters)}
 
 
 def target_of_task(task: Task, num_decimals: int) -> Target | None:
@@ -80,7 +72,6 @@ def read_answers(completions: Sequence[str], task: Task, *, per_completion: int)
         return Answers(len(stripped), len(texts), 0, np.zeros(0), texts, {})
     parsed = [number for text in stripped for number in _numbers(text, per_completion)]
     valid = [number for number in parsed if number.value is not None]
-    errors = [_number_error(number, task, listed) for number in valid]
     values = np.array([number.value for number in valid], np.float64)
     lenient_parses = {
         "non_finite": sum(not math.isfinite(value) for value in values),
@@ -90,7 +81,7 @@ def read_answers(completions: Sequence[str], task: Task, *, per_completion: int)
     return Answers(
         num_answers=len(completions) * per_completion,
         num_valid=len(valid),
-        num_violations=sum(error is not None for error in errors),
+        num_violations=sum(_violates(number, task, listed) for number in valid),
         numbers=values[np.isfinite(values)],
         texts=(),
         lenient_parses={kind: count for kind, count in lenient_parses.items() if count},
@@ -161,20 +152,15 @@ def finite(metrics: Mapping[str, Any]) -> Metrics:
     }
 
 
-def rounded(values: Float[np.ndarray, "N"]) -> list[float]:
-    """Six significant digits, enough for a plot and a quarter of the bytes."""
-    return [float(f"{value:.6g}") for value in values]
-
-
 def _numbers(text: str, per_completion: int) -> list[ParsedNumber]:
     return [parse_number(text)] if per_completion == 1 else parse_numbers(text)[:per_completion]
 
 
-def _number_error(number: ParsedNumber, task: Task, listed: frozenset[str]) -> str | None:
+def _violates(number: ParsedNumber, task: Task, listed: frozenset[str]) -> bool:
     assert number.value is not None
     if task.spec is not None:
-        return number_error(number.value, task.spec)
-    return None if number.raw in listed or number.raw.strip() in listed else "not_listed"
+        return number_error(number.value, task.spec) is not None
+    return listed.isdisjoint((number.raw, number.raw.strip()))
 
 
 def _joins(raw: str, stripped: str) -> bool:

@@ -53,14 +53,8 @@ def run(context: SuiteContext) -> Summary:
     strategy = None
     if config.eval.method != "direct":
         strategy = prompt_strategy(config, tokenizer, mode="numeric", max_new_tokens=0)
-    return run_structured(
-        context.backend,
-        prompt_codec(tokenizer, config.data),
-        tasks,
-        structured_settings(config),
-        context.results,
-        strategy,
-    )
+    codec, settings = prompt_codec(tokenizer, config.data), structured_settings(config)
+    return run_structured(context.backend, codec, tasks, settings, context.results, strategy)
 
 
 def run_structured(

@@ -19,7 +19,7 @@ def test_families_count_alike_and_gaps_are_counted():
         record("c", exact={}),
     ]
     split = summarise_split(records, 0)
-    # Family means 3 and 10; c has no figure and does not count as zero.
+    # Family means 3 and 10; c has no metric and does not count as zero.
     assert split["exact"] == {"kl": pytest.approx(6.5)}
     assert split["left_out"] == {"exact": {"kl": 2}}
     assert (split["num_prompts"], split["num_families"]) == (6, 3)

@@ -13,7 +13,7 @@ def test_numbers_of_a_family():
     texts = ["3", " 4.0 ", "9", "2.5", "three", "", "<think>hm</think>1", "1e999", "nan"]
     answers = read_answers(texts, BINOMIAL, per_completion=1)
     assert (answers.num_answers, answers.num_valid) == (9, 6)
-    # 9 is above the support, 2.5 no integer, 1e999 not finite; the first two still count in the paper's figures.
+    # 9 is above the support, 2.5 no integer, 1e999 not finite; the first two still count in the paper's metrics.
     assert answers.num_violations == 3
     assert answers.numbers.tolist() == [3, 4, 9, 2.5, 1]
     assert answers.lenient_parses == {"non_finite": 1}

@@ -1,4 +1,4 @@
-"""The structured suite on models known in closed form: exact figures, samples, resuming, files."""
+"""The structured suite on models known in closed form: exact metrics, samples, resuming, files."""
 
 import csv
 import dataclasses
@@ -141,7 +141,7 @@ def test_a_killed_run_continues_to_the_same_files(model_of, character_codec, tas
         store.write('{"fingerprint": "torn')
     again = model_of(tasks, tilt=0.01)
     run(again, character_codec, tasks, tmp_path / "killed")
-    # Two prompts were done; each two of the others take a call for the figures and one for the paper's paths.
+    # Two prompts were done; each two of the others take a call for the exact metrics and one for the paper's paths.
     assert again.calls == 2 * math.ceil((len(tasks) - 2) / 2)
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

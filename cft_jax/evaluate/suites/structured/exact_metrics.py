@@ -1,7 +1,8 @@
-"""Metrics of a prompt whose answers are too many to list: every string of the given decimals. Pure.
+"""Exact metrics of a prompt, from the model's probabilities along a trie of its answers. Pure.
 
-The model is asked about the most probable prefixes and about those of a few drawn strings. The children that are not
-followed, and the terminators, cut the strings into *cells*: every string lies in exactly one, and the model's
+Where the answers can be listed, the model scores all of them. Where they are too many (every string of the given
+decimals), it is asked about the most probable prefixes and about those of a few drawn strings. The children that are
+not followed, and the terminators, cut the strings into *cells*: every string lies in exactly one, and the model's
 probability of a cell is known. The KL is a sum over prefixes (the chain rule), exact at the most probable ones and
 estimated without bias below them from the drawn strings.
 """
@@ -11,16 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from cft_jax.distributions.families import find_family
+from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate.metrics import exact, paths
-from cft_jax.evaluate.suites.structured.prompt_metrics import (
-    Metrics,
-    finite,
-    named,
-    rounded,
-    scaled_distance,
-    target_of_task,
-)
+from cft_jax.evaluate.metrics.target import Target
+from cft_jax.evaluate.suites.structured.prompt_metrics import Metrics, finite, scaled_distance, target_of_task
 from cft_jax.evaluate.suites.structured.settings import Resolution
 from cft_jax.generate import TrieScore
 from cft_jax.text.analytic_trie import AnalyticTrie, Expansion
@@ -30,6 +27,41 @@ from cft_jax.text.trie import Trie
 # A plot's resolution, and the share of the target that it leaves out on each side.
 _PLOT_BINS = 120
 _PLOT_TAIL = 0.002
+
+
+@dataclass(frozen=True, eq=False)
+class ListedPlan:
+    """Exact metrics over listed values; the model must score the whole of `trie`."""
+
+    task: Task
+    space: OutputSpace
+    trie: Trie
+    resolution: Resolution
+
+    def sections(self, score: TrieScore, *, keep_distribution: bool) -> Metrics:
+        """Sections of the prompt's record.
+
+        Returns:
+          `exact` (see `metrics.exact`), `exact_scaled` (Wasserstein-1 in interquartile ranges), `calibration` (the
+          model's mass in bins of equal target mass), `other_stops`, the mass that ends a value by another stop token,
+          `path` with `logit_kl_as_trained`, the expectation of the path KL over strings drawn from the target, and
+          where it is to be kept `distribution`, what plots need.
+        """
+        target, log_probs = self.space.probabilities, score.string_log_probs
+        numbers = exact.as_numbers(self.space.values)
+        scale = target_of_task(self.task, self.resolution.grid.num_decimals)
+        sections = _distances("exact", target, log_probs, numbers, scale)
+        sections["other_stops"] = {"mass": float(np.exp(score.other_stop_log_probs).sum())}
+        drawn = target > 0
+        expected = target[drawn] @ path_kl(self.trie, score, self.resolution.epsilon)[drawn]
+        sections["path"] = finite({"logit_kl_as_trained": float(expected)})
+        if keep_distribution:
+            kind = "text" if numbers is None else "discrete"
+            if self.task.spec is not None:
+                kind = find_family(self.task.spec.family_id).kind
+            masses = {"target": _rounded(target), "model": _rounded(np.exp(log_probs))}
+            sections["distribution"] = _named(self.task) | {"kind": kind, "values": list(self.space.values)} | masses
+        return sections
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +97,13 @@ class AnalyticPlan:
         masses = trie.reach[parents] * trie.child_probs[cells]
         log_probs = score.prefix_log_probs[parents] + score.child_log_probs[cells]
         numbers = self.full.child_numbers(trie, cells)
-        metrics = exact.distances(masses, log_probs, numbers)
         num_decimals = self.full.space.num_decimals
-        sections = {
-            "exact": finite({"kl": kl}),
-            "estimate": finite({"kl_standard_error": error}),
-            "exact_cells": finite(metrics),
-            **scaled_distance("exact_cells_scaled", metrics, target_of_task(self.task, num_decimals)),
-            "path": finite({"logit_kl_as_trained": path}),
-            "calibration": rounded(exact.calibration_bins(masses, log_probs, numbers)[1]),
-        }
+        sections = {"exact": finite({"kl": kl}), "estimate": finite({"kl_standard_error": error})}
+        sections |= _distances("exact_cells", masses, log_probs, numbers, target_of_task(self.task, num_decimals))
+        sections["path"] = finite({"logit_kl_as_trained": path})
         if keep_distribution:
             plot = _distribution(masses, np.exp(log_probs), numbers, num_decimals)
-            sections["distribution"] = named(self.task) | plot
+            sections["distribution"] = _named(self.task) | plot
         return sections
 
     def _over_strings(self, steps: Float[np.ndarray, "M"], *, per_step: bool) -> tuple[float, float]:
@@ -89,6 +115,23 @@ class AnalyticPlan:
         if per_step:
             below = below / (trie.depth[trie.leaf_prefix] + 1)
         return known + float(below.mean()), float(below.std(ddof=1) / np.sqrt(below.size))
+
+
+def path_kl(trie: Trie, score: TrieScore, epsilon: float) -> Float[np.ndarray, "N"]:
+    """The path KL of every string: the mean over its steps, in nats."""
+    return paths.path_kl(trie, paths.step_kl(trie, score.child_log_probs, epsilon))
+
+
+def _distances(
+    name: str,
+    target: Float[np.ndarray, "C"],
+    log_probs: Float[np.ndarray, "C"],
+    numbers: Float[np.ndarray, "C"] | None,
+    scale: Target | None,
+) -> Metrics:
+    metrics = exact.distances(target, log_probs, numbers)
+    calibration = _rounded(exact.calibration_bins(target, log_probs, numbers)[1])
+    return {name: finite(metrics)} | scaled_distance(f"{name}_scaled", metrics, scale) | {"calibration": calibration}
 
 
 def _distribution(
@@ -105,6 +148,18 @@ def _distribution(
     return {
         "kind": "continuous",
         "values": [f"{middle:.{num_decimals + 2}f}" for middle in middles],
-        "target": rounded(shown),
-        "model": rounded(answered),
+        "target": _rounded(shown),
+        "model": _rounded(answered),
     }
+
+
+def _named(task: Task) -> Metrics:
+    """A prompt's name for plots: `title` and `parameters`."""
+    if task.spec is None:
+        return {"title": task.messages[-1]["content"], "parameters": {}}
+    return {"title": find_family(task.spec.family_id).display_name, "parameters": dict(task.spec.parameters)}
+
+
+def _rounded(values: Float[np.ndarray, "N"]) -> list[float]:
+    """Six significant digits, enough for a plot and a quarter of the bytes."""
+    return [float(f"{value:.6g}") for value in values]

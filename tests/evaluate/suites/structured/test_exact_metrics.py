@@ -1,4 +1,4 @@
-"""Figures at full resolution, of part of the trie, against those over all strings listed."""
+"""Metrics at full resolution, of part of the trie, against those over all strings listed."""
 
 import numpy as np
 import pytest
