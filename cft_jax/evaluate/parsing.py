@@ -11,13 +11,10 @@ from cft_jax.distributions import strip_thinking
 ANSWER_LABELS = ("A", "B", "C", "D")
 
 _STRAY_TAG = re.compile(r"</?think>", re.IGNORECASE)
-_PREFIXES = {
-    "Question:": "question",
-    **{f"{label}.": f"option_{label.lower()}" for label in ANSWER_LABELS},
-    "Correct Answer:": "correct_answer",
-    "Explanation:": "explanation",
+_OPTIONS = ("option_a", "option_b", "option_c", "option_d")
+_PREFIXES = {"Question:": "question", "Correct Answer:": "correct_answer", "Explanation:": "explanation"} | {
+    f"{label}.": name for label, name in zip(ANSWER_LABELS, _OPTIONS, strict=True)
 }
-_OPTIONS = tuple(f"option_{label.lower()}" for label in ANSWER_LABELS)
 # The order in which the paper's record lists what is missing, then what is empty.
 _MISSING_ORDER = (*_OPTIONS, "question", "explanation", "correct_answer")
 _EMPTY_ORDER = ("question", "explanation", *_OPTIONS)
@@ -46,23 +43,17 @@ def parse_mcq(text: str) -> Mcq:
     """Reads a question with options A to D, a declared answer and an explanation.
 
     Thinking traces and stray tags are removed and blank lines dropped; every other line must begin with exactly one of
-    the known prefixes, each of which counts once. Runs of whitespace inside a part become one space.
-
-    Args:
-      text: one generation.
-
-    Returns:
-      The record; `format_errors` names all that is wrong, in the paper's order, and `is_parseable` means there is
-      nothing. A declared answer is valid if it is exactly A, B, C or D.
+    the known prefixes, each of which counts once. Runs of whitespace inside a part become one space. `format_errors`
+    names all that is wrong, in the paper's order, and `is_parseable` means there is nothing. A declared answer is valid
+    if it is exactly A, B, C or D.
     """
     lines = [line.strip() for line in _without_thinking(text).splitlines() if line.strip()]
     if not lines:
         return Mcq(format_errors=("empty_response",))
     parts, errors = _read_lines(lines)
     errors += [f"missing_{name}" for name in _MISSING_ORDER if name not in parts]
-    option_prefixes_valid = not any(
-        f"{kind}_{name}" in errors for kind in ("duplicate", "missing") for name in _OPTIONS
-    )
+    prefix_errors = {f"{kind}_{name}" for kind in ("duplicate", "missing") for name in _OPTIONS}
+    option_prefixes_valid = prefix_errors.isdisjoint(errors)
     errors += [f"empty_{name}" for name in _EMPTY_ORDER if not parts.get(name)]
     answer = parts.get("correct_answer", "")
     if answer not in ANSWER_LABELS:

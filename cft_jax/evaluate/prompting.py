@@ -22,14 +22,9 @@ _LARGEST_SEED = 2**31
 
 @dataclass(frozen=True)
 class PromptStrategy:
-    """A way to ask.
+    """A way to ask: "direct" or "ssot"; `encode` makes token ids of messages, `read` finds the answer in a completion.
 
-    Attributes:
-      method: its name, "direct" or "ssot".
-      encode: messages → token ids of the prompt.
-      read: a completion → the answer in it.
-      max_new_tokens: of a completion.
-      name: identifies all of these: part of a result's fingerprint.
+    `name` identifies all the rest: part of a result's fingerprint.
     """
 
     method: str
@@ -52,13 +47,9 @@ class SamplingConfig:
 def prompt_strategy(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, mode: Mode, max_new_tokens: int
 ) -> PromptStrategy:
-    """The way that `eval.method` names.
+    """The way that `eval.method` names, for a kind of answer.
 
-    Args:
-      config: of the run.
-      tokenizer: of the model.
-      mode: what kind of answer is asked for.
-      max_new_tokens: of a direct answer; String Seed of Thought takes more, `suite.ssot.max_new_tokens`.
+    `max_new_tokens` is that of a direct answer; String Seed of Thought takes more, `suite.ssot.max_new_tokens`.
     """
     options = ChatOptions.from_config(config.data)
     tokens = fingerprint(tokenizer)
@@ -71,8 +62,7 @@ def prompt_strategy(
             f"direct {tokens} {options} {max_new_tokens}",
         )
     ssot = config.suite.ssot
-    template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else ""
-    reasoning = native_reasoning(template)
+    reasoning = native_reasoning(tokenizer.get_chat_template() if tokenizer.chat_template is not None else "")
     thinking = ssot.thinking == "on" or (ssot.thinking == "auto" and reasoning != "none")
     options = replace(options, enable_thinking=thinking)
     seeded = seeded_messages([], mode, reasoning)
@@ -109,15 +99,7 @@ def draw(
     prompts: Sequence[Sequence[int]],
     names: Sequence[str],
 ) -> list[dict[str, list[str]]]:
-    """Completions of every prompt, by seed.
-
-    Args:
-      backend: the model.
-      strategy: the way to ask.
-      sampling: how many, and how.
-      prompts: token ids.
-      names: of the prompts; a name and a seed give the same draws, whatever else is drawn with them.
-    """
+    """Completions of every prompt, by seed: a name and a seed give the same draws, whatever else is drawn with them."""
     found: list[dict[str, list[str]]] = [{} for _ in prompts]
     for seed in sampling.seeds:
         texts = backend.sample(

@@ -30,24 +30,14 @@ def fingerprint_of(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """Where the results of a suite go.
-
-    Attributes:
-      directory: of the files.
-      checkpoint: name of what is measured, recorded.
-      write: whether this process writes; process 0 does.
-    """
+    """Where the results of a suite go; `checkpoint` names what is measured, `write` is for process 0."""
 
     directory: Path
     checkpoint: str
     write: bool
 
     def store(self, fingerprint: str, name: str = STORE) -> ResultStore:
-        """The store of finished prompts in the file `name`.
-
-        Raises:
-          UserError: it is damaged.
-        """
+        """The store of finished prompts in the file `name`; see `ResultStore`."""
         return ResultStore(self.directory / name, fingerprint=fingerprint, write=self.write)
 
     def finish(
@@ -62,16 +52,7 @@ class Results:
     ) -> dict[str, Any]:
         """Writes `per_prompt.csv`, `samples.jsonl.gz` and, last, `summary.json`, which stands for a finished suite.
 
-        Args:
-          suite: its name.
-          fingerprint: of weights and settings.
-          settings: recorded in the summary.
-          metrics: the rest of the summary.
-          rows: of the table.
-          samples: lines of the samples.
-
-        Returns:
-          The summary, as written.
+        Returns the summary: what was measured, the settings, then the metrics.
         """
         head = {"suite": suite, "checkpoint": self.checkpoint, "fingerprint": fingerprint, "settings": settings}
         summary = head | dict(metrics)

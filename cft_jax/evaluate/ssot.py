@@ -35,9 +35,8 @@ class ReadAnswer:
 def native_reasoning(chat_template: str) -> Reasoning:
     """How a model with this chat template reasons before it answers.
 
-    Returns:
-      "channels" (gpt-oss: a turn for the reasoning, one for the answer), "tags" (Qwen3: `<think>`, which the template
-      can switch on) or "none".
+    By "channels" (gpt-oss: a turn for the reasoning, one for the answer), by "tags" (Qwen3: `<think>`, which the
+    template can switch on) or not at all, "none".
     """
     if "<|channel|>" in chat_template:
         return "channels"

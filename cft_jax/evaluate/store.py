@@ -27,24 +27,14 @@ class ResultStore:
     """
 
     def __init__(self, path: Path, *, fingerprint: str, write: bool) -> None:
-        """Opens the file, which need not exist.
-
-        Args:
-          path: of the file; its directory is made.
-          fingerprint: of weights and settings; records of others do not count.
-          write: whether this process writes; process 0 does.
+        """Opens the file, which need not exist; `write` says whether this process, process 0, writes.
 
         Raises:
           UserError: a line other than the last is damaged.
         """
         self._fingerprint = fingerprint
-        content = agreed(b"".join(_whole_lines(path)))
-        rows = [_read(path, number, line) for number, line in enumerate(content.splitlines(), 1)]
-        self._records = {
-            (row["record"]["split"], row["record"]["task_id"]): row["record"]
-            for row in rows
-            if row["fingerprint"] == fingerprint
-        }
+        content = agreed(_whole_lines(path))
+        self._records = {(r["split"], r["task_id"]): r for r in _records(path, content, fingerprint)}
         self._file = None
         if write:
             write_atomically(path, content)
@@ -57,13 +47,13 @@ class ResultStore:
         if self._file is not None:
             self._file.close()
 
-    def __contains__(self, key: tuple[str, str]) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._records
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, key: tuple[str, str]) -> Record:
+    def __getitem__(self, key: Key) -> Record:
         return self._records[key]
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -93,14 +83,14 @@ def run_resumable(
     what: str,
     unit: str,
 ) -> list[Record]:
-    """The records of all items: those in the store, and new ones, kept as they come.
+    """The records of all items, in order: those in the store, and new ones, kept as they come.
 
     The same items are always measured together: where one of them is missing, all are asked again, so that no metric
     depends on where a run was killed.
 
     Args:
       store: of the records.
-      items: what is measured, prompts as a rule, in order.
+      items: what is measured, prompts as a rule.
       key: an item's split and name.
       measure: makes the records of a few items, in order.
       at_once: items handed to `measure`; a killed run repeats at most these.
@@ -127,26 +117,25 @@ def read_records(path: Path, fingerprint: str) -> list[Record]:
     Raises:
       UserError: a line other than the last is damaged.
     """
-    rows = [_read(path, number, line) for number, line in enumerate(_whole_lines(path), 1)]
-    return [row["record"] for row in rows if row["fingerprint"] == fingerprint]
+    return _records(path, _whole_lines(path), fingerprint)
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    return lines
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
-def _read(path: Path, number: int, line: bytes) -> Record:
-    try:
-        row = json.loads(line)
-        _ = row["fingerprint"], row["record"]["split"], row["record"]["task_id"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}, line {number} is damaged ({error}); delete the line and repeat") from None
-    return row
+def _records(path: Path, content: bytes, fingerprint: str) -> list[Record]:
+    records = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            _ = row["fingerprint"], row["record"]["split"], row["record"]["task_id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is damaged ({error}); delete the line and repeat") from None
+        if row["fingerprint"] == fingerprint:
+            records.append(row["record"])
+    return records
 
 
 def agreed(content: bytes) -> bytes:

@@ -18,12 +18,7 @@ CALIBRATION_BINS = 20
 def exact_figures(
     target: Float[np.ndarray, "N"], log_probs: Float[np.ndarray, "N"], values: Sequence[str]
 ) -> dict[str, float]:
-    """Distances between the target and the model's distribution.
-
-    Args:
-      target: p, summing to 1.
-      log_probs: ln q.
-      values: the strings.
+    """Distances between the target p, summing to 1, and the model's distribution ln q of the same strings.
 
     Returns:
       `kl`: sum of p ln(p/q), from the target to the model, in nats;

@@ -9,13 +9,10 @@ from cft_jax.evaluate.parsing import ANSWER_LABELS, Mcq
 
 
 def mcq_summary(records: Sequence[Mcq]) -> dict[str, float | int]:
-    """The paper's metrics of a set of questions.
+    """The paper's metrics of a set of questions, one per generation.
 
     Counts and frequencies of the answers are over parseable records, the other rates over all. The chi-square test is
     against equal counts, with 3 degrees of freedom; `tv_distance_from_uniform` is half the sum of |frequency - 1/4|.
-
-    Args:
-      records: parsed questions, one per generation.
 
     Returns:
       The paper's fields. What nothing parseable could tell is absent: frequencies, the test and the distances when no
@@ -55,10 +52,10 @@ def _distances_from_uniform(counts: Mapping[str, int], total: int) -> dict[str, 
 
 def answer_frequencies(summary: Mapping[str, float | int]) -> list[dict[str, float | int | str]]:
     """The rows of the answer table of `mcq_summary`; `frequency` is absent when nothing was parseable."""
+    columns = {"count": "count", "frequency": "freq"}
     rows: list[dict[str, float | int | str]] = []
     for label in ANSWER_LABELS:
-        row: dict[str, float | int | str] = {"answer_label": label, "count": summary[f"count_{label.lower()}"]}
-        if f"freq_{label.lower()}" in summary:
-            row["frequency"] = summary[f"freq_{label.lower()}"]
-        rows.append(row)
+        names = {column: f"{name}_{label.lower()}" for column, name in columns.items()}
+        values = {column: summary[name] for column, name in names.items() if name in summary}
+        rows.append({"answer_label": label, **values})
     return rows

@@ -27,9 +27,7 @@ def short_answers_equal(a: str, b: str) -> bool | None:
     """
     words_a, words_b = a.lower().split(), b.lower().split()
     longest = max(len(words_a), len(words_b))
-    if longest > MAX_SHORT_WORDS:
-        return None
-    return 2 * len(set(words_a) & set(words_b)) >= longest
+    return None if longest > MAX_SHORT_WORDS else 2 * len(set(words_a) & set(words_b)) >= longest
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,10 @@ class Partition:
 
 
 def partition_answers(answers: Sequence[str], scorer: PairScorer, *, threshold: float) -> Partition:
-    """Greedy classes: each answer that has none opens one and takes in the later ones equivalent to it.
+    """Greedy classes of a prompt's answers: each that has none opens one and takes in the later ones equivalent to it.
 
-    Args:
-      answers: the answers to one prompt, in order.
-      scorer: asked once per opener that has undecided candidates, with all of them.
-      threshold: two answers are equivalent when their score exceeds it.
+    Long answers are equivalent when their score exceeds `threshold`; `scorer` is asked once per opener that has such
+    candidates, with all of them.
     """
     classes = [-1] * len(answers)
     num_classes = num_pairs = num_calls = 0

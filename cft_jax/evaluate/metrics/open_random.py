@@ -12,10 +12,7 @@ TOP_P_THRESHOLDS = (0.01, *(round(0.05 * k, 2) for k in range(1, 20)), 0.99)
 
 
 def open_random_counts(outputs: Sequence[str]) -> dict[str, float | int | dict[str, int]]:
-    """Counts normalised answers to one prompt.
-
-    Args:
-      outputs: normalised answers; empty ones are outputs but no answers.
+    """Counts normalised answers to one prompt; empty ones are outputs but no answers.
 
     Returns:
       `num_outputs`; `num_unique` and `counts` over the non-empty answers; `entropy`, that of their empirical
@@ -35,16 +32,9 @@ def open_random_counts(outputs: Sequence[str]) -> dict[str, float | int | dict[s
 
 
 def top_p_sizes(probs: Float[np.ndarray, "V"], thresholds: Sequence[float]) -> Int[np.ndarray, "P"]:
-    """Sizes of the smallest sets of next tokens that hold given masses.
+    """For every threshold p the smallest k such that the k largest probabilities sum to at least p; V if they never do.
 
     Sums are float64 and sequential, largest first: in bfloat16 the sizes come out up to a quarter too small.
-
-    Args:
-      probs: probabilities, in any order.
-      thresholds: masses p.
-
-    Returns:
-      For every p the smallest k such that the k largest probabilities sum to at least p; V if they never do.
     """
     cumulative = np.cumsum(np.sort(probs.astype(np.float64))[::-1])
     sizes = np.searchsorted(cumulative, np.asarray(thresholds, np.float64), side="left") + 1

@@ -14,40 +14,38 @@ from jaxtyping import Float, Real
 from scipy import stats
 
 from cft_jax.distributions.splits import PromptSpec
-from cft_jax.evaluate.metrics.target import FamilyTarget, Target, target_of_spec
+from cft_jax.evaluate.metrics.target import FamilyTarget, Target
 
 MAX_CHI_SQUARE_CELLS = 10**7
 _MIN_EXPECTED = 1e-12
 
-# Values at 5 % of Stephens (1974, 1979) and their corrections for n observations, as in scipy.stats.anderson, which
-# knows none at 5 % for the Weibull distribution.
-_ANDERSON_NAMES = {"gaussian": "norm", "exponential": "expon", "logistic": "logistic", "weibull": "weibull_min"}
+# By family scipy's name, the value at 5 % of Stephens (1974, 1979) and its corrections for n observations, by 1/n and
+# 1/n^2, as in scipy.stats.anderson, which knows none at 5 % for the Weibull distribution.
+_ANDERSON = {
+    "gaussian": ("norm", 0.752, 0.75, 2.25),
+    "exponential": ("expon", 1.321, 0.6, 0.0),
+    "logistic": ("logistic", 0.660, 0.25, 0.0),
+    "weibull": ("weibull_min", math.nan, 0.0, 0.0),
+}
 _MIN_ANDERSON_OBSERVATIONS = 5
 
 
 def moment_errors(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float]:
-    """Mean and variance of a sample, their errors, and Wasserstein-1.
+    """Mean and variance of a sample in any order, their errors, and Wasserstein-1.
 
-    Args:
-      values: the sample, in any order.
-      spec: the target; of it only `family_id` and `parameters` matter.
+    Of the target's `spec` only `family_id` and `parameters` matter.
 
     Returns:
       `sample_mean`; `sample_variance` (divisor n); `mean_error` and `variance_error`, absolute differences from the
       target's, NaN where that one is not finite; `wasserstein_1`. Without values NaN, and infinity for Wasserstein-1.
     """
-    return moment_metrics(np.asarray(values, np.float64), target_of_spec(spec))
+    return moment_metrics(np.asarray(values, np.float64), _target(spec))
 
 
 def wasserstein_1(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> float:
-    """Mean distance between the sorted sample and the target's quantiles at (i - 0.5)/n.
+    """Mean distance between the sorted sample and the target's quantiles at (i - 0.5)/n, in the units of the values.
 
-    Args:
-      values: the sample, in any order; pairs that are not finite are left out.
-      spec: the target; of it only `family_id` and `parameters` matter.
-
-    Returns:
-      The distance in the units of the values; infinity without any.
+    Pairs that are not finite are left out; infinity without any.
     """
     return moment_errors(values, spec)["wasserstein_1"]
 
@@ -91,34 +89,34 @@ def goodness_of_fit(values: Sequence[float | int] | Real[np.ndarray, "N"], spec:
 
     Continuous families: the two-sided Kolmogorov-Smirnov test with exact p-value, and for Gaussian, exponential,
     logistic and Weibull with at least 5 values `anderson_statistic` and `anderson_critical_5pct` of the test that fits
-    the parameters to the sample. Integer families: chi-square over single integers without pooling.
-
-    Args:
-      values: the sample, in any order.
-      spec: the target; of it only `family_id` and `parameters` matter.
+    the parameters to the sample. Integer families: chi-square over single integers without pooling. Of the target's
+    `spec` only `family_id` and `parameters` matter.
 
     Returns:
       `gof_test` (`ks` or `chi_square`), `gof_statistic`, `gof_pvalue`; NaN where there are too few values or more than
       10 million cells.
     """
-    sample, target = np.asarray(values, np.float64), target_of_spec(spec)
+    sample, target = np.asarray(values, np.float64), _target(spec)
     if target.integer_only:
         statistic, pvalue = _chi_square(sample, target)
         return {"gof_test": "chi_square", "gof_statistic": statistic, "gof_pvalue": pvalue}
-    return {"gof_test": "ks", **_kolmogorov_smirnov(sample, target), **_composite_anderson(sample, target)}
+    statistic, pvalue = math.nan, math.nan
+    if sample.size >= 2:
+        result: Any = stats.ks_1samp(sample, target.frozen.cdf, method="exact")
+        statistic, pvalue = float(result.statistic), float(result.pvalue)
+    anderson = _composite_anderson(sample, target)
+    return {"gof_test": "ks", "gof_statistic": statistic, "gof_pvalue": pvalue, **anderson}
 
 
-def _kolmogorov_smirnov(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> dict[str, float]:
-    if sample.size < 2:
-        return {"gof_statistic": math.nan, "gof_pvalue": math.nan}
-    result: Any = stats.ks_1samp(sample, target.frozen.cdf, method="exact")
-    return {"gof_statistic": float(result.statistic), "gof_pvalue": float(result.pvalue)}
+def _target(spec: PromptSpec) -> FamilyTarget:
+    return FamilyTarget(spec.family_id, spec.parameters, num_decimals=5)
 
 
 def _composite_anderson(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> dict[str, float]:
-    name = _ANDERSON_NAMES.get(target.family_id)
-    if name is None or sample.size < _MIN_ANDERSON_OBSERVATIONS:
+    count = sample.size
+    if target.family_id not in _ANDERSON or count < _MIN_ANDERSON_OBSERVATIONS:
         return {}
+    name, value, first, second = _ANDERSON[target.family_id]
     try:
         # Warnings: of the fit, of constant samples (NaN, as in the paper) and of scipy's own changes of interface.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -126,20 +124,8 @@ def _composite_anderson(sample: Float[np.ndarray, "N"], target: FamilyTarget) ->
             result: Any = stats.anderson(sample, name)
     except (ValueError, stats.FitError):
         return {}
-    return {
-        "anderson_statistic": float(result.statistic),
-        "anderson_critical_5pct": _anderson_critical(name, sample.size),
-    }
-
-
-def _anderson_critical(name: str, count: int) -> float:
-    if name == "norm":
-        return round(0.752 / (1.0 + 0.75 / count + 2.25 / count**2), 3)
-    if name == "expon":
-        return round(1.321 / (1.0 + 0.6 / count), 3)
-    if name == "logistic":
-        return round(0.660 / (1.0 + 0.25 / count), 3)
-    return math.nan
+    critical = round(value / (1.0 + first / count + second / count**2), 3)
+    return {"anderson_statistic": float(result.statistic), "anderson_critical_5pct": critical}
 
 
 def _chi_square(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> tuple[float, float]:

@@ -21,11 +21,7 @@ def sliding_windows(
     A token is scored by the window that reaches it first, from the tokens before it in that window. So a text's first
     token is never scored, and without overlap no window's first token is; a lone last token is left out.
 
-    Args:
-      length: tokens of the text.
-      context_length: tokens of a window.
-      stride: from one window's beginning to the next.
-      max_scored_tokens: where to stop; None for no limit.
+    Windows hold `context_length` tokens and begin `stride` apart; `max_scored_tokens` says where to stop, None nowhere.
     """
     windows, previous_end = [], 0
     left = length if max_scored_tokens is None else max_scored_tokens

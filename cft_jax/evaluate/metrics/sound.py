@@ -22,33 +22,12 @@ REPLICATES = 200
 ERROR_METRICS = ("mean_error", "variance_error", "wasserstein_1")
 
 
-def randomised_pit(values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator) -> Float[np.ndarray, "N"]:
-    """Where in the target's distribution every value lies, ties spread at random; uniform for draws from it."""
-    below, at = target.cdf_around(values)
-    return below + rng.random(values.size) * (at - below)
-
-
-def kolmogorov_smirnov(pit: Float[np.ndarray, "N"]) -> tuple[float, float]:
-    """Two-sided Kolmogorov-Smirnov statistic of uniformity and its exact p-value.
-
-    Args:
-      pit: at least one value in [0, 1] (`randomised_pit`).
-    """
-    result: Any = stats.ks_1samp(pit, stats.uniform.cdf, method="exact")
-    return float(result.statistic), float(result.pvalue)
-
-
 def anderson_darling(pit: Float[np.ndarray, "N"]) -> tuple[float, float]:
-    """Anderson-Darling statistic of uniformity and its p-value, no parameter fitted.
+    """Anderson-Darling statistic of uniformity of at least two values in [0, 1] and its p-value, nothing fitted.
 
     The p-value is that of Marsaglia and Marsaglia, Evaluating the Anderson-Darling distribution, Journal of
     Statistical Software 9(2), 2004; against simulation it is off by at most 0.002 for 8 values, 0.01 for 2.
-
-    Args:
-      pit: at least two values in [0, 1] (`randomised_pit`).
-
-    Returns:
-      (infinity, 0) when a value is 0 or 1.
+    (infinity, 0) when a value is 0 or 1.
     """
     count = pit.size
     ordered = np.sort(pit)
@@ -63,11 +42,7 @@ def anderson_darling(pit: Float[np.ndarray, "N"]) -> tuple[float, float]:
 def pooled_chi_square(
     observed: Float[np.ndarray, "C"], probabilities: Float[np.ndarray, "C"]
 ) -> tuple[float, float, int] | None:
-    """Chi-square test over cells pooled from neighbours until each expects at least 5.
-
-    Args:
-      observed: counts.
-      probabilities: of the cells, summing to 1.
+    """Chi-square test of counts over cells pooled from neighbours until each expects at least 5.
 
     Returns:
       Statistic, p-value and number of cells; infinity and 0 when a cell without probability was hit; None when fewer
@@ -102,12 +77,7 @@ def integer_cells(
 
 
 def tests_of_target(values: Float[np.ndarray, "N"], target: Target, rng: np.random.Generator) -> dict[str, float]:
-    """The tests of a sample of numbers against what the prompt asked for.
-
-    Args:
-      values: finite numbers, in any order.
-      target: the distribution asked for.
-      rng: spreads the ties.
+    """The tests of a sample of finite numbers against what the prompt asked for; `rng` spreads the ties.
 
     Returns:
       `ks_randomised_*` and `anderson_darling_*` with `statistic` and `pvalue`; for integer families also
@@ -115,10 +85,11 @@ def tests_of_target(values: Float[np.ndarray, "N"], target: Target, rng: np.rand
     """
     if values.size < 2:
         return {}
-    pit = randomised_pit(values, target, rng)
-    metrics = {}
-    for name, test in (("ks_randomised", kolmogorov_smirnov), ("anderson_darling", anderson_darling)):
-        metrics[f"{name}_statistic"], metrics[f"{name}_pvalue"] = test(pit)
+    below, at = target.cdf_around(values)
+    pit = below + rng.random(values.size) * (at - below)
+    ks: Any = stats.ks_1samp(pit, stats.uniform.cdf, method="exact")
+    metrics = {"ks_randomised_statistic": float(ks.statistic), "ks_randomised_pvalue": float(ks.pvalue)}
+    metrics["anderson_darling_statistic"], metrics["anderson_darling_pvalue"] = anderson_darling(pit)
     if isinstance(target, FamilyTarget) and target.integer_only:
         metrics.update(chi_square_metrics(*integer_cells(values, target)))
     return metrics
@@ -147,15 +118,7 @@ def bootstrap_intervals(
     """95 % bootstrap intervals of the error metrics of a sample.
 
     Errors are absolute values, so resampling inflates them: the percentiles are shifted by the mean excess of the
-    resampled metrics over the sample's own, and cut at 0.
-
-    Args:
-      values: finite numbers, in any order; at least two, else there are no intervals.
-      target: the distribution asked for.
-      rng: draws the resamples.
-
-    Returns:
-      An interval for every metric that exists.
+    resampled metrics over the sample's own, and cut at 0. Metrics that do not exist, or fewer than two values, have none.
     """
     if values.size < 2:
         return {}
@@ -164,10 +127,9 @@ def bootstrap_intervals(
     intervals = {}
     for name, metric in metrics.items():
         replicates = resampled[name]
-        if not (math.isfinite(metric) and np.isfinite(replicates).all()):
-            continue
-        low, high = np.percentile(replicates, [2.5, 97.5]) - float(replicates.mean()) + metric
-        intervals[name] = Interval(max(float(low), 0.0), float(high), float(replicates.std(ddof=1)))
+        if math.isfinite(metric) and np.isfinite(replicates).all():
+            low, high = np.percentile(replicates, [2.5, 97.5]) - float(replicates.mean()) + metric
+            intervals[name] = Interval(max(float(low), 0.0), float(high), float(replicates.std(ddof=1)))
     return intervals
 
 
@@ -184,11 +146,8 @@ def rate_interval(hits: int, count: int) -> Interval:
 def ideal_metrics(target: Target, count: int, rng: np.random.Generator) -> dict[str, float]:
     """The error metrics a sampler of exactly the target gets with `count` draws, from 200 such samples.
 
-    Heavy tails make their mean noisy and much larger than what is typical (Cauchy: its mean does not exist), hence
-    the median.
-
-    Returns:
-      For every error metric that exists its `<name>`, the mean, `<name>_median`, and `<name>_p95`, which 5 % exceed.
+    For every one that exists `<name>`, the mean, `<name>_median`, since heavy tails make the mean noisy and much larger
+    than what is typical (Cauchy: its mean does not exist), and `<name>_p95`, which 5 % exceed.
     """
     if count < 1:
         return {}

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Float
 
 from cft_jax.distributions.families import find_family
-from cft_jax.distributions.splits import PromptSpec
 
 # Integer targets are drawn from a table of their CDF between these far quantiles (a draw beyond has probability
 # 2e-12) where the table is not too long; scipy's own quantiles take seconds for some families.
@@ -19,7 +18,10 @@ _MAX_TABLE = 10**6
 
 @dataclass(frozen=True, eq=False)
 class FamilyTarget:
-    """A family with parameters, as asked for in the prompt; `num_decimals` is the resolution of written values."""
+    """A family with parameters, as asked for in the prompt; `num_decimals` is the resolution of written values.
+
+    Mean and variance are not finite where they do not exist.
+    """
 
     family_id: str
     parameters: Mapping[str, float]
@@ -39,12 +41,10 @@ class FamilyTarget:
 
     @functools.cached_property
     def mean(self) -> float:
-        """The mean; not finite where it does not exist."""
         return float(self.frozen.stats(moments="m"))
 
     @functools.cached_property
     def variance(self) -> float:
-        """The variance; not finite where it does not exist."""
         return float(self.frozen.stats(moments="v"))
 
     @functools.cached_property
@@ -126,8 +126,3 @@ class ListedTarget:
 
 
 Target = FamilyTarget | ListedTarget
-
-
-def target_of_spec(spec: PromptSpec, num_decimals: int = 5) -> FamilyTarget:
-    """The target of a prompt; only the family and the parameters of `spec` matter."""
-    return FamilyTarget(spec.family_id, spec.parameters, num_decimals)
