@@ -54,16 +54,15 @@ def parse_mcq(text: str) -> Mcq:
     errors += [f"missing_{name}" for name in _MISSING_ORDER if name not in parts]
     prefix_errors = {f"{kind}_{name}" for kind in ("duplicate", "missing") for name in _OPTIONS}
     option_prefixes_valid = prefix_errors.isdisjoint(errors)
-    errors += [f"empty_{name}" for name in _EMPTY_ORDER if not parts.get(name)]
-    answer = parts.get("correct_answer", "")
+    texts = {name: parts.get(name, "") for name in _PREFIXES.values()}
+    errors += [f"empty_{name}" for name in _EMPTY_ORDER if not texts[name]]
+    answer = texts["correct_answer"]
     if answer not in ANSWER_LABELS:
         errors.append("invalid_correct_answer")
-    options = {label: parts.get(name, "") for label, name in zip(ANSWER_LABELS, _OPTIONS, strict=True)}
+    options = {label: texts[name] for label, name in zip(ANSWER_LABELS, _OPTIONS, strict=True)}
     return Mcq(
-        question_text=parts.get("question", ""),
-        **{name: parts.get(name, "") for name in _OPTIONS},
-        correct_answer=answer,
-        explanation=parts.get("explanation", ""),
+        question_text=texts.pop("question"),
+        **texts,
         is_parseable=not errors,
         format_errors=tuple(errors),
         unique_options=all(options.values()) and len(set(options.values())) == len(options),

@@ -68,12 +68,8 @@ def calibration_bins(
 
     The bins hold equal target mass. A value that reaches over several bins is shared out in proportion (the
     non-randomised probability integral transform of Czado, Gneiting and Held, Biometrics 65, 2009), so that a model
-    equal to its target has the target's mass in every bin, for discrete targets too.
-
-    Args:
-      target: p, summing to 1.
-      log_probs: ln q.
-      numbers: order of the values; None keeps the order of the output space.
+    equal to its target has the target's mass in every bin, for discrete targets too. `numbers` order the values, which
+    without them are in the order of the output space.
 
     Returns:
       The target's masses, all 1/20, and the model's, which sum to its support mass.

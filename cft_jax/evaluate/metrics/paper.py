@@ -61,27 +61,22 @@ def moment_metrics(sample: Float[np.ndarray, "N"], target: Target) -> dict[str, 
 
 
 def error_metrics(samples: Float[np.ndarray, "R N"], target: Target) -> dict[str, Float[np.ndarray, "R"]]:
-    """`mean_error`, `variance_error` and `wasserstein_1` of every row; NaN where the target has no such moment."""
+    """`mean_error`, `variance_error` and `wasserstein_1` of every row.
+
+    Errors are NaN where the target has no such moment; Wasserstein-1 is the mean |x_(i) - quantile_i| of finite pairs,
+    infinity where there is none.
+    """
     with np.errstate(all="ignore"):
         mean, variance = samples.mean(axis=1), samples.var(axis=1)
         nowhere = np.full(len(samples), math.nan)
+        distance = np.abs(np.sort(samples, axis=1) - target.quantiles(samples.shape[1]))
+        finite = np.isfinite(distance)
+        count, total = finite.sum(axis=1), np.where(finite, distance, 0.0).sum(axis=1)
         return {
             "mean_error": np.abs(mean - target.mean) if math.isfinite(target.mean) else nowhere,
             "variance_error": np.abs(variance - target.variance) if math.isfinite(target.variance) else nowhere,
-            "wasserstein_1": quantile_distance(np.sort(samples, axis=1), target.quantiles(samples.shape[1])),
+            "wasserstein_1": np.where(count > 0, total / np.maximum(count, 1), math.inf),
         }
-
-
-def quantile_distance(
-    sorted_sample: Float[np.ndarray, "*R N"], quantiles: Float[np.ndarray, "N"]
-) -> Float[np.ndarray, "*R"]:
-    """Mean |x_(i) - quantile_i| over finite pairs, of every sample; infinity where there is none."""
-    with np.errstate(all="ignore"):
-        distance = np.abs(sorted_sample - quantiles)
-    finite = np.isfinite(distance)
-    count = finite.sum(axis=-1)
-    total = np.where(finite, distance, 0.0).sum(axis=-1)
-    return np.where(count > 0, total / np.maximum(count, 1), math.inf)
 
 
 def goodness_of_fit(values: Sequence[float | int] | Real[np.ndarray, "N"], spec: PromptSpec) -> dict[str, float | str]:

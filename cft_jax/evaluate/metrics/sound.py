@@ -118,7 +118,7 @@ def bootstrap_intervals(
     """95 % bootstrap intervals of the error metrics of a sample.
 
     Errors are absolute values, so resampling inflates them: the percentiles are shifted by the mean excess of the
-    resampled metrics over the sample's own, and cut at 0. Metrics that do not exist, or fewer than two values, have none.
+    resampled metrics over the sample's own, and cut at 0. Metrics that do not exist have none, nor have single values.
     """
     if values.size < 2:
         return {}

@@ -35,14 +35,10 @@ def card_of_run(config: Config, *, form: str, base: str, summaries: Mapping[str,
 def model_card(
     config: Config, *, base: str, prompt: str, summaries: Mapping[str, Mapping[str, Any]], revision: str
 ) -> str:
-    """The text of the card.
+    """The text of the card, with `prompt` as the example.
 
-    Args:
-      config: of the run.
-      base: hub id or directory of the base model; empty for a model made from scratch.
-      prompt: one of the run's prompts, as an example.
-      summaries: of the structured evaluations by stage, `before` and `after`; a missing one is left out.
-      revision: of the code.
+    `base` is the hub id or directory of the base model, empty for a model made from scratch; `summaries` are those of
+    the structured evaluations by stage, `before` and `after`: a missing one is left out.
     """
     hub_id = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith(".") else ""
     return TEMPLATES.get_template("model_card.txt").render(

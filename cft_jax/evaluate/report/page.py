@@ -31,11 +31,9 @@ def write_report(workdir: Path) -> Path:
 
 
 def render_page(runs: Sequence[Run], training: Training | None = None) -> str:
-    """The page; the first run is the base of all differences. The same runs give the same bytes.
+    """The page of runs, or of a run of the main job and its stages; the same runs give the same bytes.
 
-    Args:
-      runs: in the order of their columns.
-      training: of the run of the main job whose evaluations they are.
+    The runs are columns in this order; the first is the base of all differences.
     """
     # Here, since it takes a second to import matplotlib, and most processes that import this module draw nothing.
     from cft_jax.evaluate.report.sections import page_sections

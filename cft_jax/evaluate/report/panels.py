@@ -47,10 +47,7 @@ def record_key(record: Record) -> Key:
 def choose_panels(runs: Sequence[Run], splits: Sequence[str], limit: int) -> list[tuple[Key, Panel]]:
     """The prompts to show, with their keys: one per family, by splits in turn, and the user's own before all families.
 
-    Args:
-      runs: of the structured suite; only prompts whose records have a `distribution` can be shown.
-      splits: the splits, most interesting first.
-      limit: at most so many prompts.
+    Runs are of the structured suite; only prompts whose records have a `distribution` can be shown.
     """
     shown: dict[Key, dict[int, Record]] = {}
     for run in runs:

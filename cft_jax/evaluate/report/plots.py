@@ -85,9 +85,7 @@ def gallery_figure(panels: Sequence[Panel], columns: int) -> Figure:
     handles = [Patch(facecolor=TARGET), *(Line2D([], [], **_line(style)) for style in (0, 1))]
     with matplotlib.rc_context(_STYLE):
         figure.legend(handles, ["target", "before training", "after training"], loc="outside upper right", ncols=3)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.12, h_pad=0.14)  # type: ignore[call-arg]
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.14)
     return figure
 
 
@@ -159,11 +157,7 @@ def bars_figure(
 ) -> Figure:
     """Groups of bars, a bar per model by its style, none where it is NaN; logarithmic where they differ much.
 
-    Args:
-      labels: of the groups.
-      heights: of the bars in every group.
-      percent: whether heights are shares.
-      uniform: whether a dotted line is drawn where all groups would be alike.
+    Heights are shares if `percent`; if `uniform`, a dotted line is drawn where all groups would be alike.
     """
     figure, (ax,) = new_figure(5.6, 2.6, 1, 1)
     width = 0.8 / len(heights)
@@ -186,10 +180,7 @@ def bars_figure(
 def svg(figure: Figure, name: str, description: str) -> str:
     """An <svg> element for an HTML page: its text in the page's font, its colours from CSS variables.
 
-    Args:
-      figure: the figure.
-      name: keeps the element's ids apart from those of other figures on the page.
-      description: what it shows, for those who do not see it.
+    `name` keeps its ids apart from those of other figures on the page; `description` is for those who do not see it.
     """
     element = _saved(figure, name, format="svg", transparent=True, metadata={"Date": None}).decode()
     element = element[element.index("<svg") :]

@@ -131,11 +131,7 @@ def table_of(
 ) -> Table | None:
     """A table of metrics; rows and groups of columns in which no run has any are left out, None if no row is left.
 
-    Args:
-      runs: the columns of every group.
-      rows: by title the metric in each group of columns.
-      groups: headings.
-      split: that all metrics are of; empty where there is none.
+    A row is by its title the metric in each group, where every run has a column; `split` is the one they are all of.
     """
     summaries = [run.summary for run in runs]
     kept = [any(_is_known(summaries, metric) for metric in column) for column in zip(*rows.values(), strict=True)]
