@@ -25,12 +25,8 @@ def main() -> None:
     """The command line."""
     values = cli.new_flags(config=False)
     flags.DEFINE_string("output", None, "The HTML file to write.", flag_values=values)
-    flags.DEFINE_list(
-        "args",
-        [],
-        "RUN [RUN ...]: directories of evaluations or of runs, the one to compare with first.",
-        flag_values=values,
-    )
+    runs = "RUN [RUN ...]: directories of evaluations or of runs, the one to compare with first."
+    flags.DEFINE_list("args", [], runs, flag_values=values)
     cli.run(_main, values, __doc__ or "")
 
 

@@ -34,9 +34,8 @@ def _main(values: flags.FlagValues) -> None:
 def main() -> None:
     """The command line."""
     values = cli.new_flags(config=True)
-    flags.DEFINE_string(
-        "workdir", None, "Directory of the run; runs/<name of the config> by default.", flag_values=values
-    )
+    directory = "Directory of the run; runs/<name of the config> by default."
+    flags.DEFINE_string("workdir", None, directory, flag_values=values)
     cli.run(_main, values, __doc__ or "")
 
 

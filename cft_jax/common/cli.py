@@ -46,24 +46,17 @@ def new_flags(*, config: bool) -> flags.FlagValues:
     flags.DEFINE_bool("quiet", False, "Print warnings and the final summary only.", flag_values=values)
     flags.DEFINE_bool("verbose", False, "Print debugging messages too.", flag_values=values)
     if config:
-        flags.DEFINE_string(
-            "config",
-            None,
-            "Config file, with an argument after a colon where it takes one (configs/llama.py:3b); "
-            "override fields by --config.a.b=value.",
-            flag_values=values,
-        )
+        file = "Config file, with an argument after a colon where it takes one (configs/llama.py:3b); "
+        file += "override fields by --config.a.b=value."
+        flags.DEFINE_string("config", None, file, flag_values=values)
         flags.DEFINE_multi_string(_OVERRIDE, [], "", flag_values=values)
     return values
 
 
 def run(main: Main, values: flags.FlagValues, description: str) -> None:
-    """Parses the command line into `values`, sets up logging, calls `main`, and exits with the code that fits.
+    """Parses the command line into `values`, sets up logging, calls `main` with them, exits with the code that fits.
 
-    Args:
-      main: the command's work; receives the parsed flags.
-      values: made by `new_flags`, with the command's own flags defined on it.
-      description: what the command does, for `--help`.
+    `values` come from `new_flags`, with the command's own flags defined on them; `description` is for `--help`.
     """
     keep_freed_memory()
     try:
@@ -148,11 +141,8 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
 
 
 def _worth_reading(record) -> bool:
-    """What this package says, and other libraries' warnings.
-
-    Nothing of orbax: it shares absl's logger, reports every file that it writes, warns of what it was told, and logs
-    the errors that it raises.
-    """
+    # Nothing of orbax: it shares absl's logger, reports every file that it writes, warns of what it was told, and logs
+    # the errors that it raises.
     if "orbax" in Path(record.pathname).parts:
         return False
     return record.name == "absl" or record.levelno >= stdlib_logging.WARNING

@@ -14,21 +14,16 @@ def user_cache(name: str) -> Path:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Writes a file so that a reader, or a crash, finds the old content or the new, never a part.
-
-    Args:
-      path: of the file; its directory is made.
-      data: bytes, or text to be encoded as UTF-8.
+    """Writes a file so that a reader, or a crash, finds the old content or the new, never a part; makes its directory.
 
     Raises:
       OSError: the disk is full or the place is not writable; the old content stays.
     """
-    raw = data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(raw)
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -1,7 +1,6 @@
 """Progress of long work: a bar on a terminal, a line now and then in a log."""
 
 import sys
-from types import TracebackType
 from typing import Any
 
 from absl import logging
@@ -41,14 +40,7 @@ class Progress:
     """
 
     def __init__(self, what: str, *, total: int, unit: str, done: int = 0) -> None:
-        """Starts counting.
-
-        Args:
-          what: name of the work.
-          total: units in all, those already done included.
-          unit: name of one unit, singular.
-          done: units done earlier (a resumed run); they do not count towards the throughput.
-        """
+        """Starts counting the units of the work named `what`; those `done` earlier do not count towards the speed."""
         options: dict[str, Any] = {"total": total, "initial": done, "desc": what, "disable": not logging.level_info()}
         self._logs = logging.level_info() and not sys.stderr.isatty()
         if not self._logs:
@@ -61,8 +53,8 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if self._logs and (kind is not None or self._bar.n == self._bar.last_print_n):
+    def __exit__(self, *error: object) -> None:
+        if self._logs and (any(error) or self._bar.n == self._bar.last_print_n):
             self._bar.leave = False  # no line that says nothing new
         self._bar.close()
 

@@ -47,9 +47,7 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
 def reaching(address: str, flag: str = "") -> Iterator[None]:
     """Tells in one line why a store cannot be read or written; does nothing for a local place.
 
-    Args:
-      address: on the store.
-      flag: the flag or field that named it, for messages.
+    `flag` is the flag or field that named the address, for messages.
 
     Raises:
       UserError: the client's package is absent, or the store does not answer or refuses.
@@ -97,11 +95,7 @@ def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
 
 
 def fetched(address: str, patterns: Sequence[str]) -> Path:
-    """A local copy of the files of a checkpoint on a store, in the user's cache; copied once.
-
-    Args:
-      address: of the directory.
-      patterns: of the names to copy; subdirectories are left out.
+    """A local copy of the files of a checkpoint on a store whose names fit, in the user's cache; copied once.
 
     Raises:
       UserError: the store cannot be reached, or has no such files there; or the disk is too small.
@@ -152,25 +146,16 @@ class Workdir:
     Attributes:
       path: local; what is read and written.
       origin: where the files last: the same path, or an address.
+      checkpoints: where those of a run lie.
     """
 
     def __init__(self, path: Path, origin: epath.Path | None = None, *, write: bool = True) -> None:
-        """Names the two; copies nothing.
-
-        Args:
-          path: local.
-          origin: on a store; None for a directory that is no mirror.
-          write: whether this process copies to the store.
-        """
+        """Names the two, with `write` where this process copies to the store; copies nothing."""
         self.path, self.origin = path, epath.Path(path) if origin is None else origin
+        self.checkpoints = self.origin / CHECKPOINTS
         self._is_mirror, self._write = origin is not None, write
         self._copied: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
-
-    @property
-    def checkpoints(self) -> epath.Path:
-        """Where the checkpoints of a run lie."""
-        return self.origin / CHECKPOINTS
 
     def __str__(self) -> str:
         """The place as the user named it."""
@@ -178,21 +163,17 @@ class Workdir:
 
     def fetch(self, under: str = "") -> None:
         """Copies what the store has in a directory of it, by default in all, checkpoints and results aside."""
-        if self._is_mirror:
-            with self._lock:
-                self._fetch(Path(under))
-
-    def _fetch(self, relative: Path) -> None:
-        there = self.origin / relative.as_posix()
-        for entry in there.iterdir() if there.is_dir() else ():
-            inner = relative / entry.name
+        there = self.origin / under
+        for entry in there.iterdir() if self._is_mirror and there.is_dir() else ():
+            inner = Path(under) / entry.name
             if inner.as_posix() in _NOT_FETCHED:
                 continue
             if entry.is_dir():
-                self._fetch(inner)
+                self.fetch(inner.as_posix())
                 continue
-            _copy(entry, self.path / inner)
-            self._copied[inner] = _version(self.path / inner)
+            with self._lock:
+                _copy(entry, self.path / inner)
+                self._copied[inner] = _version(self.path / inner)
 
     def publish(self) -> None:
         """Copies new and changed files to the store, and removes there what was removed here since.
@@ -224,15 +205,10 @@ def _version(file: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def opened(place: str, *, write: bool, flag: str = "--workdir") -> Iterator[Workdir]:
-    """A workdir: the place itself, or for an address a temporary mirror of it.
+    """A workdir: the place itself, or for an address such as gs://bucket/runs/a a temporary mirror of it.
 
     The mirror is filled from the store, copied back every half minute, before each checkpoint and at the end, and
-    removed. Hosts without a common disk may each have one.
-
-    Args:
-      place: a directory, or an address such as gs://bucket/runs/a.
-      write: whether this process copies to the store; process 0 does.
-      flag: that named the place, for messages.
+    removed. Hosts without a common disk may each have one; `write` tells whether this process copies to the store.
 
     Raises:
       UserError: the store cannot be reached.

@@ -10,6 +10,8 @@ from typing import Any
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 
+Mirror = Callable[[int, Mapping[str, float]], None]
+
 
 class MetricsWriter:
     """Appends rows to a run's `metrics.jsonl`; each step stands in it once, whatever interrupted the run.
@@ -18,14 +20,7 @@ class MetricsWriter:
     that a crash left half-written. Rows are flushed as they are written.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        after_step: int,
-        enabled: bool,
-        mirror: Callable[[int, Mapping[str, float]], None] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, *, after_step: int, enabled: bool, mirror: Mirror | None = None) -> None:
         """Opens the file.
 
         Args:
@@ -81,11 +76,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
     rows = []
-    for number, line in enumerate(lines, 1):
+    # What follows the last line's end was cut off.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:

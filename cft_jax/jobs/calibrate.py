@@ -44,11 +44,7 @@ PREEMPTED = 143
 
 
 def start(config: Config, place: str) -> None:
-    """The command: joins the other processes of the run, if any, and does the job in `place`, a directory or address.
-
-    Raises:
-      UserError: see `run` and `distributed.start`.
-    """
+    """The command: joins the run's other processes, if any, and does the job in `place`, a directory or address."""
     distributed.start()
     use_compilation_cache()
     with opened(place, write=jax.process_index() == 0) as workdir:
@@ -67,15 +63,14 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
     if config.eval.enabled:
         check_stages(config, workdir.path)
     check_workdir(workdir, config)
-    finished = _finished(workdir.path, config)
+    finished, writes = _finished(workdir.path, config), jax.process_index() == 0
     if finished is not None:
-        if jax.process_index() == 0:
+        if writes:
             sys.stdout.write(
                 f"{workdir} is finished (step {finished['step']}): {workdir}/report.html\n"
                 "raise config.train.max_steps where it was set, or name a new --workdir for another run\n"
             )
         return finished
-    writes = jax.process_index() == 0
     tasks = configured_tasks(config.data)
     trained = digest_of_tasks(tasks[TRAIN])
     with setting_up(workdir, config, devices=_devices(), write=writes, tasks=trained):
@@ -170,17 +165,13 @@ def _export(config: Config, model: Transformer, workdir: Path, summaries: Mappin
 
 def _by_suite(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Stage → suite → summary, as suite → stage → figures (of structured those by split)."""
-    suites = dict.fromkeys(suite for stage in summaries.values() for suite in stage)
-    return {
-        suite: {stage: _figures(by_suite[suite]) for stage, by_suite in summaries.items() if suite in by_suite}
-        for suite in suites
-    }
-
-
-def _figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    if summary["suite"] == SUITE and "splits" in summary:
-        return summary["splits"]
-    return {name: value for name, value in summary.items() if name not in ("suite", "checkpoint", "settings")}
+    suites: dict[str, dict[str, Any]] = {}
+    for stage, by_suite in summaries.items():
+        for suite, summary in by_suite.items():
+            figures = {name: summary[name] for name in summary if name not in ("suite", "checkpoint", "settings")}
+            is_split = suite == SUITE and "splits" in summary
+            suites.setdefault(suite, {})[stage] = summary["splits"] if is_split else figures
+    return suites
 
 
 def last_words(workdir: str, evaluations: Mapping[str, Any], *, exported: bool) -> str:
@@ -215,8 +206,5 @@ def _headline(stages: Mapping[str, Any]) -> list[str]:
 def _devices() -> str:
     devices, processes = jax.devices(), jax.process_count()
     kind, platform = devices[0].device_kind, devices[0].platform
-    return (
-        f"{len(devices)} x {kind}"
-        + (f" ({platform})" if platform != kind else "")
-        + (f" in {processes} processes" if processes > 1 else "")
-    )
+    where = f" ({platform})" if platform != kind else ""
+    return f"{len(devices)} x {kind}{where}" + (f" in {processes} processes" if processes > 1 else "")

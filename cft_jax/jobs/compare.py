@@ -15,11 +15,7 @@ from cft_jax.evaluate.report.runs import read_runs
 
 
 def start(output: str, places: Sequence[str]) -> None:
-    """The command.
-
-    Args:
-      output: the HTML file to write.
-      places: directories or addresses of evaluations or of runs, the one to compare with first.
+    """The command; `places` are directories or addresses of evaluations or of runs, the one to compare with first.
 
     Raises:
       UserError: one of them holds no evaluation, or `output` cannot be written.

@@ -23,11 +23,7 @@ from cft_jax.sharding import distributed
 
 
 def start(config: Config, place: str) -> None:
-    """The command: joins the other processes, if any, measures, and leaves the results in `place`.
-
-    Raises:
-      UserError: see `run` and `distributed.start`.
-    """
+    """The command: joins the other processes, if any, measures, and leaves the results in `place`."""
     distributed.start()
     use_compilation_cache()
     with opened(place, write=jax.process_index() == 0) as workdir:

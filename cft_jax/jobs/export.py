@@ -16,13 +16,7 @@ from cft_jax.sharding import distributed
 
 
 def start(workdir: str, output: str, form: str, dtype: str | None) -> None:
-    """The command.
-
-    Args:
-      workdir: of the run; a directory or an address.
-      output: absent or empty; a directory or an address.
-      form: "merged" or "adapter".
-      dtype: of merged weights; None for the base checkpoint's.
+    """The command, from directories or addresses; `dtype` is of merged weights, None for the base checkpoint's.
 
     Raises:
       UserError: `output` is taken, or the run has nothing to export.

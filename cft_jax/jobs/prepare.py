@@ -91,7 +91,7 @@ def _largest_loss(tasks: Sequence[Task], config: Config) -> dict[str, Any]:
     # Rounded: sums of probabilities leave 1e-15 over.
     losses = [(round(space.lost_mass, 6), task) for task, space in spaces if not isinstance(space, AnalyticSpace)]
     loss, task = max(losses, key=lambda pair: pair[0], default=(0.0, None))
-    named = {} if task is None or not loss else {"lost_mass_prompt": task.messages[-1]["content"]}
+    named = {"lost_mass_prompt": task.messages[-1]["content"]} if task and loss else {}
     return {"lost_mass": loss, **named}
 
 

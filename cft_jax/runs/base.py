@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -52,11 +53,7 @@ def base_of_run(config: Config, workdir: Workdir) -> str:
 
 
 def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, or the one that `model.tokenizer` names.
-
-    Raises:
-      UserError: see `load_tokenizer`.
-    """
+    """The checkpoint's tokenizer, or the one that `model.tokenizer` names; see `load_tokenizer`."""
     named = settings.tokenizer or checkpoint
     return load_tokenizer(named, revision=settings.revision, local_files_only=settings.local_files_only)
 
@@ -64,13 +61,8 @@ def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokeni
 def check_vocabulary(settings: ModelSettings, checkpoint: str, *, highest_id: int) -> None:
     """Refuses a tokenizer that writes tokens which the model lacks: indexing on devices would not complain.
 
-    Args:
-      settings: of the run.
-      checkpoint: of the base model.
-      highest_id: of the tokens in the data.
-
     Raises:
-      UserError: it is beyond the model's vocabulary.
+      UserError: the highest id in the data is beyond the model's vocabulary.
     """
     size = _architecture(settings, checkpoint).vocab_size
     if highest_id >= size:
@@ -88,55 +80,33 @@ def _architecture(settings: ModelSettings, checkpoint: str) -> ModelConfig:
 
 
 def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, length: int) -> MemoryEstimate:
-    """What training takes on each device, worked out before anything is loaded.
-
-    Args:
-      config: of the run.
-      checkpoint: of the base model.
-      mesh: that it will lie on.
-      rows: of a batch, over all devices.
-      length: tokens of a row.
+    """What training takes on each device, worked out before anything is loaded; a batch has `rows` of `length` tokens.
 
     Raises:
       UserError: it cannot fit; or see `model_config`.
     """
-    settings = config.model
-    lora = _lora(settings)
-    estimate = estimate_memory(
-        _architecture(settings, checkpoint),
-        lora=lora,
-        dtype=settings.dtype,
-        param_dtype=settings.dtype if lora else "float32",
-        mesh=mesh,
-        batch=Batch(-(-rows // config.train.grad_accum_steps), length),
-        remat=settings.remat,
-    )
+    batch = Batch(-(-rows // config.train.grad_accum_steps), length)
+    estimate = estimate_memory(_architecture(config.model, checkpoint), batch=batch, **_options(config.model, mesh))
     require_memory(estimate, device_memory())
     return estimate
 
 
 def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
-    """The model to train, on the mesh; the trained weights are float32, frozen ones in `model.dtype`.
-
-    Raises:
-      UserError: see `from_pretrained`.
-    """
+    """The model to train, on the mesh (see `from_pretrained`); trained weights are float32, frozen in `model.dtype`."""
     settings = config.model
-    lora = _lora(settings)
     return from_pretrained(
         checkpoint,
-        dtype=settings.dtype,
-        param_dtype=settings.dtype if lora else "float32",
-        mesh=mesh,
-        lora=lora,
         adapter=settings.adapter or None,
         revision=settings.revision,
         local_files_only=settings.local_files_only,
-        remat=settings.remat,
         seed=config.seed,
+        **_options(settings, mesh),
     )
 
 
-def _lora(settings: ModelSettings) -> LoraSpec | None:
-    lora = settings.lora
-    return LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.enabled else None
+def _options(settings: ModelSettings, mesh: Mesh) -> dict[str, Any]:
+    """How the model lies in memory."""
+    lora, dtype = settings.lora, settings.dtype
+    spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.enabled else None
+    param_dtype = dtype if lora.enabled else "float32"
+    return {"lora": spec, "dtype": dtype, "param_dtype": param_dtype, "mesh": mesh, "remat": settings.remat}

@@ -7,7 +7,7 @@ from absl import logging
 from transformers import PreTrainedTokenizerFast
 
 from cft_jax.checkpoints import write_random_llama
-from cft_jax.config import Config, ScratchConfig
+from cft_jax.config import Config
 from cft_jax.distributions import Task
 from cft_jax.models.config import GatedMlp, LayerSpec, ModelConfig, Rope
 from cft_jax.text import terminator_id
@@ -15,20 +15,27 @@ from cft_jax.text.scratch import save_tokenizer, train_tokenizer
 
 # Written last, so that a directory that has it is whole.
 LAST_FILE = "tokenizer.json"
-_THETA = 10_000.0
-_NORM_EPS = 1e-5
 
 
 def make_base(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
-    """Writes a randomly initialised model with a tokenizer fitted to the tasks, in Hugging Face format.
+    """Writes a randomly initialised model with a tokenizer fitted to the tasks of all splits, in Hugging Face format.
 
-    Args:
-      directory: absent; a part that a killed run left there is to be removed before.
-      config: of the run.
-      tasks: of all splits.
+    Its architecture is Llama's, with a tied head. `directory` must be absent.
     """
-    tokenizer = scratch_tokenizer(tasks)
-    model = _architecture(config.model.scratch, vocab_size=len(tokenizer))
+    tokenizer, scratch = scratch_tokenizer(tasks), config.model.scratch
+    model = ModelConfig(
+        num_layers=scratch.num_layers,
+        embed_dim=scratch.embed_dim,
+        num_heads=scratch.num_heads,
+        num_kv_heads=scratch.num_kv_heads,
+        head_dim=scratch.head_dim,
+        vocab_size=len(tokenizer),
+        layer_pattern=(LayerSpec(None, Rope(10_000.0)),),
+        mlp=GatedMlp(scratch.hidden_dim, "silu"),
+        norm_eps=1e-5,
+        attn_scale=scratch.head_dim**-0.5,
+        tie_head=True,
+    )
     write_random_llama(
         directory,
         config=model,
@@ -48,20 +55,3 @@ def scratch_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:
         texts += [message["content"] for message in task.messages]
         texts += [] if task.space is None else task.space.values
     return train_tokenizer(texts)
-
-
-def _architecture(scratch: ScratchConfig, *, vocab_size: int) -> ModelConfig:
-    """The architecture of a model trained from scratch: Llama's, with a tied head."""
-    return ModelConfig(
-        num_layers=scratch.num_layers,
-        embed_dim=scratch.embed_dim,
-        num_heads=scratch.num_heads,
-        num_kv_heads=scratch.num_kv_heads,
-        head_dim=scratch.head_dim,
-        vocab_size=vocab_size,
-        layer_pattern=(LayerSpec(None, Rope(_THETA)),),
-        mlp=GatedMlp(scratch.hidden_dim, "silu"),
-        norm_eps=_NORM_EPS,
-        attn_scale=scratch.head_dim**-0.5,
-        tie_head=True,
-    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
@@ -24,11 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 
 def check_workdir(workdir: Workdir, config: Any) -> bool:
-    """Whether the run's directory is still to be made; changes nothing.
-
-    Args:
-      workdir: the directory.
-      config: a dataclass, the resolved configuration.
+    """Whether the run's directory is still to be made; changes nothing. `config` is a dataclass, resolved.
 
     Raises:
       UserError: the directory belongs to a run of another configuration (the fields are named), or holds other files.
@@ -54,8 +51,8 @@ def setting_up(workdir: Workdir, config: Any, *, devices: str, write: bool, task
 
     Args:
       workdir: the directory.
-      config: a dataclass, the resolved configuration.
-      devices: description of the devices, recorded.
+      config: a dataclass, resolved.
+      devices: their description, recorded.
       write: whether this process records the configuration (process 0 does).
       tasks: digest of what is trained on, recorded; "" where nothing is trained.
 
@@ -107,12 +104,8 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Workdir) -> None:
-    """Refuses to resume a run whose configuration differs where it may not.
-
-    Raises:
-      UserError: naming each field with its saved and its present value.
-    """
-    before, after = _flat(saved), _flat(now)
+    """Refuses to resume a run whose configuration differs where it may not, naming each field with both values."""
+    before, after = flatten_dict(saved, sep="."), flatten_dict(now, sep=".")
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
@@ -139,24 +132,9 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str:
     """Commit of the code, with "+" where it has local changes; "unknown" outside a checkout."""
-    root = Path(__file__).parents[2]
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+    command = ("git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+")
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+" if commit and git("status", "--porcelain", "--untracked-files=no") else "") or "unknown"
-    except FileNotFoundError:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found.update(_flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = value
-    return found

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +29,7 @@ from cft_jax.train.optimizer import adamw, warmup_cosine
 from cft_jax.train.preemption import preemption_watch
 from cft_jax.train.prefetch import prefetched
 from cft_jax.train.profile import ProfileWindow
-from cft_jax.train.state import Weights, abstract_state, initial_state, split_model, state_shardings
+from cft_jax.train.state import abstract_state, initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step
 
 
@@ -122,6 +121,7 @@ def train(
     save_every = checkpoint.every_steps or per_epoch
     profile = ProfileWindow(log.profile, workdir.path / "profile")
     parts, weights, frozen = split_model(model)
+    count = sum(weight.size for weight in weights.values())
     optimizer = adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm)
     options = StepOptions(
         loss=head_options(target, tau=train.tau, softcap=model.config.final_softcap, mesh=model.mesh),
@@ -143,7 +143,9 @@ def train(
         restored = checkpoints.restore(abstract_state(weights, optimizer), functools.partial(check_same, record))
         state = initial_state(weights, optimizer) if restored is None else restored.state
         done = 0 if restored is None else restored.step
-        _announce(weights, done=done, stop=stop, per_epoch=per_epoch)
+        if done:
+            logging.info("resuming after step %d", done)
+        logging.info("training %s weights for %d steps, %d an epoch", f"{count:,}", stop, per_epoch)
         first = jax.process_index() == 0
         with (
             _named_by_tasks(dataset, checkpoints),
@@ -199,13 +201,6 @@ def _named_by_tasks(dataset: Batches, checkpoints: Checkpoints) -> Iterator[None
             f"loss {loss} at step {step} or its gradient is not finite (examples {shown}); {last}. Lower "
             "config.train.learning_rate in a new --workdir, or set config.train.on_nonfinite=skip there"
         ) from error
-
-
-def _announce(weights: Weights, *, done: int, stop: int, per_epoch: int) -> None:
-    count = sum(math.prod(weight.shape) for weight in weights.values())
-    if done:
-        logging.info("resuming after step %d", done)
-    logging.info("training %s weights for %d steps, %d an epoch", f"{count:,}", stop, per_epoch)
 
 
 def base_identity(model: Transformer, frozen: Mapping[str, Array]) -> dict[str, str]:

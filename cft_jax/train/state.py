@@ -51,15 +51,13 @@ class ModelParts:
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """How named arrays make up an NNX state: paths, the dtypes that the model stores, and the tree."""
+    """How named arrays make up an NNX state: by path the dtypes that the model stores, and the tree."""
 
-    names: tuple[str, ...]
-    dtypes: tuple[Any, ...]
+    dtypes: dict[str, Any]
     tree: Any
 
     def state(self, arrays: dict[str, Array]) -> Any:
-        leaves = [arrays[name].astype(dtype) for name, dtype in zip(self.names, self.dtypes, strict=True)]
-        return jax.tree.unflatten(self.tree, leaves)
+        return jax.tree.unflatten(self.tree, [arrays[name].astype(dtype) for name, dtype in self.dtypes.items()])
 
 
 def split_model(model: Transformer) -> tuple[ModelParts, Weights, dict[str, Array]]:
@@ -77,8 +75,9 @@ def split_model(model: Transformer) -> tuple[ModelParts, Weights, dict[str, Arra
 
 def _named(state: Any) -> tuple[_Layout, dict[str, Array]]:
     leaves, tree = jax.tree.flatten(state)
-    names = tuple("/".join(map(str, path)) for path, _ in nnx.to_flat_state(state))
-    return _Layout(names, tuple(leaf.dtype for leaf in leaves), tree), dict(zip(names, leaves, strict=True))
+    names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+    arrays = dict(zip(names, leaves, strict=True))
+    return _Layout({name: array.dtype for name, array in arrays.items()}, tree), arrays
 
 
 def state_shardings(weights: Weights, optimizer: optax.GradientTransformation) -> TrainState:

@@ -69,12 +69,7 @@ def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainSta
     """The jitted step; it consumes the state given to it (its buffers are reused).
 
     The loss is Σ over the global batch / Σ over the global batch, whatever the number of microbatches. An update
-    whose loss or gradient is not finite is left out; the step still counts.
-
-    Args:
-      parts: from `split_model`.
-      options: see `StepOptions`.
-      shardings: of the state, from `state_shardings`.
+    whose loss or gradient is not finite is left out; the step still counts. `shardings` are those of the state.
     """
 
     def train_step(state: TrainState, frozen: dict[str, Array], batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
