@@ -5,6 +5,7 @@ A field's default says its type. A rule stands in the field's metadata: what a v
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -42,19 +43,10 @@ def at_least(low: int, default: int | float) -> Any:
     return ruled(default, lambda value: value >= low, f"at least {low}")
 
 
-def positive(default: float) -> Any:
-    """A number above 0."""
-    return ruled(default, lambda value: value > 0, "greater than 0")
-
-
-def fraction(default: float) -> Any:
-    """A number from 0 on, below 1."""
-    return ruled(default, lambda value: 0 <= value < 1, "in [0, 1)")
-
-
-def share(default: float) -> Any:
-    """A number above 0, at most 1."""
-    return ruled(default, lambda value: 0 < value <= 1, "in (0, 1]")
+# Fields of one number each, made from their defaults.
+positive = functools.partial(ruled, holds=lambda value: value > 0, words="greater than 0")
+fraction = functools.partial(ruled, holds=lambda value: 0 <= value < 1, words="in [0, 1)")
+share = functools.partial(ruled, holds=lambda value: 0 < value <= 1, words="in (0, 1]")
 
 
 def broken_rules(record: Any, path: str = "config") -> Iterator[str]:

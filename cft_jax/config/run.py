@@ -217,10 +217,8 @@ def paper_config_dict(checkpoints: Mapping[str, str], argument: str) -> ConfigDi
     config: Any = default_config_dict()
     config.model.checkpoint = checkpoints[size]
     if target == "hard":
-        config.data.target = "hard"
-        config.data.max_bins = 16384
-        config.train.epochs = 2
-        config.train.samples_per_prompt_per_epoch = 16
+        config.data.update(target="hard", max_bins=16384)
+        config.train.update(epochs=2, samples_per_prompt_per_epoch=16)
     return config
 
 

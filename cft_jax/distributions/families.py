@@ -30,10 +30,10 @@ HELDOUT_FAMILIES: tuple[str, ...] = ("bernoulli", "poisson", "weibull", "maxwell
 
 @dataclass(frozen=True)
 class Rule:
-    """What one parameter may be; `text` completes "sigma=-1.0 must be ..."."""
+    """What a parameter may be, or several together: `text` completes "sigma=-1 must be", "a=2, b=1 must satisfy"."""
 
     text: str
-    accepts: Callable[[float], bool]
+    accepts: Callable[..., bool]
     whole: bool = False
 
 
@@ -43,14 +43,6 @@ PROBABILITY = Rule("between 0 and 1", lambda value: 0 <= value <= 1)
 POSITIVE_PROBABILITY = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 COUNT = Rule("a whole number of at least 0", lambda value: value >= 0 and value == round(value), whole=True)
 POSITIVE_COUNT = Rule("a whole number of at least 1", lambda value: value >= 1 and value == round(value), whole=True)
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A condition on several parameters at once; `holds` takes them in the order of the prompt."""
-
-    text: str
-    holds: Callable[..., bool]
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class Family:
     support_of: Callable[..., tuple[float, float]]
     grid: tuple[str, ...] = ()
     from_grid: Callable[..., tuple[float, ...]] = lambda *values: values
-    relations: tuple[Relation, ...] = ()
+    relations: tuple[Rule, ...] = ()
     exact_quantiles: bool = False
 
     @property
@@ -165,7 +157,7 @@ class Family:
             return found
         values = self._ordered(parameters)
         shown = ", ".join(f"{name}={value!r}" for name, value in zip(self.rules, values, strict=True))
-        return [f"{shown} must satisfy {r.text}" for r in self.relations if not r.holds(*values)]
+        return [f"{shown} must satisfy {r.text}" for r in self.relations if not r.accepts(*values)]
 
 
 def _is_finite_number(value: Any) -> bool:
@@ -204,7 +196,7 @@ _UNIT = _always(0.0, 1.0)
 _ROWS = (
     Family("uniform", "Uniform", "I", {"a": REAL, "b": REAL}, stats.uniform, lambda a, b: {"loc": a, "scale": b - a},
            lambda a, b: (a, b), grid=("a", "width"), from_grid=lambda a, width: (a, a + width),
-           relations=(Relation("a < b", lambda a, b: a < b),), exact_quantiles=True),
+           relations=(Rule("a < b", lambda a, b: a < b),), exact_quantiles=True),
     Family("gaussian", "Gaussian", "I", {"mu": REAL, "sigma": POSITIVE}, stats.norm, _named("loc", "scale"), _LINE),
     Family("bernoulli", "Bernoulli", "I", {"p": PROBABILITY}, stats.bernoulli, _named("p"), _UNIT),
     Family("beta", "Beta", "II", {"alpha": POSITIVE, "beta": POSITIVE}, stats.beta, _named("a", "b"), _UNIT),
@@ -218,11 +210,11 @@ _ROWS = (
            stats.nbinom, _named("n", "p"), _FROM_0),
     Family("lognormal", "LogNormal", "II", {"mu": REAL, "sigma": POSITIVE},
            stats.lognorm, lambda mu, sigma: {"s": sigma, "scale": math.exp(mu)}, _FROM_0,
-           relations=(Relation("-700 <= mu <= 700 (exp(mu) is its median)", lambda mu, sigma: abs(mu) <= 700),)),
+           relations=(Rule("-700 <= mu <= 700 (exp(mu) is its median)", lambda mu, sigma: abs(mu) <= 700),)),
     Family("triangular", "Triangular", "II", {"a": REAL, "c": REAL, "b": REAL},
            stats.triang, lambda a, c, b: {"c": (c - a) / (b - a), "loc": a, "scale": b - a}, lambda a, c, b: (a, b),
            grid=("a", "width", "mode_fraction"), from_grid=lambda a, width, mode: (a, a + width * mode, a + width),
-           relations=(Relation("a <= c <= b and a < b", lambda a, c, b: a <= c <= b and a < b),), exact_quantiles=True),
+           relations=(Rule("a <= c <= b and a < b", lambda a, c, b: a <= c <= b and a < b),), exact_quantiles=True),
     Family("rayleigh", "Rayleigh", "II", {"sigma": POSITIVE}, stats.rayleigh, _named("scale"), _FROM_0),
     Family("cauchy", "Cauchy", "III", {"x0": REAL, "gamma": POSITIVE}, stats.cauchy, _named("loc", "scale"), _LINE),
     Family("student_t", "Student's t", "III", {"nu": POSITIVE}, stats.t, _named("df"), _LINE),
@@ -241,8 +233,8 @@ _ROWS = (
            lambda population, successes, draws: (max(0.0, draws - (population - successes)), min(draws, successes)),
            grid=("M", "N", "success_fraction"),
            from_grid=lambda population, draws, share: (population, round(population * share), min(draws, population)),
-           relations=(Relation("K <= M", lambda population, successes, draws: successes <= population),
-                      Relation("N <= M", lambda population, successes, draws: draws <= population))),
+           relations=(Rule("K <= M", lambda population, successes, draws: successes <= population),
+                      Rule("N <= M", lambda population, successes, draws: draws <= population))),
     Family("gumbel", "Gumbel", "III", {"mu": REAL, "beta": POSITIVE}, stats.gumbel_r, _named("loc", "scale"), _LINE),
     Family("skellam", "Skellam", "III", {"mu1": POSITIVE, "mu2": POSITIVE}, stats.skellam, _named("mu1", "mu2"), _LINE),
     Family("beta_binomial", "Beta-Binomial", "III", {"n": POSITIVE_COUNT, "alpha": POSITIVE, "beta": POSITIVE},
@@ -257,7 +249,7 @@ _ROWS = (
            stats.truncnorm, lambda mu, sigma, lower, upper:
            {"a": (lower - mu) / sigma, "b": (upper - mu) / sigma, "loc": mu, "scale": sigma},
            lambda mu, sigma, lower, upper: (lower, upper),
-           relations=(Relation("lower < upper", lambda mu, sigma, lower, upper: lower < upper),)),
+           relations=(Rule("lower < upper", lambda mu, sigma, lower, upper: lower < upper),)),
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.family_id: family for family in _ROWS})

@@ -23,14 +23,6 @@ class Axis:
     values: tuple[float, ...]
     geometric: bool = False
 
-    def resampled(self, num_points: int, *, whole: bool) -> "Axis":
-        """An axis over the same range with `num_points` values, spaced as this one is (listed values: evenly).
-
-        A parameter that must be `whole` gets the distinct whole numbers nearest to them.
-        """
-        axis = (_log if self.geometric else _linear)(self.values[0], self.values[-1], num_points)
-        return Axis(tuple(sorted({float(round(value)) for value in axis.values})), self.geometric) if whole else axis
-
     def midpoints(self, *, whole: bool) -> "Axis":
         """An axis of the points half-way between neighbours; `whole` ones only where a whole number lies between."""
         found = []
@@ -78,10 +70,19 @@ class FamilyGrids:
 
 
 def resampled(family: Family, axes: tuple[Axis, ...], num_points: int) -> tuple[Axis, ...]:
-    """The same ranges with `num_points` values per axis."""
+    """The same ranges with `num_points` values per axis, spaced as these are (listed values: evenly).
+
+    A parameter that must be whole gets the distinct whole numbers nearest to them.
+    """
     if num_points < 2:
         raise UserError(f"grid_points={num_points} must be at least 2 (0: the paper's grids)")
-    return tuple(axis.resampled(num_points, whole=whole) for axis, whole in zip(axes, _whole(family), strict=True))
+    found = []
+    for axis, whole in zip(axes, _whole(family), strict=True):
+        points = (_log if axis.geometric else _linear)(axis.values[0], axis.values[-1], num_points).values
+        if whole:
+            points = tuple(sorted({float(round(point)) for point in points}))
+        found.append(Axis(points, axis.geometric))
+    return tuple(found)
 
 
 def between(family: Family, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -108,15 +109,8 @@ def _whole(family: Family) -> list[bool]:
 
 _SUCCESS = _listed(0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8)
 _LOCATION_SCALE = FamilyGrids(
-    main=(_linear(-2, 2, 11), _log(0.5, 2, 11)),
-    beyond=(_linear(2.5, 4, 6), _log(2.25, 3.5, 6)),
-    selected=((3.5, 3.0),),
+    (_linear(-2, 2, 11), _log(0.5, 2, 11)), (_linear(2.5, 4, 6), _log(2.25, 3.5, 6)), ((3.5, 3.0),)
 )
-
-
-def _heldout(axes: tuple[Axis, ...], *selected: tuple[float, ...]) -> FamilyGrids:
-    return FamilyGrids(axes, (), selected)
-
 
 # fmt: off
 GRIDS: Mapping[str, FamilyGrids] = MappingProxyType(
@@ -124,11 +118,11 @@ GRIDS: Mapping[str, FamilyGrids] = MappingProxyType(
         "uniform": FamilyGrids((_linear(-5, 2, 11), _linear(1, 5, 11)), (_linear(2.5, 4.5, 6), _linear(5.5, 8, 6)),
                                ((3.5, 7.0),)),
         "gaussian": _LOCATION_SCALE,
-        "bernoulli": _heldout((_listed(0.1, 0.3, 0.5, 0.7, 0.9),), (0.1,), (0.5,), (0.9,)),
+        "bernoulli": FamilyGrids((_listed(0.1, 0.3, 0.5, 0.7, 0.9),), (), ((0.1,), (0.5,), (0.9,))),
         "beta": FamilyGrids((_log(0.5, 5, 11), _log(0.5, 5, 11)), (_log(5.5, 8, 6), _log(5.5, 8, 6)), ((7.0, 7.0),)),
         "binomial": FamilyGrids((_listed(5, 10, 15, 20), _SUCCESS),
                                 (_listed(25, 30), _listed(0.25, 0.4, 0.5, 0.6, 0.75)), ((25.0, 0.5),)),
-        "poisson": _heldout((_log(1, 12, 17),), (1.0,), (4.0,), (12.0,)),
+        "poisson": FamilyGrids((_log(1, 12, 17),), (), ((1.0,), (4.0,), (12.0,))),
         "exponential": FamilyGrids((_log(0.5, 5, 25),), (_log(5.5, 8, 12),), ((7.0,),)),
         "geometric": FamilyGrids((_listed(0.2, 0.225, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.775, 0.8),),
                                  (_listed(0.05, 0.075, 0.1, 0.125, 0.15, 0.85, 0.875, 0.9, 0.925, 0.95),), ((0.125,),)),
@@ -148,7 +142,7 @@ GRIDS: Mapping[str, FamilyGrids] = MappingProxyType(
         "f_distribution": FamilyGrids((_listed(3, 5, 7, 10), _listed(5, 10, 15, 20)),
                                       (_listed(12, 15), _listed(24, 30)), ((12.0, 24.0),)),
         "gamma": FamilyGrids((_log(1, 5, 11), _log(1, 5, 11)), (_log(5.5, 8, 6), _log(5.5, 8, 6)), ((7.0, 7.0),)),
-        "weibull": _heldout((_log(0.5, 3, 6), _log(0.5, 3, 6)), (0.5, 0.5), (1.5, 1.5), (3.0, 3.0)),
+        "weibull": FamilyGrids((_log(0.5, 3, 6), _log(0.5, 3, 6)), (), ((0.5, 0.5), (1.5, 1.5), (3.0, 3.0))),
         "laplace": _LOCATION_SCALE,
         "logistic": _LOCATION_SCALE,
         "pareto": FamilyGrids((_listed(2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5), _log(0.5, 2, 11)),
@@ -163,10 +157,10 @@ GRIDS: Mapping[str, FamilyGrids] = MappingProxyType(
         "lomax": FamilyGrids((_log(1.5, 4, 11), _log(0.5, 3, 11)), (_log(4.5, 7, 6), _log(3.5, 5, 6)), ((6.0, 4.5),)),
         "inverse_gaussian": FamilyGrids((_log(0.5, 3, 11), _log(0.5, 5, 11)), (_log(3.5, 6, 6), _log(5.5, 8, 6)),
                                         ((5.0, 7.0),)),
-        "maxwell": _heldout((_listed(0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5),), (0.75,), (1.5,), (2.5,)),
-        "chi": _heldout((_listed(1.5, 2, 3, 4, 5, 7, 10, 14, 20),), (2.0,), (5.0,), (10.0,)),
-        "truncnorm": _heldout((_listed(0, 1), _listed(1, 1.5), _listed(-2, -1), _listed(1, 2)),
-                              (0.0, 1.0, -1.0, 1.0), (0.0, 1.0, -2.0, 2.0), (1.0, 1.5, -1.0, 2.0)),
+        "maxwell": FamilyGrids((_listed(0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5),), (), ((0.75,), (1.5,), (2.5,))),
+        "chi": FamilyGrids((_listed(1.5, 2, 3, 4, 5, 7, 10, 14, 20),), (), ((2.0,), (5.0,), (10.0,))),
+        "truncnorm": FamilyGrids((_listed(0, 1), _listed(1, 1.5), _listed(-2, -1), _listed(1, 2)), (),
+                                 ((0.0, 1.0, -1.0, 1.0), (0.0, 1.0, -2.0, 2.0), (1.0, 1.5, -1.0, 2.0))),
     }
 )
 # fmt: on

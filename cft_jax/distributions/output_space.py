@@ -181,12 +181,16 @@ def number_space(
                 "range of doubles; take milder parameters or quantiles"
             )
         if family.integer_only:
-            first, masses, moved = _integer_masses(named, distribution, support, (lower, upper), max_bins, clip)
-            size, decimals, bounds = float(masses.size), 0, (first, first + masses.size - 1)
+            start = math.floor(support[0] if math.isfinite(support[0]) else lower)
+            stop = math.ceil(support[1] if math.isfinite(support[1]) else upper)
+            clip = clip and math.isinf(support[1])
+            masses, moved = _integer_masses(named, distribution, start, stop, max_bins, clip)
+            first, size, decimals = float(start), float(masses.size), 0
+            bounds = first, first + size - 1
         else:
             bounds = max(lower, support[0]), min(upper, support[1])
-            rounding = 0.0 if family.exact_quantiles else _ROUNDING
-            first, size, masses = _decimal_masses(named, distribution, bounds, num_decimals, rounding, max_bins, clip)
+            exact = family.exact_quantiles
+            first, size, masses = _decimal_masses(named, distribution, bounds, num_decimals, exact, max_bins, clip)
             decimals, moved = num_decimals, 0.0
     total = float(masses.sum())
     probabilities = masses / total
@@ -222,26 +226,20 @@ def decimal_strings(integers: Real[np.ndarray, "N"], num_decimals: int) -> list[
 
 
 def _decimal_masses(
-    named: str,
-    distribution: Any,
-    bounds: tuple[float, float],
-    num_decimals: int,
-    rounding: float,
-    max_bins: int,
-    clip: bool,
+    named: str, distribution: Any, bounds: tuple[float, float], decimals: int, exact: bool, max_bins: int, clip: bool
 ) -> tuple[float, float, np.ndarray]:
     """The first integer, how many the range holds, and the masses of those kept."""
     lower, upper = bounds
-    step = float(f"1e-{num_decimals}")
-    first, last = inner_integers(lower / step, upper / step, rounding=rounding)
+    step = float(f"1e-{decimals}")
+    first, last = inner_integers(lower / step, upper / step, rounding=0.0 if exact else _ROUNDING)
     if max(abs(first), abs(last)) >= _LARGEST_INTEGER:
         raise UserError(
-            f"{named} reaches from {lower:.6g} to {upper:.6g}, too far for doubles with num_decimals={num_decimals}; "
+            f"{named} reaches from {lower:.6g} to {upper:.6g}, too far for doubles with num_decimals={decimals}; "
             "take fewer decimals or narrower quantiles"
         )
     if last < first:
         # No number of these decimals lies between the bounds: the one nearest their middle stands for everything.
-        only = round(float(f"{(lower + upper) / 2:.12g}"), num_decimals)
+        only = round(float(f"{(lower + upper) / 2:.12g}"), decimals)
         return float(np.round(only / step)), 1.0, np.ones(1)
     size = last - first + 1
     count = int(min(size, max_bins))
@@ -265,22 +263,15 @@ def inner_integers(lower: float, upper: float, *, rounding: float) -> tuple[floa
 
 
 def _integer_masses(
-    named: str,
-    distribution: Any,
-    support: tuple[float, float],
-    cuts: tuple[float, float],
-    max_bins: int,
-    clip: bool,
-) -> tuple[float, np.ndarray, float]:
-    """The first integer, the masses from there on, and how much of the last one's stands for those past `max_bins`."""
-    first = math.floor(support[0] if math.isfinite(support[0]) else cuts[0])
-    wanted = math.ceil(support[1] if math.isfinite(support[1]) else cuts[1])
+    named: str, distribution: Any, first: int, wanted: int, max_bins: int, clip: bool
+) -> tuple[np.ndarray, float]:
+    """The masses from the first integer on, and how much of the last one's stands for those past `max_bins`."""
     # The paper keeps the first max_bins integers and drops the rest of a bounded support. A quantile may lie below the
     # support: SciPy's of geometric(p=1) is 0.
     last = min(max(first, wanted), first + max_bins - 1)
     masses = np.clip(distribution.pmf(np.arange(first, last + 1, dtype=np.float64)), 0, None)
     moved = 0.0
-    if clip and math.isinf(support[1]):
+    if clip:
         beyond = 1 - distribution.cdf(last)
         masses[-1] += beyond
         moved = float(beyond) if last < wanted else 0.0
@@ -288,7 +279,7 @@ def _integer_masses(
         raise UserError(
             f"{named}: the integers {first} to {last} have no probability; max_bins={max_bins} must be larger"
         )
-    return float(first), masses, moved
+    return masses, moved
 
 
 def thinned_integers(

@@ -83,7 +83,11 @@ def build_splits(
     for family in held_out:
         grids = GRIDS[family.family_id]
         splits[OOD] += _specs(OOD, family, grids.selected if selected else _points(grids.main), digits)
-    _check_distinct(splits)
+    # A grid so dense that two of its points have one name would test on prompts that were trained on.
+    counts = Counter(spec.distribution_id for specs in splits.values() for spec in specs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(f"{len(repeated)} distributions occur twice, such as {repeated[0]}; take fewer grid points")
     for name in (UNSEEN, OOD):
         if max_prompts_per_split:
             splits[name] = spread(splits[name], max_prompts_per_split, lambda spec: spec.family_id)
@@ -164,11 +168,3 @@ def _specs(split: str, family: Family, points: Iterable[tuple[float, ...]], digi
         name, prompt = distribution_id(family, parameters), prompt_text(family, parameters, digits=digits)
         specs.append(PromptSpec(split, family.family_id, name, parameters, prompt))
     return specs
-
-
-def _check_distinct(splits: Mapping[str, Sequence[PromptSpec]]) -> None:
-    """A grid so dense that two of its points have one name would test on prompts that were trained on."""
-    counts = Counter(spec.distribution_id for specs in splits.values() for spec in specs)
-    repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
-        raise UserError(f"{len(repeated)} distributions occur twice, such as {repeated[0]}; take fewer grid points")

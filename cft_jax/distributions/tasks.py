@@ -9,9 +9,6 @@ from cft_jax.common.errors import UserError
 from cft_jax.distributions.output_space import NumberSpace, OutputSpace, number_space
 from cft_jax.distributions.splits import PromptSpec
 
-# Of a family's probability; a grid that keeps less of it teaches another distribution.
-_MOST = 0.5
-
 
 @dataclass(frozen=True)
 class SpaceSettings:
@@ -50,7 +47,7 @@ class Task:
         if self.spec is None:
             raise ValueError(f"task {self.task_id} has neither a spec nor a space")
         space = number_space(self.spec, **vars(settings))
-        if space.lost_mass > _MOST:
+        if space.lost_mass > 0.5:  # such a grid teaches another distribution
             raise UserError(
                 f"task {self.task_id}: {100 * space.lost_mass:.3g} % of the probability of {self.spec.family_id} with "
                 f"{dict(self.spec.parameters)} lies beyond the {space.probabilities.size} values of the grid; set "
