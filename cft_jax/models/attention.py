@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from cft_jax.models.config import LayerSpec, LoraSpec, ModelConfig
-from cft_jax.models.layers import Linear, RmsNorm, matmul_precision
+from cft_jax.models.config import ModelConfig
+from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum
 from cft_jax.models.rope import rotate
 from cft_jax.sharding.rules import constrain
 
@@ -34,6 +33,24 @@ class Segment(NamedTuple):
     keys: Float[Array, "R S K H"]
     values: Float[Array, "R S K H"]
     visible: Bool[Array, "R #Q S"]
+
+
+class Surroundings(NamedTuple):
+    """What one layer's tokens attend to, and from where.
+
+    Attributes:
+      window: how many keys back they see, by position; None for all.
+      cos_sin: of the layer's rope at `positions`.
+      positions: of the tokens.
+      visible: which of its row's own tokens each sees, the window aside.
+      context: earlier segments with the positions of their keys.
+    """
+
+    window: int | None
+    cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
+    positions: Int[Array, "B T"]
+    visible: Bool[Array, "B T T"]
+    context: tuple[tuple[Segment, Int[Array, "_ _"]], ...]
 
 
 def tree_visible(subtree_end: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -60,14 +77,10 @@ def attend(
     softcap: float | None,
     sinks: Float[Array, "N"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention over the union of the segments; logits, softmax and sums are float32.
+    """Softmax attention of rotated queries over the union of the segments; logits, softmax and sums are float32.
 
-    Args:
-      q: queries, rotated.
-      segments: keys and values; see `Segment`.
-      scale: of the logits.
-      softcap: c in c*tanh(logit/c), or None.
-      sinks: one more logit per query head, which takes mass and gives no value (gpt-oss), or None.
+    `softcap` is c in c*tanh(logit/c). `sinks` holds one more logit per query head, which takes mass and gives no value
+    (gpt-oss).
     """
     B, T, N, H = q.shape
     parts = [_partial(q, segment, scale, softcap) for segment in segments]
@@ -89,23 +102,13 @@ def _partial(
     B, T, N, H = q.shape
     R, _, K, _ = segment.keys.shape
     grouped = q.reshape(R, B // R * T, K, N // K, H)
-    precision = matmul_precision(q.dtype)
-    logits = jnp.einsum(
-        "RQKGH,RSKH->RKGQS", grouped, segment.keys, precision=precision, preferred_element_type=jnp.float32
-    )
-    logits = logits * scale
+    logits = einsum("RQKGH,RSKH->RKGQS", grouped, segment.keys, out_dtype=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(segment.visible[:, None, None], logits, MASKED)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     probs = jnp.exp(logits - top[..., None])
-    out = jnp.einsum(
-        "RKGQS,RSKH->RQKGH",
-        probs.astype(segment.values.dtype),
-        segment.values,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    out = einsum("RKGQS,RSKH->RQKGH", probs.astype(segment.values.dtype), segment.values, out_dtype=jnp.float32)
     shape = (B, T, K, N // K)
     moved = [jnp.transpose(x, (0, 3, 1, 2)).reshape(shape) for x in (top, jnp.sum(probs, axis=-1))]
     return moved[0], moved[1], out.reshape(*shape, H)
@@ -114,51 +117,26 @@ def _partial(
 class Attention(nnx.Module):
     """Projections, per-head norms and rotary embeddings around `attend`; weights carry a leading layer axis."""
 
-    def __init__(
-        self, config: ModelConfig, layers: int, *, lora: LoraSpec | None, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, init: WeightInit) -> None:
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-
-        linear = functools.partial(
-            Linear, layers=layers, bias=config.attn_bias, lora=lora, param_dtype=param_dtype, rngs=rngs
-        )
+        linear = functools.partial(Linear, init=init, bias=config.attn_bias)
         self.q_proj = linear("q_proj", "BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"))
         self.k_proj = linear("k_proj", "BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"))
         self.v_proj = linear("v_proj", "BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"))
         self.o_proj = linear("o_proj", "BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"))
-        norm = functools.partial(
-            RmsNorm, H, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype
-        )
+        norm = functools.partial(RmsNorm, config, H, init.layers, init.dtype)
         self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
-        self.sinks = (
-            nnx.Param(jnp.zeros((layers, N), param_dtype), axes=("layers", "heads")) if config.attn_sinks else None
-        )
+        self.sinks = init.zeros((N,), ("heads",)) if config.attn_sinks else None
         self.scale, self.softcap = config.attn_scale, config.attn_softcap
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        spec: LayerSpec,
-        cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
-        positions: Int[Array, "B T"],
-        visible: Bool[Array, "B T T"],
-        context: tuple[tuple[Segment, Int[Array, "_ _"]], ...],
-        *,
-        key: Key[Array, ""] | None,
-        mesh: Mesh | None,
+        self, x: Float[Array, "B T D"], surroundings: Surroundings, *, key: Key[Array, ""] | None, mesh: Mesh | None
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
-        """Attention of one layer's slice; also returns the new keys (rotated) and values.
+        """Applies one layer's slice to normed activations; also returns the new keys (rotated) and values.
 
-        Args:
-          x: normed activations.
-          spec: window and rope of this layer.
-          cos_sin: of the rope at `positions`.
-          positions: of the tokens of x.
-          visible: which of the row's own tokens each token sees, the window aside.
-          context: earlier segments with the positions of their keys.
-          key: for the adapters' dropout; None switches it off.
-          mesh: for sharding constraints.
+        `key` is for the adapters' dropout, which None switches off.
         """
+        window, cos_sin, positions, visible, context = surroundings
         q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -166,10 +144,9 @@ class Attention(nnx.Module):
         q = constrain(q, ("batch", "length", "heads", "head_dim"), mesh)
         k = constrain(k, ("batch", "length", "kv_heads", "head_dim"), mesh)
         v = constrain(v, ("batch", "length", "kv_heads", "head_dim"), mesh)
-        own = Segment(k, v, visible & within_window(spec.window, positions, positions))
+        own = Segment(k, v, visible & within_window(window, positions, positions))
         earlier = tuple(
-            segment._replace(visible=segment.visible & within_window(spec.window, positions, at))
-            for segment, at in context
+            segment._replace(visible=segment.visible & within_window(window, positions, at)) for segment, at in context
         )
         sinks = None if self.sinks is None else self.sinks[...]
         out = attend(q, (*earlier, own), scale=self.scale, softcap=self.softcap, sinks=sinks)

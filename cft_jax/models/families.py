@@ -123,10 +123,6 @@ def _llama(f: Fields) -> dict[str, Any]:
     return {}
 
 
-def _qwen3(f: Fields) -> dict[str, Any]:
-    return {"qk_norm": True}
-
-
 def _gemma3_text(f: Fields) -> dict[str, Any]:
     f.only("use_bidirectional_attention", (False, None))
     # transformers reads it and never applies it.
@@ -160,7 +156,7 @@ _FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "gemma3_text": _gemma3_text,
     "gpt_oss": _gpt_oss,
     "llama": _llama,
-    "qwen3": _qwen3,
+    "qwen3": lambda _: {"qk_norm": True},
 }
 
 # Fields of the wrapper around Gemma 3's language model that concern images alone.
@@ -263,23 +259,13 @@ def llama_to_hf(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(config.mlp, GatedMlp) or rope.scaling is not None:
         raise ValueError(f"{config} is no Llama with an unscaled rotary embedding")
     raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": config.attn_bias,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp.hidden_dim,
-        "model_type": "llama",
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_theta": rope.theta, "rope_type": "default"},
-        "rope_scaling": None,
-        "rope_theta": rope.theta,
-        "tie_word_embeddings": config.tie_head,
-        "vocab_size": config.vocab_size,
-    }
+        "architectures": ["LlamaForCausalLM"], "attention_bias": config.attn_bias, "head_dim": config.head_dim,
+        "hidden_act": "silu", "hidden_size": config.embed_dim, "intermediate_size": config.mlp.hidden_dim,
+        "model_type": "llama", "num_attention_heads": config.num_heads, "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads, "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": rope.theta, "rope_type": "default"}, "rope_scaling": None,
+        "rope_theta": rope.theta, "tie_word_embeddings": config.tie_head, "vocab_size": config.vocab_size,
+    }  # fmt: skip
     if config_from_hf(raw) != config:
         raise ValueError(f"{config} is no Llama")
     return raw

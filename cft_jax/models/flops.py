@@ -12,27 +12,13 @@ from cft_jax.models.memory import variables
 # Dense bfloat16 operations per second of one JAX device (half a chip of TPU v2, v3 and v7), from the makers' data
 # sheets: cloud.google.com/tpu/docs/system-architecture-tpu-vm, nvidia.com/en-us/data-center. The first name that the
 # device's kind begins with counts.
-_PEAKS: tuple[tuple[str, float], ...] = (
-    ("TPU v2", 22.5e12),
-    ("TPU v3", 61.5e12),
-    ("TPU v4 lite", 138e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 1153.5e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989.4e12),
-    ("NVIDIA H200", 989.4e12),
-    ("NVIDIA GH200", 989.4e12),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA L40S", 362e12),
-    ("NVIDIA L4", 121e12),
-    ("NVIDIA A10G", 70e12),
-)
+_PEAKS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4 lite": 138e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 1153.5e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12,
+    "NVIDIA GH200": 989.4e12, "NVIDIA B200": 2250e12, "NVIDIA A100": 312e12, "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12, "NVIDIA A10G": 70e12,
+}  # fmt: skip
 # A multiplication and an addition for each parameter, forwards and for the activations' gradient; as many again for
 # the gradient of a weight that is trained.
 _FROZEN, _TRAINED = 4, 6
@@ -40,7 +26,7 @@ _FROZEN, _TRAINED = 4, 6
 
 def peak_flops(device_kind: str) -> float | None:
     """bfloat16 operations per second of a device, by `jax.Device.device_kind`; None where it is not known."""
-    return next((peak for name, peak in _PEAKS if device_kind.startswith(name)), None)
+    return next((peak for name, peak in _PEAKS.items() if device_kind.startswith(name)), None)
 
 
 @dataclass(frozen=True)
@@ -61,8 +47,13 @@ class Operations:
     @classmethod
     def of(cls, config: ModelConfig, *, lora: bool) -> "Operations":
         """Of a model trained with LoRA or in full."""
-        each, head = _FROZEN if lora else _TRAINED, config.vocab_size * config.embed_dim
-        return cls(each * _layer_parameters(config), each * head)
+        each, moe, in_layers = _FROZEN if lora else _TRAINED, config.mlp if isinstance(config.mlp, Moe) else None, 0
+        for variable in variables(config, None, jnp.float32):
+            axes, size = variable.get_metadata("axes"), math.prod(variable.shape)
+            if moe is not None and axes[:2] == ("layers", "experts") and len(axes) > 2:
+                size = size * moe.num_experts_per_token // moe.num_experts
+            in_layers += size if "layers" in axes else 0
+        return cls(each * in_layers, each * config.vocab_size * config.embed_dim)
 
     def count(self, *, tokens: int, steps: int) -> int:
         """Of so many tokens, padding aside, and so many steps."""
@@ -73,14 +64,3 @@ def all_devices_peak() -> float | None:
     """bfloat16 operations per second of all devices of the run together; None where it is not known."""
     peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else peak * jax.device_count()
-
-
-def _layer_parameters(config: ModelConfig) -> int:
-    """Parameters of the layers that one token meets."""
-    moe, total = config.mlp if isinstance(config.mlp, Moe) else None, 0
-    for variable in variables(config, None, jnp.float32):
-        axes, size = variable.get_metadata("axes"), math.prod(variable.shape)
-        if moe is not None and axes[:2] == ("layers", "experts") and len(axes) > 2:
-            size = size * moe.num_experts_per_token // moe.num_experts
-        total += size if "layers" in axes else 0
-    return total

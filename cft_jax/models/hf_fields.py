@@ -62,8 +62,7 @@ class Fields:
         return kind(value)
 
     def flag(self, name: str) -> bool:
-        value = self[name]
-        if not isinstance(value, bool):
+        if not isinstance(value := self[name], bool):
             raise UserError(f"config.json: {name}={value!r} must be true or false")
         return value
 

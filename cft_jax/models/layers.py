@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from cft_jax.models.config import LoraSpec
+from cft_jax.models.config import LoraSpec, ModelConfig
 
 
 class LoraParam(nnx.Param):
@@ -42,25 +43,19 @@ def normal_param(
 class Lora(nnx.Module):
     """x -> scale * (dropout(x) A) B, float32 throughout; A starts as PEFT's does, B at zero.
 
-    For experts the kernels carry a leading axis E, and `A` and `B` one each (`cft_jax.models.moe`).
+    `shape` and `axes` are those of the kernel, whose dimensions `inputs` A has and B has not; both have those before
+    (layers, and the experts of `cft_jax.models.moe`).
     """
 
     def __init__(
-        self,
-        spec: LoraSpec,
-        shape_in: tuple[int, ...],
-        shape_out: tuple[int, ...],
-        axes_in: tuple[str, ...],
-        axes_out: tuple[str, ...],
-        lead: tuple[int, ...],
-        lead_axes: tuple[str, ...],
-        *,
-        rngs: nnx.Rngs,
+        self, spec: LoraSpec, shape: tuple[int, ...], axes: tuple[str, ...], inputs: slice, *, rngs: nnx.Rngs
     ) -> None:
-        bound = 1 / math.sqrt(math.prod(shape_in))
-        a = jax.random.uniform(rngs.lora(), (*lead, *shape_in, spec.rank), jnp.float32, -bound, bound)
-        self.a = LoraParam(a, axes=(*lead_axes, *axes_in, "rank"))
-        self.b = LoraParam(jnp.zeros((*lead, spec.rank, *shape_out), jnp.float32), axes=(*lead_axes, "rank", *axes_out))
+        first, after = inputs.start, inputs.stop
+        bound = 1 / math.sqrt(math.prod(shape[inputs]))
+        a = jax.random.uniform(rngs.lora(), (*shape[:after], spec.rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*shape[:first], spec.rank, *shape[after:]), jnp.float32)
+        self.a = LoraParam(a, axes=(*axes[:after], "rank"))
+        self.b = LoraParam(b, axes=(*axes[:first], "rank", *axes[after:]))
         self.spec = spec
 
     def dropped(self, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
@@ -72,6 +67,36 @@ class Lora(nnx.Module):
         return jnp.where(keep, x / (1 - self.spec.dropout), 0)
 
 
+@dataclass(frozen=True)
+class WeightInit:
+    """How the weights of a stack of equal layers start; each carries a leading layer axis.
+
+    Attributes:
+      layers: length of that axis.
+      lora: adapters; None, or a spec that does not name a linear layer, adds none to it.
+      dtype: of the base weights; adapters are float32.
+      rngs: streams `params` and `lora`.
+    """
+
+    layers: int
+    lora: LoraSpec | None
+    dtype: DTypeLike
+    rngs: nnx.Rngs
+
+    def normal(self, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> nnx.Param:
+        return normal_param(self.rngs.params(), (self.layers, *shape), ("layers", *axes), fan_in, self.dtype)
+
+    def zeros(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        return nnx.Param(jnp.zeros((self.layers, *shape), self.dtype), axes=("layers", *axes))
+
+    def adapter(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], inputs: slice) -> Lora | None:
+        """The adapter of a linear layer by HF's name, if it has one; `inputs` are those of `shape`."""
+        if self.lora is None or name not in self.lora.targets:
+            return None
+        inputs = slice(inputs.start + 1, inputs.stop + 1)
+        return Lora(self.lora, (self.layers, *shape), ("layers", *axes), inputs, rngs=self.rngs)
+
+
 class Linear(nnx.Module):
     """An einsum with a kernel [L, *in, *out], an optional bias and an optional adapter; applied to one layer's slice.
 
@@ -80,9 +105,8 @@ class Linear(nnx.Module):
       equation: such as "BTD,DNH->BTNH": activations, one layer's kernel, result.
       shape: of the kernel without the layer axis.
       axes: logical axes of those dimensions.
-      layers: length of the leading layer axis.
+      init: how the weights start.
       bias: whether a bias of the output's shape is added.
-      lora: adapters; None, or a spec that does not name this layer, adds none.
     """
 
     def __init__(
@@ -91,31 +115,19 @@ class Linear(nnx.Module):
         equation: str,
         shape: tuple[int, ...],
         axes: tuple[str, ...],
-        layers: int,
+        init: WeightInit,
         *,
         bias: bool = False,
-        lora: LoraSpec | None = None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
     ) -> None:
         operands, self.out_letters = equation.split("->")
         self.x_letters, kernel_letters = operands.split(",")
         num_in = sum(letter in self.x_letters for letter in kernel_letters)
         self.equation = equation
         self.in_letters, self.new_letters = kernel_letters[:num_in], kernel_letters[num_in:]
-        fan_in = math.prod(shape[:num_in])
         self.name = name
-        self.kernel = normal_param(rngs.params(), (layers, *shape), ("layers", *axes), fan_in, param_dtype)
-        self.bias = (
-            nnx.Param(jnp.zeros((layers, *shape[num_in:]), param_dtype), axes=("layers", *axes[num_in:]))
-            if bias
-            else None
-        )
-        self.lora = (
-            Lora(lora, shape[:num_in], shape[num_in:], axes[:num_in], axes[num_in:], (layers,), ("layers",), rngs=rngs)
-            if lora is not None and name in lora.targets
-            else None
-        )
+        self.kernel = init.normal(shape, axes, math.prod(shape[:num_in]))
+        self.bias = init.zeros(shape[num_in:], axes[num_in:]) if bias else None
+        self.lora = init.adapter(name, shape, axes, slice(0, num_in))
 
     def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
         """Applies one layer's slice (the layer axis already removed by the scan); returns the dtype of `x`."""
@@ -138,10 +150,10 @@ def fold_name(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
 class RmsNorm(nnx.Module):
     """Root-mean-square norm over the last axis, float32 statistics and weight (HF *RMSNorm)."""
 
-    def __init__(self, dim: int, layers: int | None, *, eps: float, offset: float, param_dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, dim: int, layers: int | None, dtype: DTypeLike) -> None:
         lead, axes = ((), ()) if layers is None else ((layers,), ("layers",))
-        self.scale = nnx.Param(jnp.full((*lead, dim), 1 - offset, param_dtype), axes=(*axes, "act_embed"))
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full((*lead, dim), 1 - self.offset, dtype), axes=(*axes, "act_embed"))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)

@@ -15,7 +15,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.models.config import GatedMlp, LoraSpec, ModelConfig
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.transformer import Transformer
-from cft_jax.sharding.rules import RULES, partition_spec
+from cft_jax.sharding.rules import num_shards, sharding
 
 _FLOAT32 = 4
 # AdamW's two moments and the gradient, all float32.
@@ -70,21 +70,15 @@ def estimate_memory(
     batch: Batch,
     remat: str,
 ) -> MemoryEstimate:
-    """What training takes on each device of a mesh.
+    """What training takes on each device of a mesh, for one forward and backward pass of the batch.
 
-    Args:
-      config: of the model.
-      lora: adapters, which are trained while the rest is frozen; None trains every weight.
-      dtype: of activations.
-      param_dtype: of the stored weights.
-      mesh: sizes of the mesh axes.
-      batch: of one forward and backward pass.
-      remat: see `Transformer`.
+    Adapters are trained while the rest is frozen; `lora=None` trains every weight. `dtype` is that of activations,
+    `remat` as of `Transformer`.
     """
     parameters = trainable = weights = trained = 0
     for variable in variables(config, lora, param_dtype):
         shape, axes = variable.shape, variable.get_metadata("axes")
-        size, share = math.prod(shape), _share(shape, axes, mesh)
+        size, share = math.prod(shape), math.prod(sharding(shape, axes, mesh).shard_shape(shape))
         weights += share * jnp.dtype(variable.dtype).itemsize
         if lora is None or isinstance(variable, LoraParam):
             trainable += size
@@ -108,15 +102,9 @@ def variables(config: ModelConfig, lora: LoraSpec | None, param_dtype: DTypeLike
     return tuple(variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
-def _share(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
-    """Elements of a weight on one device."""
-    cut = [names if isinstance(names, tuple) else (names,) for names in partition_spec(shape, axes, mesh) if names]
-    return math.prod(shape) // math.prod(mesh.shape[name] for names in cut for name in names)
-
-
 def _activations(config: ModelConfig, itemsize: int, mesh: Mesh | AbstractMesh, batch: Batch, remat: str) -> int:
     """Bytes kept for the backward pass and used within one layer; scores of the head are bounded apart."""
-    rows = -(-batch.rows // math.prod(mesh.shape[name] for name in RULES["batch"]))
+    rows = -(-batch.rows // num_shards("batch", mesh))
     tokens, tensor = rows * batch.length, mesh.shape["tensor"]
     heads = config.num_heads * config.head_dim
     keys = 2 * config.num_kv_heads * config.head_dim
@@ -137,11 +125,7 @@ def _activations(config: ModelConfig, itemsize: int, mesh: Mesh | AbstractMesh, 
 
 
 def require_memory(estimate: MemoryEstimate, available: int | None) -> None:
-    """Refuses what cannot fit.
-
-    Args:
-      estimate: of the run.
-      available: bytes per device; None where the device does not tell.
+    """Refuses what cannot fit into so many bytes per device; None where the device does not tell.
 
     Raises:
       UserError: weights, gradients and optimizer alone are more than there is.

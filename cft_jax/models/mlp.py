@@ -5,11 +5,10 @@ import functools
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from cft_jax.models.config import GatedMlp, LoraSpec
-from cft_jax.models.layers import Linear
+from cft_jax.models.config import GatedMlp
+from cft_jax.models.layers import Linear, WeightInit
 from cft_jax.sharding.rules import constrain
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -18,21 +17,11 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 class Mlp(nnx.Module):
     """down(act(gate(x)) * up(x)); weights carry a leading layer axis."""
 
-    def __init__(
-        self,
-        mlp: GatedMlp,
-        embed_dim: int,
-        layers: int,
-        *,
-        lora: LoraSpec | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, mlp: GatedMlp, embed_dim: int, init: WeightInit) -> None:
         D, F = embed_dim, mlp.hidden_dim
-        linear = functools.partial(Linear, layers=layers, lora=lora, param_dtype=param_dtype, rngs=rngs)
-        self.gate_proj = linear("gate_proj", "BTD,DF->BTF", (D, F), ("embed", "mlp"))
-        self.up_proj = linear("up_proj", "BTD,DF->BTF", (D, F), ("embed", "mlp"))
-        self.down_proj = linear("down_proj", "BTF,FD->BTD", (F, D), ("mlp", "embed"))
+        self.gate_proj = Linear("gate_proj", "BTD,DF->BTF", (D, F), ("embed", "mlp"), init)
+        self.up_proj = Linear("up_proj", "BTD,DF->BTF", (D, F), ("embed", "mlp"), init)
+        self.down_proj = Linear("down_proj", "BTF,FD->BTD", (F, D), ("mlp", "embed"), init)
         self.activation = ACTIVATIONS[mlp.activation]
 
     def __call__(

@@ -1,50 +1,27 @@
 """Mixture of experts as in gpt-oss (HF modeling_gpt_oss.py): every token reaches its experts, none is dropped."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from cft_jax.models.config import LoraSpec, Moe
-from cft_jax.models.layers import Lora, einsum, fold_name, matmul_precision, normal_param, spread
+from cft_jax.models.config import Moe
+from cft_jax.models.layers import WeightInit, einsum, fold_name, matmul_precision, spread
 from cft_jax.sharding.rules import constrain
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix and bias per expert, [L, E, in, out]; applied to rows sorted by expert."""
+    """One matrix (`shape` [E, in, out], the layer axis aside) and bias per expert; applied to rows sorted by expert."""
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        axes: tuple[str, str],
-        *,
-        layers: int,
-        experts: int,
-        lora: LoraSpec | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        lead, lead_axes = (layers, experts), ("layers", "experts")
+    def __init__(self, name: str, shape: tuple[int, int, int], axes: tuple[str, str, str], init: WeightInit) -> None:
         self.name = name
-        self.kernel = normal_param(rngs.params(), (*lead, *shape), (*lead_axes, *axes), shape[0], param_dtype)
-        self.bias = nnx.Param(jnp.zeros((*lead, shape[1]), param_dtype), axes=(*lead_axes, axes[1]))
-        self.lora = (
-            Lora(lora, shape[:1], shape[1:], axes[:1], axes[1:], lead, lead_axes, rngs=rngs)
-            if lora is not None and name in lora.targets
-            else None
-        )
+        self.kernel = init.normal(shape, axes, shape[1])
+        self.bias = init.zeros(shape[::2], axes[::2])
+        self.lora = init.adapter(name, shape, axes, slice(1, 2))
 
     def __call__(
-        self,
-        x: Float[Array, "M I"],
-        expert: Int[Array, "M"],
-        group_sizes: Int[Array, "E"],
-        key: Key[Array, ""] | None,
+        self, x: Float[Array, "M I"], expert: Int[Array, "M"], group_sizes: Int[Array, "E"], key: Key[Array, ""] | None
     ) -> Float[Array, "M O"]:
         """Rows of `x`, sorted by `expert`, each times its expert's matrix; returns the dtype of `x`."""
         y = _ragged(x, self.kernel[...].astype(x.dtype), group_sizes) + self.bias[...].astype(x.dtype)[expert]
@@ -62,17 +39,12 @@ def _ragged(x: Array, w: Array, group_sizes: Array) -> Array:
 class MoeMlp(nnx.Module):
     """Router, the chosen experts' clamped swiglu, and their weighted sum; gate and up are interleaved as in HF."""
 
-    def __init__(
-        self, moe: Moe, embed_dim: int, layers: int, *, lora: LoraSpec | None, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, moe: Moe, embed_dim: int, init: WeightInit) -> None:
         D, E, F = embed_dim, moe.num_experts, moe.hidden_dim
-        self.router_kernel = normal_param(rngs.params(), (layers, D, E), ("layers", "embed", "experts"), D, param_dtype)
-        self.router_bias = nnx.Param(jnp.zeros((layers, E), param_dtype), axes=("layers", "experts"))
-        linear = functools.partial(
-            ExpertLinear, layers=layers, experts=E, lora=lora, param_dtype=param_dtype, rngs=rngs
-        )
-        self.gate_up_proj = linear("gate_up_proj", (D, 2 * F), ("embed", "mlp"))
-        self.down_proj = linear("down_proj", (F, D), ("mlp", "embed"))
+        self.router_kernel = init.normal((D, E), ("embed", "experts"), D)
+        self.router_bias = init.zeros((E,), ("experts",))
+        self.gate_up_proj = ExpertLinear("gate_up_proj", (E, D, 2 * F), ("experts", "embed", "mlp"), init)
+        self.down_proj = ExpertLinear("down_proj", (E, F, D), ("experts", "mlp", "embed"), init)
         self.moe = moe
 
     def __call__(

@@ -16,13 +16,10 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def rope_of(raw: Mapping[str, Any], defaults: Mapping[str, Any], layer_type: str, max_length: int) -> Rope:
-    """The rotary embedding of the layers of one type.
+    """The rotary embedding of the layers of one type ("full_attention" or "sliding_attention").
 
-    Args:
-      raw: the record of config.json.
-      defaults: of transformers' config class, in either spelling.
-      layer_type: "full_attention" or "sliding_attention".
-      max_length: `max_position_embeddings`, where the file names no other original length.
+    `raw` is the record of config.json, `defaults` that of transformers' config class, each in either spelling;
+    `max_length` is `max_position_embeddings`, the original length where the file names no other.
 
     Raises:
       UserError: a field is missing, impossible or not implemented, or the two spellings contradict each other.

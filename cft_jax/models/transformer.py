@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from cft_jax.models.attention import Attention, Segment, tree_visible
-from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
-from cft_jax.models.layers import RmsNorm, einsum, normal_param
+from cft_jax.models.attention import Attention, Segment, Surroundings, tree_visible
+from cft_jax.models.config import GatedMlp, LoraSpec, ModelConfig
+from cft_jax.models.layers import RmsNorm, WeightInit, einsum, normal_param
 from cft_jax.models.mlp import Mlp
 from cft_jax.models.moe import MoeMlp
 from cft_jax.models.rope import cos_sin
@@ -45,33 +45,20 @@ class KVCache(NamedTuple):
 class Block(nnx.Module):
     """Attention and feed-forward with their norms and residuals; weights carry a leading layer axis."""
 
-    def __init__(
-        self, config: ModelConfig, layers: int, *, lora: LoraSpec | None, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        norm = functools.partial(
-            RmsNorm, config.embed_dim, layers, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype
-        )
+    def __init__(self, config: ModelConfig, init: WeightInit) -> None:
+        norm = functools.partial(RmsNorm, config, config.embed_dim, init.layers, init.dtype)
         self.attn_norm, self.mlp_norm = norm(), norm()
         self.post_attn_norm = norm() if config.post_norms else None
         self.post_mlp_norm = norm() if config.post_norms else None
-        self.attn = Attention(config, layers, lora=lora, param_dtype=param_dtype, rngs=rngs)
+        self.attn = Attention(config, init)
         make_mlp = Mlp if isinstance(config.mlp, GatedMlp) else MoeMlp
-        self.mlp = make_mlp(config.mlp, config.embed_dim, layers, lora=lora, param_dtype=param_dtype, rngs=rngs)  # type: ignore[arg-type]
+        self.mlp = make_mlp(config.mlp, config.embed_dim, init)  # type: ignore[arg-type]
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        spec: LayerSpec,
-        rope: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
-        positions: Int[Array, "B T"],
-        visible: Bool[Array, "B T T"],
-        context: tuple[tuple[Segment, Int[Array, "_ _"]], ...],
-        *,
-        key: Key[Array, ""] | None,
-        mesh: Mesh | None,
+        self, x: Float[Array, "B T D"], surroundings: Surroundings, *, key: Key[Array, ""] | None, mesh: Mesh | None
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
-        """One layer; arguments as `Attention.__call__`, activations before the norm."""
-        attended, new = self.attn(self.attn_norm(x), spec, rope, positions, visible, context, key=key, mesh=mesh)
+        """One layer; as `Attention.__call__`, but activations before the norm."""
+        attended, new = self.attn(self.attn_norm(x), surroundings, key=key, mesh=mesh)
         x = x + (attended if self.post_attn_norm is None else self.post_attn_norm(attended))
         fed = self.mlp(self.mlp_norm(x), key=key, mesh=mesh)
         x = x + (fed if self.post_mlp_norm is None else self.post_mlp_norm(fed))
@@ -107,10 +94,10 @@ class Transformer(nnx.Module):
         V, D = config.vocab_size, config.embed_dim
         self.embed = normal_param(rngs.params(), (V, D), ("vocab", "embed"), D, param_dtype)
         self.stacks = nnx.List(
-            nnx.List(Block(config, repeats, lora=lora, param_dtype=param_dtype, rngs=rngs) for _ in pattern)
+            nnx.List(Block(config, WeightInit(repeats, lora, param_dtype, rngs)) for _ in pattern)
             for repeats, pattern in config.stacks
         )
-        self.final_norm = RmsNorm(D, None, eps=config.norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
+        self.final_norm = RmsNorm(config, D, None, param_dtype)
         self.head = None if config.tie_head else normal_param(rngs.params(), (V, D), ("vocab", "embed"), D, param_dtype)
         self.config, self.lora_spec = config, lora
         self.source: Source | None = None
@@ -156,7 +143,15 @@ class Transformer(nnx.Module):
         Returns:
           hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with subtree_end > 0).
         """
-        x, visible, ropes = self._begin(tokens, positions, subtree_end)
+        x = self.embed[...][tokens].astype(self.dtype)
+        if self.config.embed_scale != 1.0:
+            # HF rounds the scale to the parameters' dtype before it multiplies (sqrt(1152) is 34 in bfloat16).
+            x = x * jnp.asarray(self.config.embed_scale, self.param_dtype).astype(self.dtype)
+        x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
+        # In the order of the layers, as every process of a run must compile the same program.
+        ropes = dict.fromkeys(spec.rope for spec in self.config.layer_pattern)
+        ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in ropes}
+        visible = tree_visible(subtree_end)
         keys, values = [], []
         for s, (blocks, (repeats, pattern)) in enumerate(zip(self.stacks, self.config.stacks, strict=True)):
             graphdef, state = nnx.split(blocks)
@@ -172,9 +167,8 @@ class Transformer(nnx.Module):
                         for (k, v), cache in zip(earlier, context, strict=True)
                     )
                     layer_key = None if seed is None else jax.random.fold_in(seed, p)
-                    x, kv = block(
-                        x, spec, ropes[spec.rope], positions, visible, segments, key=layer_key, mesh=self.mesh
-                    )
+                    surroundings = Surroundings(spec.window, ropes[spec.rope], positions, visible, segments)
+                    x, kv = block(x, surroundings, key=layer_key, mesh=self.mesh)
                     new.append(kv)
                 return x, new
 
@@ -183,19 +177,6 @@ class Transformer(nnx.Module):
             values.append(tuple(v for _, v in new))
         cache = KVCache(tuple(keys), tuple(values), positions, (subtree_end > 0)[:, None, :])
         return self.final_norm(x), cache
-
-    def _begin(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], subtree_end: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T T"], dict[Rope, tuple[Array, Array]]]:
-        """What the first layer takes: embeddings, which token sees which, cos and sin of every rope."""
-        x = self.embed[...][tokens].astype(self.dtype)
-        if self.config.embed_scale != 1.0:
-            # HF rounds the scale to the parameters' dtype before it multiplies (sqrt(1152) is 34 in bfloat16).
-            x = x * jnp.asarray(self.config.embed_scale, self.param_dtype).astype(self.dtype)
-        x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
-        specs = {spec.rope for spec in self.config.layer_pattern}
-        ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in specs}
-        return x, tree_visible(subtree_end), ropes
 
     def _rematerialised(self, period):
         if self.remat == "none":
@@ -209,9 +190,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits of hidden states, soft-capped where the model says so."""
-        z = einsum("...D,VD->...V", hidden, self.head_kernel().astype(hidden.dtype), out_dtype=jnp.float32)
+        kernel = self.head_kernel().astype(hidden.dtype)
+        return self.capped(einsum("...D,VD->...V", hidden, kernel, out_dtype=jnp.float32))
+
+    def capped(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Products of hidden states and the head with the model's final soft-cap, where it has one."""
         cap = self.config.final_softcap
-        return z if cap is None else cap * jnp.tanh(z / cap)
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 @nnx.jit

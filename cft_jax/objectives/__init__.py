@@ -4,6 +4,5 @@
 formulas of logits, which are public and which training never calls.
 """
 
-from cft_jax.objectives.reference import hard_target_loss, soft_target_loss
-
-__all__ = ["hard_target_loss", "soft_target_loss"]
+from cft_jax.objectives.reference import hard_target_loss as hard_target_loss
+from cft_jax.objectives.reference import soft_target_loss as soft_target_loss

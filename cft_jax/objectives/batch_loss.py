@@ -31,14 +31,9 @@ def batch_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Σ target_weight · loss(position) and Σ row_weight, float32; their quotient over a whole batch is its mean loss.
 
-    Hidden states are gathered before the head, so logits exist at the target positions alone. Those of weight 0 reach
-    neither value nor gradient, whatever stands there.
-
-    Args:
-      hidden: of every position, after the final norm.
-      kernel: of the head, one row per token.
-      batch: rows, their target positions and targets.
-      options: see `HeadOptions`.
+    `hidden` is of every position, after the final norm; `kernel` is the head's, one row per token. Hidden states are
+    gathered before the head, so logits exist at the target positions alone. Those of weight 0 reach neither value nor
+    gradient, whatever stands there.
     """
     real = batch.target_weight > 0
     at_targets = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)

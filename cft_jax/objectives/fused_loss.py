@@ -12,7 +12,6 @@ that hold a target of the batch. Where answers are numbers these are few; where 
 is a third matrix product. Subtracting q in float32 first would do too, by a scatter of all targets into every block.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cft_jax.models.layers import einsum
 from cft_jax.objectives.reference import target_divergence
-from cft_jax.sharding.rules import RULES, constrain
+from cft_jax.sharding.rules import constrain, num_shards
 
 # Up to this many scores (32 MiB of float32) take the plain form; a block of the blocked form is at most as large.
 MAX_SCORES = 1 << 23
@@ -73,21 +72,13 @@ def position_losses(
 ) -> Float[Array, "B P"]:
     """Loss of every target position against the softmax over the whole vocabulary, in nats, float32.
 
-    Differentiable in `hidden` and `kernel`. Matrix products are of the operands' dtype with float32 sums.
-
-    Args:
-      hidden: states at the target positions, after the final norm.
-      kernel: one row per token.
-      targets: what the positions should predict.
-      options: see `HeadOptions`.
-      max_scores: how many scores may exist at a time.
-
-    Returns:
-      The losses; 0 where a position has no entries.
+    It is 0 where a position has no entries. Differentiable in `hidden`, states after the final norm, and in `kernel`,
+    one row per token. Matrix products are of the operands' dtype with float32 sums; at most `max_scores` scores exist
+    at a time.
     """
     kernel = kernel.astype(hidden.dtype)
     positions, vocab = hidden.shape[0] * hidden.shape[1], kernel.shape[0]
-    shards = 1 if options.mesh is None else math.prod(options.mesh.shape[axis] for axis in RULES["vocab"])
+    shards = num_shards("vocab", options.mesh)
     shards = shards if vocab % shards == 0 else 1
     count = num_blocks(positions, vocab, max_scores, shards)
     if count == 1:
@@ -208,8 +199,19 @@ def _blocked_forward(hidden, kernel, targets, blocks):
 def _blocked_backward(blocks, kept, gradient):
     hidden, kernel, targets, log_z, total, direction = kept
     to_hidden = (gradient[..., None] * direction).astype(hidden.dtype)
+
+    def of_block(_, block):
+        """Σ over positions of gradient (total p_v − q_v) (dz_v/d(h·W_v)) h."""
+        rows = blocks.rows(kernel, block)
+        scores, slope = blocks.scores(hidden, rows, block)
+        error = total[..., None] * jnp.exp(scores - log_z[..., None])
+        column = jnp.where(blocks.block_of(targets.ids) == block, blocks.row_of(targets.ids), rows.shape[0])
+        take = jax.vmap(lambda row, position, at, probs: row.at[position, at].add(-probs, mode="drop"))
+        error = take(error, targets.position, column, targets.probs) * slope * gradient[..., None]
+        return None, _weighted_rows("BPW,BPD->WD", error, hidden)
+
     # A pass of its own that nothing else needs: XLA drops it when the kernel is frozen.
-    to_kernel = _kernel_gradient(hidden, kernel, targets, log_z, total, gradient, blocks)
+    to_kernel = blocks.joined(jax.lax.scan(of_block, None, jnp.arange(blocks.count))[1])
     return to_hidden, to_kernel.astype(kernel.dtype), None
 
 
@@ -292,26 +294,3 @@ def _over_targets(
 
     zeros = jnp.zeros((B, P), jnp.float32)
     return jax.lax.scan(add_chunk, (zeros, zeros, jnp.zeros(hidden.shape, jnp.float32)), entries)[0]
-
-
-def _kernel_gradient(
-    hidden: Float[Array, "B P D"],
-    kernel: Float[Array, "V D"],
-    targets: Targets,
-    log_z: Float[Array, "B P"],
-    total: Float[Array, "B P"],
-    gradient: Float[Array, "B P"],
-    blocks: _VocabBlocks,
-) -> Float[Array, "V D"]:
-    """Σ over positions of gradient (total p_v − q_v) (dz_v/d(h·W_v)) h, block by block."""
-
-    def of_block(_, block):
-        rows = blocks.rows(kernel, block)
-        scores, slope = blocks.scores(hidden, rows, block)
-        error = total[..., None] * jnp.exp(scores - log_z[..., None])
-        column = jnp.where(blocks.block_of(targets.ids) == block, blocks.row_of(targets.ids), rows.shape[0])
-        take = jax.vmap(lambda row, position, at, probs: row.at[position, at].add(-probs, mode="drop"))
-        error = take(error, targets.position, column, targets.probs) * slope * gradient[..., None]
-        return None, _weighted_rows("BPW,BPD->WD", error, hidden)
-
-    return blocks.joined(jax.lax.scan(of_block, None, jnp.arange(blocks.count))[1])

@@ -53,10 +53,7 @@ def soft_target_loss(
     return jnp.where(num_rows > 0, rows.sum() / jnp.maximum(num_rows, 1), jnp.nan)
 
 
-def target_divergence(
-    log_probs: Float[Array, "*S"],
-    targets: Float[Array, "*S"],
-) -> Float[Array, "*S"]:
+def target_divergence(log_probs: Float[Array, "*S"], targets: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """The term q (ln q - ln p) of every candidate, 0 where the target has no mass whatever the model says there."""
     has_mass = targets > 0
     log_targets = jnp.log(jnp.where(has_mass, targets, 1.0))
@@ -64,8 +61,7 @@ def target_divergence(
 
 
 def hard_target_loss(
-    logits: Float[Array | np.ndarray, "B L V"],
-    labels: Int[Array | np.ndarray, "B L"],
+    logits: Float[Array | np.ndarray, "B L V"], labels: Int[Array | np.ndarray, "B L"]
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the next token over all scored positions of the batch, in float32.
 

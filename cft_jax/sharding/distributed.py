@@ -54,11 +54,7 @@ def start() -> None:
         raise UserError(f"the processes of this run cannot meet: {' '.join(str(error).split())}") from error
     except (OSError, RuntimeError) as error:
         failure = " ".join(str(error).split()) if met.done() else f"not all came within {seconds} s"
-        which = (
-            f" (this is process {options['process_id']} of {options['num_processes']})"
-            if "process_id" in options
-            else ""
-        )
+        which = " (this is process {process_id} of {num_processes})".format(**options) if options else ""
         raise TryAgainError(
             f"the processes of this run did not meet{which}: {failure}; check that every host runs the same command "
             f"and reaches the coordinator's address and port {options.get('coordinator_address', '')}".rstrip()

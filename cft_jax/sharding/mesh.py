@@ -13,13 +13,9 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over all devices, or over the given ones.
+    """Mesh with axes of the given sizes over all devices, or over the given `jax.Device` objects.
 
-    Args:
-      data: size of the axis, or -1 for all devices that the other axes leave.
-      fsdp: likewise.
-      tensor: likewise; at most one of the three may be -1.
-      devices: jax.Device objects; defaults to `jax.devices()`.
+    At most one of the sizes may be -1, which takes all devices that the other axes leave.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.

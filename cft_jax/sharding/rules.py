@@ -1,5 +1,6 @@
 """One table from logical axes to mesh axes, for weights and activations alike."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,11 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 # Logical axes that no mesh axis cuts; a name in neither table is a mistake.
 WHOLE = frozenset({"layers", "head_dim", "rank", "experts", "length", "act_embed"})
+
+
+def num_shards(axis: str, mesh: Mesh | AbstractMesh | None) -> int:
+    """Into how many parts a mesh cuts a logical axis; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES[axis])
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -34,10 +40,9 @@ def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh 
         if axis is None or axis in WHOLE:
             entries.append(None)
             continue
-        names = RULES[axis] if axis in RULES else _unknown(axis)
-        count = 1
-        for name in names:
-            count *= mesh.shape[name]
+        if axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join([*RULES, *sorted(WHOLE)])}")
+        names, count = RULES[axis], num_shards(axis, mesh)
         if count == 1 or size % count:
             entries.append(None)
             continue
@@ -48,11 +53,7 @@ def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh 
     return PartitionSpec(*entries)
 
 
-def _unknown(axis: str) -> tuple[str, ...]:
-    raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join([*RULES, *sorted(WHOLE)])}")
-
-
-def sharding(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+def sharding(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """`partition_spec` on a mesh."""
     return NamedSharding(mesh, partition_spec(shape, axes, mesh))
 

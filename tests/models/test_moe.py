@@ -10,6 +10,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from cft_jax.models.config import LoraSpec, Moe
+from cft_jax.models.layers import WeightInit
 from cft_jax.models.moe import MoeMlp
 
 D, F, E = 12, 10, 5
@@ -17,7 +18,7 @@ MOE = Moe(hidden_dim=F, num_experts=E, num_experts_per_token=2, swiglu_limit=1.5
 
 
 def random_module(*, lora=None):
-    module = MoeMlp(MOE, D, 1, lora=lora, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    module = MoeMlp(MOE, D, WeightInit(1, lora, jnp.float32, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape[1:]), jnp.float32), state))
