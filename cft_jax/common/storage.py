@@ -81,10 +81,8 @@ def google_answers() -> bool:
     try:
         with urllib.request.urlopen(GOOGLE, timeout=_TIMEOUT_SECONDS):
             return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
 
 
 def _copy(source: epath.PathLike, target: epath.PathLike) -> None:

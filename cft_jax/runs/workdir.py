@@ -32,7 +32,7 @@ def check_workdir(workdir: Workdir, config: Any) -> bool:
     """
     directory = workdir.path
     if (directory / RECORD).exists():
-        _check_same_run(read_config(directory), _plain(config), workdir)
+        _check_same_run(workdir, config)
         return False
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a new or empty directory")
@@ -62,7 +62,12 @@ def setting_up(workdir: Workdir, config: Any, *, devices: str, write: bool, task
     new = check_workdir(workdir, config)
     if tasks and not new:
         _check_same_tasks(workdir, tasks)
-    record = {"config": _plain(config), "versions": versions(), "revision": git_revision(), "devices": devices}
+    record = {
+        "config": dataclasses.asdict(config),
+        "versions": versions(),
+        "revision": git_revision(),
+        "devices": devices,
+    }
     record |= {"tasks": tasks} if tasks else {}
     directory, existed = workdir.path, workdir.path.exists()
     try:
@@ -98,14 +103,10 @@ def _record(workdir: Workdir, record: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}; name another one") from error
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """The configuration as JSON reads it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Workdir) -> None:
+def _check_same_run(workdir: Workdir, config: Any) -> None:
     """Refuses to resume a run whose configuration differs where it may not, naming each field with both values."""
-    before, after = flatten_dict(saved, sep="."), flatten_dict(now, sep=".")
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # JSON has no tuples
+    before, after = (flatten_dict(values, sep=".") for values in (read_config(workdir.path), now))
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
