@@ -1,7 +1,6 @@
 """Where NoveltyBench (arXiv 2504.05228) takes its prompts and its judges from: local files, or the hub."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
 from cft_jax.config.suites import NoveltyBenchConfig
-from cft_jax.evaluate.suites.data_sets import data_set_rows
+from cft_jax.evaluate.suites.data_sets import data_set_rows, json_lines
 
 _FIELD = "config.suite.noveltybench.data"
 _GET = "hf download yimingzhang/novelty-bench --repo-type dataset --local-dir novelty-bench"
@@ -35,36 +34,44 @@ def read_novelty_prompts(settings: NoveltyBenchConfig) -> list[NoveltyPrompt]:
     """
     if not settings.data:
         raise UserError(f"{_FIELD} is empty; name a JSONL file with id and prompt, or get the data with `{_GET}`")
+    prompts: dict[tuple[str, str], NoveltyPrompt] = {}
+    for place, split, row in _rows(settings):
+        if not isinstance(row, Mapping) or "id" not in row or not isinstance(row.get("prompt"), str):
+            raise UserError(f"{place}: a row needs `id` and a text `prompt`")
+        prompt = NoveltyPrompt(str(row.get("split", split)), str(row["id"]), row["prompt"])
+        key = prompt.split, prompt.task_id
+        if key in prompts:
+            raise UserError(f"{_FIELD}={settings.data} has the id {prompt.task_id!r} twice in split {prompt.split}")
+        prompts[key] = prompt
+    if not prompts:
+        raise UserError(f"{_FIELD}={settings.data} holds no prompts")
+    return list(prompts.values())
+
+
+def _rows(settings: NoveltyBenchConfig) -> Iterator[tuple[str, str, Any]]:
+    """Where each row stands, the split that it belongs to if it does not say, and the row."""
     path = Path(settings.data).expanduser()
-    if path.is_file():
-        prompts = list(_from_jsonl(path, path.stem))
-    elif path.is_dir() and any(path.glob("*.jsonl")):
-        prompts = []
-        for split in settings.splits:
-            file = path / f"{split}.jsonl"
+    if path.is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
+        for file in [path] if path.is_file() else [path / f"{split}.jsonl" for split in settings.splits]:
             if not file.is_file():
                 raise UserError(f"{_FIELD}={settings.data} holds no {file.name}; set config.suite.noveltybench.splits")
-            prompts += _from_jsonl(file, split)
-    elif not path.is_dir() and (path.suffix in (".jsonl", ".json") or settings.data.startswith((".", "/", "~"))):
+            for number, row in json_lines(file):
+                yield f"{file}, line {number}", file.stem, row
+        return
+    if not path.is_dir() and (path.suffix in (".jsonl", ".json") or settings.data.startswith((".", "/", "~"))):
         raise UserError(f"{_FIELD}={settings.data}: no such file or directory; get the data with `{_GET}`")
-    else:
-        source = str(path) if path.is_dir() else settings.data
-        fix = f"run `{_GET}` where there is one and set {_FIELD} to that directory"
-        prompts = [
-            _prompt(row, split, f"{source}, split {split}, row {number}")
-            for split in settings.splits
-            for number, row in enumerate(data_set_rows(source, None, split, fix=fix), 1)
-        ]
-    return _checked(prompts, settings.data)
+    source = str(path) if path.is_dir() else settings.data
+    fix = f"run `{_GET}` where there is one and set {_FIELD} to that directory"
+    for split in settings.splits:
+        for number, row in enumerate(data_set_rows(source, None, split, fix=fix), 1):
+            yield f"{source}, split {split}, row {number}", split, row
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge of answers that is at hand, but read only when it is needed.
+    """A judge of answers that is at hand, but loaded only when it is needed.
 
-    Attributes:
-      identify: tells its weights, tokenizer and arithmetic from all others; part of the results' fingerprint.
-      load: makes the judge.
+    `identify` tells its weights, tokenizer and arithmetic from all others, as part of the results' fingerprint.
     """
 
     identify: Callable[[], str]
@@ -119,34 +126,3 @@ def _resolve(field: str, path_or_id: str, local_files_only: bool) -> Path:
             f"config.suite.noveltybench.{field}={path_or_id}: {error}. Get it with `hf download {path_or_id}` where "
             "there is a network, or run the stages that need no judge: --config.suite.noveltybench.stages=generate"
         ) from error
-
-
-def _from_jsonl(path: Path, split: str) -> Iterator[NoveltyPrompt]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{_FIELD}={path} cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is no JSON ({error})") from None
-            yield _prompt(row, split, f"{path}, line {number}")
-
-
-def _prompt(row: Any, split: str, place: str) -> NoveltyPrompt:
-    if not isinstance(row, Mapping) or "id" not in row or not isinstance(row.get("prompt"), str):
-        raise UserError(f"{place}: a row needs `id` and a text `prompt`")
-    return NoveltyPrompt(str(row.get("split", split)), str(row["id"]), row["prompt"])
-
-
-def _checked(prompts: Sequence[NoveltyPrompt], data: str) -> list[NoveltyPrompt]:
-    if not prompts:
-        raise UserError(f"{_FIELD}={data} holds no prompts")
-    seen = set()
-    for prompt in prompts:
-        if (prompt.split, prompt.task_id) in seen:
-            raise UserError(f"{_FIELD}={data} has the id {prompt.task_id!r} twice in split {prompt.split}")
-        seen.add((prompt.split, prompt.task_id))
-    return list(prompts)

@@ -7,7 +7,7 @@ can run one after the other, apart (the judges need no model, the model no judge
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,21 +21,15 @@ from cft_jax.config.suites import NoveltyBenchConfig
 from cft_jax.distributions import spread, strip_thinking
 from cft_jax.evaluate.metrics import partition_answers, score_list
 from cft_jax.evaluate.prompting import draw, prompt_strategy, sampling_config, settings_of
-from cft_jax.evaluate.results import Results, fingerprint_of, read_json
-from cft_jax.evaluate.store import Record, ResultStore, run_resumable
-from cft_jax.evaluate.suites.noveltybench.sources import (
-    Judge,
-    NoveltyPrompt,
-    find_classifier,
-    find_reward_model,
-    read_novelty_prompts,
-)
+from cft_jax.evaluate.results import fingerprint_of, read_json
+from cft_jax.evaluate.store import Key, Record, ResultStore, run_resumable
+from cft_jax.evaluate.suites.noveltybench import sources
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
 
 SUITE = "noveltybench"
 VERSION = 1  # part of every fingerprint: raise it when the same inputs come to other records
 GENERATIONS = "generations.json"
-_GENERATE, _PARTITION, _SCORE = "generate.jsonl", "partition.jsonl", "score.jsonl"
+_GENERATE = "generate.jsonl"
 _PROMPTS_AT_ONCE = 8
 
 _Item = TypeVar("_Item")
@@ -43,34 +37,24 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Generations:
-    """What the first stage left, which the others read.
-
-    Attributes:
-      about: the contents of `generations.json`.
-      prompts: in order.
-      records: one per prompt.
-    """
+    """What the first stage left, which the others read: `about` is the contents of `generations.json`."""
 
     about: Mapping[str, Any]
-    prompts: Sequence[NoveltyPrompt]
+    prompts: Sequence[sources.NoveltyPrompt]
     records: Sequence[Record]
 
     @classmethod
     def read(cls, directory: Path) -> "Generations":
-        """Reads a directory.
-
-        Raises:
-          UserError: the first stage has not finished there.
-        """
+        """Reads a directory; a `UserError` where the first stage has not finished."""
         about = read_json(directory / GENERATIONS)
         if about is None:
             raise UserError(
                 f"{directory} holds no finished generations ({GENERATIONS}); run the stage generate first: "
                 "--config.suite.noveltybench.stages=generate"
             )
-        prompts = [NoveltyPrompt(*row) for row in about["prompts"]]
+        prompts = [sources.NoveltyPrompt(*row) for row in about["prompts"]]
         with ResultStore(directory / _GENERATE, fingerprint=about["fingerprint"], write=False) as store:
-            records = [store[prompt.split, _name(prompt)] for prompt in prompts]
+            records = [store[_key(prompt)] for prompt in prompts]
         return cls(about, prompts, records)
 
 
@@ -84,28 +68,26 @@ def check(config: Config, directory: Path) -> None:
     settings, local = config.suite.noveltybench, config.model.local_files_only
     _check_processes(settings)
     if needs_model(config):
-        read_novelty_prompts(settings)
+        sources.read_novelty_prompts(settings)
         sampling_config(config, settings.num_samples)
     else:
         Generations.read(directory)
-    if "partition" in settings.stages:
-        find_classifier(settings, local_files_only=local)
-    if "score" in settings.stages:
-        find_reward_model(settings, local_files_only=local)
+    for stage, find in (("partition", sources.find_classifier), ("score", sources.find_reward_model)):
+        if stage in settings.stages:
+            find(settings, local_files_only=local)
 
 
 def run(context: SuiteContext) -> Summary:
     """See `Suite.run`: the stages asked for; others count where they have finished earlier, with the same judges."""
-    settings, local = context.config.suite.noveltybench, context.config.model.local_files_only
+    settings = context.config.suite.noveltybench
     generations = generate(context) if needs_model(context.config) else Generations.read(context.results.directory)
-    results = replace(context.results, checkpoint=generations.about["checkpoint"])
     classes = rewards = None
     incomplete = ""
     try:
         _check_processes(settings)
-        classes = partition(generations, settings, results, local_files_only=local)
+        classes = partition(context, generations)
         if classes is not None:
-            rewards = score(generations, classes, settings, results, local_files_only=local)
+            rewards = score(context, generations, classes)
         elif "score" in settings.stages:
             incomplete = (
                 "the stage score needs what the stage partition finds with this classifier and threshold; "
@@ -117,6 +99,7 @@ def run(context: SuiteContext) -> Summary:
     metrics |= {"incomplete": incomplete} if incomplete else {}
     judges = {name: getattr(settings, name) for name in ("classifier", "threshold", "reward_model", "patience")}
     used = {**generations.about["settings"], **judges}
+    results = replace(context.results, checkpoint=generations.about["checkpoint"])
     return results.finish(SUITE, generations.about["fingerprint"], used, metrics, rows=rows, samples=samples)
 
 
@@ -128,29 +111,17 @@ def generate(context: SuiteContext) -> Generations:
     asked = settings_of(strategy, sampling)
     fingerprint = fingerprint_of(SUITE, VERSION, context.backend.fingerprint, strategy.name, asked)
 
-    def answer(chunk: Sequence[NoveltyPrompt]) -> list[Record]:
+    def answer(chunk: Sequence[sources.NoveltyPrompt]) -> Iterator[Record]:
         tokens = [strategy.encode([{"role": "user", "content": prompt.text}]) for prompt in chunk]
-        drawn = draw(context.backend, strategy, sampling, tokens, [f"{SUITE}/{_name(prompt)}" for prompt in chunk])
-        return [
-            {
-                "split": prompt.split,
-                "task_id": _name(prompt),
-                "samples": samples,
-                "answers": {s: [strip_thinking(strategy.read(t).text) for t in ts] for s, ts in samples.items()},
-            }
-            for prompt, samples in zip(chunk, drawn, strict=True)
-        ]
+        names = [_key(prompt) for prompt in chunk]
+        drawn = draw(context.backend, strategy, sampling, tokens, [f"{SUITE}/{name}" for _, name in names])
+        for (split, name), samples in zip(names, drawn, strict=True):
+            answers = {s: [strip_thinking(strategy.read(text).text) for text in texts] for s, texts in samples.items()}
+            yield {"split": split, "task_id": name, "samples": samples, "answers": answers}
 
     with results.store(fingerprint, _GENERATE) as store:
-        records = run_resumable(
-            store,
-            prompts,
-            lambda prompt: (prompt.split, _name(prompt)),
-            answer,
-            at_once=_PROMPTS_AT_ONCE,
-            what="noveltybench, generate",
-            unit="prompt",
-        )
+        what = "noveltybench, generate"
+        records = run_resumable(store, prompts, _key, answer, at_once=_PROMPTS_AT_ONCE, what=what, unit="prompt")
     texts = [[prompt.split, prompt.task_id, prompt.text] for prompt in prompts]
     about = {"checkpoint": results.checkpoint, "fingerprint": fingerprint, "settings": asked, "prompts": texts}
     if results.write:
@@ -158,9 +129,7 @@ def generate(context: SuiteContext) -> Generations:
     return Generations(about, prompts, records)
 
 
-def partition(
-    generations: Generations, settings: NoveltyBenchConfig, results: Results, *, local_files_only: bool
-) -> list[Record] | None:
+def partition(context: SuiteContext, generations: Generations) -> list[Record] | None:
     """The second stage: the class of every answer, for each seed, numbered in the order of their first answers.
 
     Returns:
@@ -169,59 +138,25 @@ def partition(
     Raises:
       UserError: the stage is asked for and the classifier is missing.
     """
+    threshold = context.config.suite.noveltybench.threshold
 
     def part(record: Record, judge: Any) -> Record:
         found = {
-            seed: partition_answers(answers, judge, threshold=settings.threshold)
-            for seed, answers in record["answers"].items()
+            seed: partition_answers(answers, judge, threshold=threshold) for seed, answers in record["answers"].items()
         }
         return {
-            "split": record["split"],
-            "task_id": record["task_id"],
             "classes": {seed: list(partition.classes) for seed, partition in found.items()},
             "classifier_pairs": sum(partition.num_classifier_pairs for partition in found.values()),
         }
 
-    asked = "partition" in settings.stages
-    classifier = _find(find_classifier, settings, asked=asked, local_files_only=local_files_only)
-    if classifier is None:
-        return None
-    fingerprint = fingerprint_of(generations.about["fingerprint"], classifier.identify(), settings.threshold)
-    with results.store(fingerprint, _PARTITION) as store:
-        return _judged(
-            store,
-            generations.records,
-            lambda record: (record["split"], record["task_id"]),
-            part,
-            classifier,
-            asked=asked,
-            what="noveltybench, partition",
-        )
+    items = {(record["split"], record["task_id"]): record for record in generations.records}
+    return _judged("partition", context, generations, sources.find_classifier, items, part, threshold)
 
 
-def score(
-    generations: Generations,
-    classes: Sequence[Record],
-    settings: NoveltyBenchConfig,
-    results: Results,
-    *,
-    local_files_only: bool,
-) -> list[Record] | None:
-    """The third stage: the reward of the first answer of every class; a repeat is worth nothing anyway.
+def score(context: SuiteContext, generations: Generations, classes: Sequence[Record]) -> list[Record] | None:
+    """The third stage, as `partition`: the reward of the first answer of every class; a repeat is worth nothing."""
 
-    Returns:
-      A record per prompt; None where the stage is not asked for and has not finished earlier with this reward model.
-
-    Raises:
-      UserError: the stage is asked for and the reward model is missing.
-    """
-
-    def key(item: tuple[NoveltyPrompt, Record, Record]) -> tuple[str, str]:
-        # Other classes have other first answers, so the classes are part of the name.
-        _, record, own = item
-        return record["split"], f"{record['task_id']}-{fingerprint_of(own['classes'])}"
-
-    def rate(item: tuple[NoveltyPrompt, Record, Record], judge: Any) -> Record:
+    def rate(item: tuple[sources.NoveltyPrompt, Record, Record], judge: Any) -> Record:
         prompt, record, own = item
         rewards: dict[str, list[float | None]] = {}
         for seed, answers in record["answers"].items():
@@ -231,28 +166,20 @@ def score(
             # JSON has no NaN; one counts like a missing reward, as the lowest.
             finite = {index: float(reward) for index, reward in rated.items() if math.isfinite(reward)}
             rewards[seed] = [finite.get(index) for index in range(len(answers))]
-        split, task_id = key(item)
-        return {"split": split, "task_id": task_id, "rewards": rewards}
+        return {"rewards": rewards}
 
-    asked = "score" in settings.stages
-    reward_model = _find(find_reward_model, settings, asked=asked, local_files_only=local_files_only)
-    if reward_model is None:
-        return None
-    items = list(zip(generations.prompts, generations.records, classes, strict=True))
-    with results.store(fingerprint_of(generations.about["fingerprint"], reward_model.identify()), _SCORE) as store:
-        return _judged(store, items, key, rate, reward_model, asked=asked, what="noveltybench, score")
+    # Other classes have other first answers, so the classes are part of the name.
+    items = {
+        (record["split"], f"{record['task_id']}-{fingerprint_of(own['classes'])}"): (prompt, record, own)
+        for prompt, record, own in zip(generations.prompts, generations.records, classes, strict=True)
+    }
+    return _judged("score", context, generations, sources.find_reward_model, items, rate)
 
 
 def summarise(
     generations: Generations, classes: Sequence[Record] | None, rewards: Sequence[Record] | None, patience: float
 ) -> tuple[dict[str, Any], list[Record], list[Record]]:
-    """What the stages have found by now.
-
-    Args:
-      generations: of the first stage.
-      classes: records of the second stage, None where it has not run.
-      rewards: records of the third.
-      patience: of the utility.
+    """What the stages have found by now; `classes` and `rewards` are None where their stages have not run.
 
     Returns:
       `splits` and `overall` of the summary, each with `mean_distinct` after the second stage and `mean_utility` after
@@ -289,51 +216,42 @@ def _means(rows: Sequence[Record]) -> dict[str, float | int]:
     return means
 
 
-def _find(
-    find: Callable[..., Judge], settings: NoveltyBenchConfig, *, asked: bool, local_files_only: bool
-) -> Judge | None:
-    """The judge of a stage; None where the stage is not asked for and the judge is not at hand."""
+def _judged(
+    stage: str,
+    context: SuiteContext,
+    generations: Generations,
+    find: Callable[..., sources.Judge],
+    items: Mapping[Key, _Item],
+    judge_one: Callable[[_Item, Any], Record],
+    *settings_read: Any,
+) -> list[Record] | None:
+    """The records of a judge's stage; None where it is not asked for and has not judged all items earlier."""
+    settings, local = context.config.suite.noveltybench, context.config.model.local_files_only
+    asked = stage in settings.stages
     if not asked and jax.process_count() > 1:
         return None  # hosts may have different judges at hand, and must agree on the stages that they read
     try:
-        return find(settings, local_files_only=local_files_only or not asked)
+        judge = find(settings, local_files_only=local or not asked)
     except UserError:
         if asked:
             raise
         return None
-
-
-def _judged(
-    store: ResultStore,
-    items: Sequence[_Item],
-    key: Callable[[_Item], tuple[str, str]],
-    judge_one: Callable[[_Item, Any], Record],
-    judge: Judge,
-    *,
-    asked: bool,
-    what: str,
-) -> list[Record] | None:
-    """The records of a judge's stage; None where it is not asked for and has not judged all items earlier."""
-    if not asked:
-        return [store[key(item)] for item in items] if all(key(item) in store for item in items) else None
     load = functools.cache(judge.load)  # not before an item is missing
-    return run_resumable(
-        store,
-        items,
-        key,
-        lambda chunk: [judge_one(item, load()) for item in chunk],
-        at_once=1,
-        what=what,
-        unit="prompt",
-    )
+
+    def measure(keys: Sequence[Key]) -> Iterator[Record]:
+        for split, name in keys:
+            yield {"split": split, "task_id": name} | judge_one(items[split, name], load())
+
+    fingerprint = fingerprint_of(generations.about["fingerprint"], judge.identify(), *settings_read)
+    with context.results.store(fingerprint, f"{stage}.jsonl") as store:
+        if not asked:
+            return [store[key] for key in items] if all(key in store for key in items) else None
+        what = f"noveltybench, {stage}"
+        return run_resumable(store, list(items), lambda key: key, measure, at_once=1, what=what, unit="prompt")
 
 
 def _check_processes(settings: NoveltyBenchConfig) -> None:
-    """Refuses judges in a run of several processes, each of which would load and run its own.
-
-    Raises:
-      UserError: with what to run instead.
-    """
+    """Refuses judges in a run of several processes, each of which would load and run its own."""
     judging = [stage for stage in settings.stages if stage != "generate"]
     if judging and jax.process_count() > 1:
         raise UserError(
@@ -343,15 +261,15 @@ def _check_processes(settings: NoveltyBenchConfig) -> None:
         )
 
 
-def _prompts(config: Config) -> list[NoveltyPrompt]:
+def _prompts(config: Config) -> list[sources.NoveltyPrompt]:
     """The prompts of each split, or some of them."""
-    prompts = read_novelty_prompts(config.suite.noveltybench)
+    prompts = sources.read_novelty_prompts(config.suite.noveltybench)
     limit = config.eval.max_prompts_per_split or len(prompts)
     splits = dict.fromkeys(prompt.split for prompt in prompts)
     by_split = [[prompt for prompt in prompts if prompt.split == split] for split in splits]
     return [prompt for members in by_split for prompt in spread(members, limit, lambda _: "")]
 
 
-def _name(prompt: NoveltyPrompt) -> str:
+def _key(prompt: sources.NoveltyPrompt) -> Key:
     """Another text under the same id is another prompt."""
-    return f"{prompt.task_id}-{fingerprint_of(prompt.split, prompt.task_id, prompt.text)}"
+    return prompt.split, f"{prompt.task_id}-{fingerprint_of(prompt.split, prompt.task_id, prompt.text)}"

@@ -26,12 +26,9 @@ from cft_jax.evaluate.suites.retention.item_response import BUNDLES, DOWNLOAD
 PUBLISHED_BLOB = "eb2a0276bafbfc02dbf46c459a1142ff9baeb8a6"
 # What pickles make arrays and numbers with; NumPy 2 calls the package of all but the first two numpy._core.
 _PLAIN = {
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
+    "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
     "numpy.core.numeric._frombuffer",
-}
+}  # fmt: skip
 
 
 def convert(source: Path, target: Path, *, blob: str) -> list[str]:
@@ -84,8 +81,7 @@ def _main(values: flags.FlagValues) -> None:
     source, target = (str(values[name].value or "") for name in ("input", "output"))
     if not source or not target:
         raise UserError("--input and --output are needed: the published pickle, and the file to write")
-    names = convert(Path(source), Path(target), blob=PUBLISHED_BLOB)
-    sys.stdout.write(f"{target}: {len(names)} arrays\n")
+    sys.stdout.write(f"{target}: {len(convert(Path(source), Path(target), blob=PUBLISHED_BLOB))} arrays\n")
 
 
 def main() -> None:

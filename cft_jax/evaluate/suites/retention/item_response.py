@@ -24,8 +24,7 @@ HOW_TO_GET = (
 )
 NUM_SCORES = 100
 # Benchmarks that share one model of all items; `mmlu` has a model of its own.
-_LB, _MMLU = "lb", "mmlu"
-BUNDLES = (_LB, _MMLU)
+BUNDLES = ("lb", "mmlu")
 _MAX_TERM = 30.0
 _TINY = 1e-10
 
@@ -54,11 +53,7 @@ class ItemParameters:
 
     @classmethod
     def load(cls, path: Path) -> "ItemParameters":
-        """Reads a file without running anything in it.
-
-        Raises:
-          UserError: there is no such file, or it is not what the converter writes.
-        """
+        """Reads a file without running anything in it; `UserError` if it is not what the converter writes."""
         if not path.is_file():
             raise UserError(f"config.suite.retention.item_parameters={str(path)!r}: no such file; {HOW_TO_GET}")
         try:
@@ -72,19 +67,14 @@ class ItemParameters:
         return cls(arrays)
 
     def estimate(self, benchmark: str, scores: Float64[np.ndarray, "S"]) -> Estimate:
-        """Estimates from the scores, in [0, 1], of a benchmark's seen items, in their order.
-
-        Raises:
-          ValueError: there are not 100 scores, or no such benchmark.
-        """
+        """Estimates from the 100 scores, in [0, 1], of a benchmark's seen items, in their order."""
         if scores.shape != (NUM_SCORES,):
             raise ValueError(f"{scores.shape} scores; estimates need {NUM_SCORES}")
-        bundle = _MMLU if benchmark == _MMLU else _LB
-        prefix = f"{bundle}."
+        prefix = "mmlu." if benchmark == "mmlu" else "lb."
         arrays = {name.removeprefix(prefix): own for name, own in self.arrays.items() if name.startswith(prefix)}
         index = arrays["scenarios"].tolist().index(benchmark)
         seen, items = arrays["seen_examples"], arrays[f"positions.{benchmark}"]
-        if bundle == _LB:
+        if benchmark != "mmlu":
             seen = seen[index * NUM_SCORES : (index + 1) * NUM_SCORES]
         slopes, offsets = arrays["A"][0], arrays["B"][0]
         # Parts of a benchmark weigh alike, however many items they have.

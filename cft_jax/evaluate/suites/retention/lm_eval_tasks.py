@@ -11,8 +11,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,8 @@ _REQUESTS_AT_ONCE = 256
 _LARGEST_SEED = 2**31
 _SAMPLING = {"do_sample", "temperature", "top_p"}
 _BOOTSTRAP_ITERATIONS = 1000
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Something to ask a backend, and the name of its answer in the store."""
-
-    kind: str
-    name: str
-    asked: Any
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Of the answer in the store."""
-        return self.kind, self.name
+# The name of an answer in the store, and what is asked.
+_Question = tuple[str, Any]
 
 
 class BackendModel(TemplateLM):
@@ -69,6 +58,8 @@ class BackendModel(TemplateLM):
       seed: of samples, where a task draws them.
     """
 
+    max_gen_toks = 256  # where the task does not say
+
     def __init__(
         self,
         backend: Backend,
@@ -81,12 +72,11 @@ class BackendModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.tokenizer: Any = tokenizer
-        self._answering, self._store = backend, store
+        self._backend, self._store = backend, store
         self.max_length, self._options, self._seed = max_length, options, seed
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end of text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -96,13 +86,7 @@ class BackendModel(TemplateLM):
         return self.eot_token_id if bos is None else int(bos)
 
     @property
-    def max_gen_toks(self) -> int:
-        """Tokens of an answer, where the task does not say."""
-        return 256
-
-    @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in lm-eval's own caches."""
         return tokenizer_fingerprint(self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -122,16 +106,13 @@ class BackendModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token predicted once, in windows of `max_length`."""
-        del disable_tqdm
-        windows, counts = [], []
+        by_text = []
         for request in requests:
             tokens = self.tok_encode(request.args[0])
             pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            own = [(("", ""), *make_disjoint_window(pair)) for pair in pairs]
-            windows += own
-            counts.append(len(own))
-        answers = iter(self._loglikelihood_tokens(windows))
-        return [sum(next(answers)[0] for _ in range(count)) for count in counts]
+            by_text.append([(("", ""), *make_disjoint_window(pair)) for pair in pairs])
+        answers = iter(self._loglikelihood_tokens([window for windows in by_text for window in windows]))
+        return [sum(next(answers)[0] for _ in windows) for windows in by_text]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_kwargs: Any
@@ -145,17 +126,20 @@ class BackendModel(TemplateLM):
                 )
             kept = [*before, *after][-(self.max_length + 1) :]
             asked = (kept[: -len(after)], after)
-            questions.append(_Question("log_likelihood", fingerprint_of(asked), asked))
-        answers = self._answers(questions, "log-likelihood")
-        return [(answer["log_prob"], answer["greedy"]) for answer in answers]
+            questions.append((fingerprint_of(asked), asked))
+
+        def ask(chunk: Sequence[_Question]) -> Iterable[dict[str, Any]]:
+            return map(asdict, self._backend.log_likelihoods([asked for _, asked in chunk]))
+
+        return [(answer["log_prob"], answer["greedy"]) for answer in self._answers("log_likelihood", questions, ask)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers cut at the task's stop strings; greedy unless the task samples."""
-        del disable_tqdm
-        questions: list[_Question] = []
-        seen: dict[str, int] = {}
+        questions = []
+        repeats = Counter[str]()
         for request in requests:
-            context, given = _text_and_settings(request)
+            arguments: Any = request.args
+            context, given = arguments
             wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
             stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
             length = wanted.pop("max_gen_toks")
@@ -170,45 +154,42 @@ class BackendModel(TemplateLM):
             settings = (length, temperature, float(wanted.get("top_p", 1.0)), tuple(text for text in stop if text))
             key = fingerprint_of(tokens, settings)
             # Repeated requests for samples are draws of their own.
-            seen[key] = seen.get(key, -1) + 1
-            questions.append(_Question("generate", f"{key} {seen[key]}", (tokens, settings)))
-        return [answer["text"] for answer in self._answers(questions, "generation")]
+            questions.append((f"{key} {repeats[key]}", (tokens, settings)))
+            repeats[key] += 1
+        return [answer["text"] for answer in self._answers("generate", questions, self._generate)]
 
-    def _answers(self, questions: Sequence[_Question], what: str) -> list[Record]:
-        different = {question.key: question for question in questions}
-        run_resumable(
-            self._store,
-            list(different.values()),
-            lambda question: question.key,
-            lambda chunk: [
-                {"split": question.kind, "task_id": question.name} | answer
-                for question, answer in zip(chunk, self._ask(chunk), strict=True)
-            ],
-            at_once=_REQUESTS_AT_ONCE,
-            what=f"lm-eval {what}",
-            unit="request",
-        )
-        return [self._store[question.key] for question in questions]
-
-    def _ask(self, questions: Sequence[_Question]) -> list[dict[str, Any]]:
-        if questions[0].kind == "log_likelihood":
-            found = self._answering.log_likelihoods([question.asked for question in questions])
-            return [asdict(answer) for answer in found]
+    def _generate(self, questions: Sequence[_Question]) -> list[dict[str, Any]]:
+        """The texts of some questions, those with the same settings drawn together."""
         texts: dict[str, str] = {}
-        for settings in dict.fromkeys(question.asked[1] for question in questions):
-            own = [question for question in questions if question.asked[1] == settings]
+        for settings in dict.fromkeys(settings for _, (_, settings) in questions):
+            prompts = {name: tokens for name, (tokens, own) in questions if own == settings}
             length, temperature, top_p, stop = settings
-            drawn = self._answering.sample(
-                [question.asked[0] for question in own],
-                seeds=[(self._seed + zlib.crc32(question.name.encode())) % _LARGEST_SEED for question in own],
+            drawn = self._backend.sample(
+                list(prompts.values()),
+                seeds=[(self._seed + zlib.crc32(name.encode())) % _LARGEST_SEED for name in prompts],
                 num_samples=1,
                 max_new_tokens=length,
                 temperature=temperature,
                 top_p=top_p,
                 stop=stop,
             )
-            texts |= {question.name: text for question, (text,) in zip(own, drawn, strict=True)}
-        return [{"text": texts[question.name]} for question in questions]
+            texts |= {name: text for name, (text,) in zip(prompts, drawn, strict=True)}
+        return [{"text": texts[name]} for name, _ in questions]
+
+    def _answers(self, kind: str, questions: Sequence[_Question], ask: Callable[..., Iterable[Record]]) -> list[Record]:
+        """The answers to named questions, of which those with the same name are one."""
+        run_resumable(
+            self._store,
+            list(dict(questions).items()),
+            lambda question: (kind, question[0]),
+            lambda chunk: [
+                {"split": kind, "task_id": name} | answer for (name, _), answer in zip(chunk, ask(chunk), strict=True)
+            ],
+            at_once=_REQUESTS_AT_ONCE,
+            what=f"lm-eval, {kind}",
+            unit="request",
+        )
+        return [self._store[kind, name] for name, _ in questions]
 
 
 @functools.cache
@@ -218,11 +199,7 @@ def task_manager(include_path: str) -> TaskManager:
 
 
 def load_tasks(names: Sequence[str], settings: LmEvalConfig) -> list[Any]:
-    """Tasks and groups of lm-eval by name, with their data.
-
-    Raises:
-      UserError: there is no such task, or its data cannot be had.
-    """
+    """Tasks and groups of lm-eval by name, with their data; `UserError` where there is no such task or data."""
     if settings.include_path and not Path(settings.include_path).expanduser().is_dir():
         raise UserError(f"config.suite.lm_eval.include_path={settings.include_path!r}: no such directory")
     manager = task_manager(settings.include_path)
@@ -246,9 +223,7 @@ def load_tasks(names: Sequence[str], settings: LmEvalConfig) -> list[Any]:
 
 
 def run_lm_eval(context: SuiteContext) -> Summary:
-    """Runs the tasks of lm-eval that `config.tasks` names; see `Suite.run`.
-
-    `per_prompt.csv` has a row per document, `samples.jsonl.gz` the answers.
+    """Runs the tasks that `config.tasks` names; `per_prompt.csv` has a row per document, the samples the answers.
 
     Raises:
       UserError: there is no such task, its data cannot be had, or it asks for what the sampler lacks.
@@ -263,12 +238,7 @@ def run_lm_eval(context: SuiteContext) -> Summary:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with context.results.store(fingerprint) as store:
         model = BackendModel(
-            context.backend,
-            context.tokenizer,
-            store,
-            max_length=settings.max_length,
-            options=chat,
-            seed=config.seed,
+            context.backend, context.tokenizer, store, max_length=settings.max_length, options=chat, seed=config.seed
         )
         found: Any = simple_evaluate(
             model=model,
@@ -290,11 +260,6 @@ def run_lm_eval(context: SuiteContext) -> Summary:
     return context.results.finish(SUITE, fingerprint, used, metrics, rows=rows, samples=samples)
 
 
-def _text_and_settings(request: Instance) -> tuple[str, dict[str, Any]]:
-    arguments: Any = request.args
-    return arguments
-
-
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a task; lm-eval writes "N/A" where there is none."""
     return {
@@ -312,9 +277,6 @@ def _documents(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list
             named = {"task": name, "doc_id": sample["doc_id"], "filter": sample.get("filter", "none")}
             metrics = {metric: sample[metric] for metric in sample.get("metrics", ())}
             rows.append(named | {key: value for key, value in metrics.items() if isinstance(value, int | float)})
-            lines.append(named | {"target": _plain(sample["target"]), "responses": _plain(sample["resps"])})
+            answers = {"target": sample["target"], "responses": sample["resps"]}
+            lines.append(named | json.loads(json.dumps(answers, default=str)))
     return rows, lines
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))

@@ -23,19 +23,8 @@ from cft_jax.evaluate.ssot import native_reasoning
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.data_sets import data_set_rows, json_lines
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
+from cft_jax.evaluate.suites.retention import tiny_benchmarks as tiny
 from cft_jax.evaluate.suites.retention.item_response import HOW_TO_GET, ItemParameters
-from cft_jax.evaluate.suites.retention.tiny_benchmarks import (
-    STOP_STRINGS,
-    TASKS,
-    Example,
-    Task,
-    aggregate,
-    choice_row,
-    clean_response,
-    response_rows,
-    score_choices,
-    score_response,
-)
 from cft_jax.text import ChatOptions
 from cft_jax.text.chat import render_chats
 from cft_jax.text.tokenizer import fingerprint as tokenizer_fingerprint
@@ -126,7 +115,7 @@ def run(context: SuiteContext) -> Summary:
                 store,
                 members,
                 lambda example, name=name: (name, example.example_id),
-                lambda chunk, name=name: measure(context, prompts, TASKS[name], chunk),
+                lambda chunk, name=name: measure(context, prompts, tiny.TASKS[name], chunk),
                 at_once=_EXAMPLES_AT_ONCE,
                 what=f"evaluate retention, {name}",
                 unit="question",
@@ -135,7 +124,7 @@ def run(context: SuiteContext) -> Summary:
         }
     rows = task_rows(records, items)
     by_task = {row["task_name"]: _present(row) for row in rows}
-    metrics = {"tinybenchmarks": {"tasks": by_task, "aggregate": _present(aggregate(rows))}}
+    metrics = {"tinybenchmarks": {"tasks": by_task, "aggregate": _present(tiny.aggregate(rows))}}
     everything = [record for members in records.values() for record in members]
     flat = [_flat(record) for record in everything]
     return context.results.finish(SUITE, fingerprint, asdict(settings), metrics, rows=flat, samples=everything)
@@ -150,13 +139,13 @@ def _lm_eval() -> Any:
     return lm_eval_tasks
 
 
-def load_examples(settings: RetentionConfig) -> dict[str, list[Example]]:
+def load_examples(settings: RetentionConfig) -> dict[str, list[tiny.Example]]:
     """The questions of every task asked for.
 
     Raises:
       UserError: a data set is missing (where it was looked for, and how to get it), or of another form.
     """
-    return {name: TASKS[name].examples(*_rows(TASKS[name], settings.data)) for name in settings.tasks}
+    return {name: tiny.TASKS[name].examples(*_rows(tiny.TASKS[name], settings.data)) for name in settings.tasks}
 
 
 def load_items(settings: RetentionConfig) -> ItemParameters | None:
@@ -171,7 +160,9 @@ def load_items(settings: RetentionConfig) -> ItemParameters | None:
     return None
 
 
-def measure(context: SuiteContext, prompts: PromptText, task: Task, examples: Sequence[Example]) -> Iterator[Record]:
+def measure(
+    context: SuiteContext, prompts: PromptText, task: tiny.Task, examples: Sequence[tiny.Example]
+) -> Iterator[Record]:
     """The records of some questions of a task."""
     names = [{"split": task.name, "task_id": example.example_id} for example in examples]
     if task.metric:
@@ -179,7 +170,7 @@ def measure(context: SuiteContext, prompts: PromptText, task: Task, examples: Se
         answers = iter(context.backend.log_likelihoods(requests))
         for name, example in zip(names, examples, strict=True):
             log_probs = [next(answers).log_prob for _ in example.continuations]
-            yield name | {"log_probs": log_probs} | score_choices(example, task.metric, log_probs)
+            yield name | {"log_probs": log_probs} | tiny.score_choices(example, task.metric, log_probs)
         return
     texts = context.backend.sample(
         [prompts.encode(prompts.text(example.prompt)) for example in examples],
@@ -188,19 +179,19 @@ def measure(context: SuiteContext, prompts: PromptText, task: Task, examples: Se
         max_new_tokens=context.config.suite.retention.max_new_tokens,
         temperature=0.0,
         top_p=1.0,
-        stop=STOP_STRINGS,
+        stop=tiny.STOP_STRINGS,
     )
     for name, example, (text,) in zip(names, examples, texts, strict=True):
-        response = clean_response(text, thinks=prompts.thinks)
-        yield name | {"response": response} | score_response(response, example.target_answer)
+        response = tiny.clean_response(text, thinks=prompts.thinks)
+        yield name | {"response": response} | tiny.score_response(response, example.target_answer)
 
 
 def task_rows(records: Mapping[str, Sequence[Record]], items: ItemParameters | None) -> list[dict[str, Any]]:
     """The rows of all tasks, with estimates where there are item parameters."""
     rows = []
     for name, members in records.items():
-        task = TASKS[name]
-        own = [choice_row(task, members)] if task.metric else response_rows(members)
+        task = tiny.TASKS[name]
+        own = [tiny.choice_row(task, members)] if task.metric else tiny.response_rows(members)
         columns = ["example_score"] if task.metric else ["strict_correct", "flexible_correct"]
         for row, column in zip(own, columns, strict=True):
             if items is not None:
@@ -210,7 +201,7 @@ def task_rows(records: Mapping[str, Sequence[Record]], items: ItemParameters | N
     return rows
 
 
-def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
+def _rows(task: tiny.Task, data: str) -> tuple[list[dict[str, Any]], str]:
     """A task's rows, and where they were found."""
     source, config, split = task.source
     if data:
@@ -229,7 +220,6 @@ def _rows(task: Task, data: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _present(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What was computed."""
     return {name: value for name, value in metrics.items() if value is not None}
 
 

@@ -23,7 +23,6 @@ STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
 _BLANKS = (" ", "\n", "\t")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _MARKED = re.compile(r"####\s*([^\n\r]*)")
-_TARGETS = {"choices", "labels"}
 
 Row = Mapping[str, Any]
 
@@ -106,11 +105,7 @@ class Task:
         return found
 
     def example(self, row: Row, number: int) -> Example:
-        """One row's example.
-
-        Raises:
-          ValueError: the row breaks a rule of the task.
-        """
+        """One row's example; `ValueError` where the row breaks a rule of the task."""
         example = Example(f"{self.name}_{number:03d}", row["input_formatted"], **self.read(row))
         return replace(example, continuations=tuple(_joined(*pair) for pair in example.scored))
 
@@ -146,8 +141,8 @@ def _cleaned_ending(text: str) -> str:
 
 def _truthfulqa(row: Row) -> dict[str, Any]:
     for name in ("mc1_targets", "mc2_targets"):
-        if set(row[name]) != _TARGETS:
-            raise ValueError(f"{name} holds {sorted(row[name])}, not {sorted(_TARGETS)}")
+        if set(row[name]) != {"choices", "labels"}:
+            raise ValueError(f"{name} holds {sorted(row[name])}, not choices and labels")
     choices, scores = tuple(row["mc2_targets"]["choices"]), tuple(map(float, row["mc2_targets"]["labels"]))
     return {"choices": choices, "continuations": choices, "correct": scores.index(1.0), "target_scores": scores}
 
