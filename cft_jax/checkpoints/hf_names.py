@@ -14,49 +14,36 @@ from cft_jax.models.config import ModelConfig, Moe
 
 Path = tuple[str | int, ...]
 
-_Table = dict[tuple[str, ...], tuple[str, str]]
-
-_ATTENTION: _Table = {
-    ("attn", "q_proj"): ("self_attn.q_proj", "NH,D->DNH"),
-    ("attn", "k_proj"): ("self_attn.k_proj", "KH,D->DKH"),
-    ("attn", "v_proj"): ("self_attn.v_proj", "KH,D->DKH"),
-    ("attn", "o_proj"): ("self_attn.o_proj", "D,NH->NHD"),
-}
-_MLP: _Table = {
-    ("mlp", "gate_proj"): ("mlp.gate_proj", "F,D->DF"),
-    ("mlp", "up_proj"): ("mlp.up_proj", "F,D->DF"),
-    ("mlp", "down_proj"): ("mlp.down_proj", "D,F->FD"),
-}
-_ATTENTION_BIAS: _Table = {
-    ("attn", "q_proj", "bias"): ("self_attn.q_proj.bias", "NH->NH"),
-    ("attn", "k_proj", "bias"): ("self_attn.k_proj.bias", "KH->KH"),
-    ("attn", "v_proj", "bias"): ("self_attn.v_proj.bias", "KH->KH"),
-    ("attn", "o_proj", "bias"): ("self_attn.o_proj.bias", "D->D"),
-}
-_HEAD_NORMS: _Table = {
-    ("attn", "q_norm", "scale"): ("self_attn.q_norm.weight", "H->H"),
-    ("attn", "k_norm", "scale"): ("self_attn.k_norm.weight", "H->H"),
-}
-_NORMS: _Table = {
-    ("attn_norm", "scale"): ("input_layernorm.weight", "D->D"),
-    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", "D->D"),
-}
-_SANDWICH_NORMS: _Table = {
-    ("attn_norm", "scale"): ("input_layernorm.weight", "D->D"),
-    ("post_attn_norm", "scale"): ("post_attention_layernorm.weight", "D->D"),
-    ("mlp_norm", "scale"): ("pre_feedforward_layernorm.weight", "D->D"),
-    ("post_mlp_norm", "scale"): ("post_feedforward_layernorm.weight", "D->D"),
-}
-# F counts gate and up together in gate_up_proj, which interleaves them.
-_MOE: _Table = {
-    ("mlp", "router_kernel"): ("mlp.router.weight", "E,D->DE"),
-    ("mlp", "router_bias"): ("mlp.router.bias", "E->E"),
-    ("mlp", "gate_up_proj", "kernel"): ("mlp.experts.gate_up_proj", "E,D,F->EDF"),
-    ("mlp", "gate_up_proj", "bias"): ("mlp.experts.gate_up_proj_bias", "E,F->EF"),
-    ("mlp", "down_proj", "kernel"): ("mlp.experts.down_proj", "E,F,D->EFD"),
-    ("mlp", "down_proj", "bias"): ("mlp.experts.down_proj_bias", "E,D->ED"),
-}
-_SINKS: _Table = {("attn", "sinks"): ("self_attn.sinks", "N->N")}
+# Of a block: which ones have it, our path in it, the name in the file, the layout.
+_BLOCK = (
+    ("all", "attn q_proj kernel", "self_attn.q_proj.weight", "NH,D->DNH"),
+    ("all", "attn k_proj kernel", "self_attn.k_proj.weight", "KH,D->DKH"),
+    ("all", "attn v_proj kernel", "self_attn.v_proj.weight", "KH,D->DKH"),
+    ("all", "attn o_proj kernel", "self_attn.o_proj.weight", "D,NH->NHD"),
+    ("dense", "mlp gate_proj kernel", "mlp.gate_proj.weight", "F,D->DF"),
+    ("dense", "mlp up_proj kernel", "mlp.up_proj.weight", "F,D->DF"),
+    ("dense", "mlp down_proj kernel", "mlp.down_proj.weight", "D,F->FD"),
+    ("pre_norms", "attn_norm scale", "input_layernorm.weight", "D->D"),
+    ("pre_norms", "mlp_norm scale", "post_attention_layernorm.weight", "D->D"),
+    ("sandwich_norms", "attn_norm scale", "input_layernorm.weight", "D->D"),
+    ("sandwich_norms", "post_attn_norm scale", "post_attention_layernorm.weight", "D->D"),
+    ("sandwich_norms", "mlp_norm scale", "pre_feedforward_layernorm.weight", "D->D"),
+    ("sandwich_norms", "post_mlp_norm scale", "post_feedforward_layernorm.weight", "D->D"),
+    ("attn_bias", "attn q_proj bias", "self_attn.q_proj.bias", "NH->NH"),
+    ("attn_bias", "attn k_proj bias", "self_attn.k_proj.bias", "KH->KH"),
+    ("attn_bias", "attn v_proj bias", "self_attn.v_proj.bias", "KH->KH"),
+    ("attn_bias", "attn o_proj bias", "self_attn.o_proj.bias", "D->D"),
+    ("qk_norm", "attn q_norm scale", "self_attn.q_norm.weight", "H->H"),
+    ("qk_norm", "attn k_norm scale", "self_attn.k_norm.weight", "H->H"),
+    ("attn_sinks", "attn sinks", "self_attn.sinks", "N->N"),
+    ("moe", "mlp router_kernel", "mlp.router.weight", "E,D->DE"),
+    ("moe", "mlp router_bias", "mlp.router.bias", "E->E"),
+    # F counts gate and up together, which the file interleaves.
+    ("moe", "mlp gate_up_proj kernel", "mlp.experts.gate_up_proj", "E,D,F->EDF"),
+    ("moe", "mlp gate_up_proj bias", "mlp.experts.gate_up_proj_bias", "E,F->EF"),
+    ("moe", "mlp down_proj kernel", "mlp.experts.down_proj", "E,F,D->EFD"),
+    ("moe", "mlp down_proj bias", "mlp.experts.down_proj_bias", "E,D->ED"),
+)
 
 
 @dataclass(frozen=True)
@@ -120,30 +107,21 @@ class Name:
 def tensor_names(config: ModelConfig) -> list[Name]:
     """All tensors of the language model, under the names of `*ForCausalLM`; those of one array in its layers' order."""
     names = [Name("model.embed_tokens.weight", ("embed",), None, Layout("V,D->VD"))]
-    block = _block(config)
+    moe = isinstance(config.mlp, Moe)
+    kinds = {"all", "moe" if moe else "dense", "sandwich_norms" if config.post_norms else "pre_norms"}
+    kinds |= {kind for kind in ("attn_bias", "qk_norm", "attn_sinks") if getattr(config, kind)}
+    block = [(path.split(), hf, Layout(layout)) for kind, path, hf, layout in _BLOCK if kind in kinds]
     names += [
-        Name(f"model.layers.{config.layer_index(s, repeat, p)}.{hf}", ("stacks", s, p, *suffix), repeat, Layout(layout))
+        Name(f"model.layers.{config.layer_index(s, repeat, p)}.{hf}", ("stacks", s, p, *path), repeat, layout)
         for s, (repeats, pattern) in enumerate(config.stacks)
         for p in range(len(pattern))
-        for suffix, (hf, layout) in block.items()
+        for path, hf, layout in block
         for repeat in range(repeats)
     ]
     names.append(Name("model.norm.weight", ("final_norm", "scale"), None, Layout("D->D")))
     if not config.tie_head:
         names.append(Name("lm_head.weight", ("head",), None, Layout("V,D->VD")))
     return names
-
-
-def _block(config: ModelConfig) -> _Table:
-    """The weights of a layer: our path in the block to name and layout."""
-    moe = isinstance(config.mlp, Moe)
-    linear = _ATTENTION if moe else _ATTENTION | _MLP
-    table = {(*path, "kernel"): (f"{hf}.weight", layout) for path, (hf, layout) in linear.items()}
-    table |= _SANDWICH_NORMS if config.post_norms else _NORMS
-    table |= _ATTENTION_BIAS if config.attn_bias else {}
-    table |= _HEAD_NORMS if config.qk_norm else {}
-    table |= _SINKS if config.attn_sinks else {}
-    return table | (_MOE if moe else {})
 
 
 def linear_layers(config: ModelConfig) -> list[str]:

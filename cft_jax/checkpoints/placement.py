@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ from cft_jax.sharding.rules import sharding
 
 # Bytes of a tensor that are in host memory at a time while it is loaded.
 PIECE_BYTES = 8 * 2**20
-
-_Regions = dict[jax.Device, list[range]]
 
 
 def abstract_weight(
@@ -52,7 +50,7 @@ def place_stack(
     axis = layout.split_axis()
     rows = tensors[0].shape[0] // one[axis]
     step = max(1, piece_bytes // (math.prod(tensors[0].shape[1:]) * rows * tensors[0].dtype.itemsize))
-    owned: _Regions = {
+    owned = {
         device: [range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True)]
         for device, index in where.addressable_devices_indices_map(shape).items()
     }
@@ -76,7 +74,7 @@ def _read(tensor: Rows, layout: Layout, shape: tuple[int, ...], start: int, stop
 
 def _write_region(
     buffers: dict[jax.Device, Array],
-    owned: _Regions,
+    owned: Mapping[jax.Device, list[range]],
     region: Sequence[range],
     read: Callable[[], Shaped[np.ndarray, "..."]],
     permutation: tuple[int, ...],

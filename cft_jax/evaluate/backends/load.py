@@ -27,15 +27,15 @@ def load_measured_model(config: Config) -> MeasuredModel:
     settings, what = config.model, config.model.checkpoint
     with reaching(what, "config.model.checkpoint"):
         is_run = (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
-    if is_run and config.backend == "hf":
-        what = f"{what.rstrip('/')}/export"
-        if not epath.Path(what).is_dir():
-            raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
     if is_run and config.backend == "jax":
         with opened(what, write=False, flag="config.model.checkpoint") as run:
             model, tokenizer, step = load_trained(run, from_config_dict(read_config(run.path)))
         what = f"{what}, step {step}"
     else:
+        if is_run:
+            what = f"{what.rstrip('/')}/export"
+            if not epath.Path(what).is_dir():
+                raise UserError(f"{what} is missing, which backend=hf measures; run cft_jax.export first")
         tokenizer = base_tokenizer(settings, _tokenizer_place(what, config))
         if config.backend == "hf":
             return MeasuredModel(_hf_backend(what, config, tokenizer), tokenizer, what)

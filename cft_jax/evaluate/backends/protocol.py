@@ -40,6 +40,7 @@ class Backend(Protocol):
 
         The draws of a prompt depend on its seed and tokens alone, not on the other prompts.
         """
+        ...
 
     def score(
         self, prompts: Sequence[Tokens], tries: Sequence[Trie], *, prefixes: Sequence[Prefixes] | None
@@ -48,15 +49,19 @@ class Backend(Protocol):
 
         With `prefixes`, only at these prefixes of each trie, which come with all their ancestors.
         """
+        ...
 
     def next_token_log_probs(self, prompts: Sequence[Tokens]) -> Float32[np.ndarray, "P V"]:
         """Log-probabilities of every token after each prompt, over the whole vocabulary at temperature 1, float32."""
+        ...
 
     def log_likelihoods(self, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Likelihood]:
         """Of continuations, given as the token ids of a context, at least one, and of what follows it."""
+        ...
 
     def token_log_probs(self, rows: Sequence[Tokens]) -> list[Float32[np.ndarray, "_"]]:
         """Of every token of a row but the first, given those before it: T - 1 numbers per row of T tokens."""
+        ...
 
 
 @dataclass(frozen=True)
