@@ -20,6 +20,7 @@ SAMPLES = "samples.jsonl.gz"
 STORE = "per_prompt.jsonl"
 # `suite` of the summary over several suites, each of which has a directory of its own beside it.
 ALL = "all"
+Row = Mapping[str, Any]
 
 
 def fingerprint_of(*parts: Any) -> str:
@@ -41,14 +42,7 @@ class Results:
         return ResultStore(self.directory / name, fingerprint=fingerprint, write=self.write)
 
     def finish(
-        self,
-        suite: str,
-        fingerprint: str,
-        settings: Mapping[str, Any],
-        metrics: Mapping[str, Any],
-        *,
-        rows: Sequence[Mapping[str, Any]],
-        samples: Sequence[Mapping[str, Any]],
+        self, suite: str, fingerprint: str, settings: Row, metrics: Row, *, rows: Sequence[Row], samples: Sequence[Row]
     ) -> dict[str, Any]:
         """Writes `per_prompt.csv`, `samples.jsonl.gz` and, last, `summary.json`, which stands for a finished suite.
 
@@ -63,7 +57,7 @@ class Results:
         return summary
 
 
-def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_table(rows: Sequence[Row]) -> str:
     """A CSV file with a column for every name in any row, in the order of first appearance; absent is empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -73,7 +67,7 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def gzip_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def gzip_lines(rows: Sequence[Row]) -> bytes:
     """JSON lines, compressed; equal rows give equal bytes."""
     return gzip.compress("".join(f"{json.dumps(row)}\n" for row in rows).encode(), mtime=0)
 

@@ -88,14 +88,8 @@ def run_resumable(
     The same items are always measured together: where one of them is missing, all are asked again, so that no metric
     depends on where a run was killed.
 
-    Args:
-      store: of the records.
-      items: what is measured, prompts as a rule.
-      key: an item's split and name.
-      measure: makes the records of a few items, in order.
-      at_once: items handed to `measure`; a killed run repeats at most these.
-      what: name of the work, shown with its progress.
-      unit: name of an item, shown too.
+    `key` is an item's split and name. `measure` makes the records of up to `at_once` items, in order; a killed run
+    repeats at most these. `what` and `unit` name the work and an item where the progress is shown.
     """
     done = sum(key(item) in store for item in items)
     with Progress(what, total=len(items), unit=unit, done=done) as progress:

@@ -52,10 +52,9 @@ def _distances_from_uniform(counts: Mapping[str, int], total: int) -> dict[str, 
 
 def answer_frequencies(summary: Mapping[str, float | int]) -> list[dict[str, float | int | str]]:
     """The rows of the answer table of `mcq_summary`; `frequency` is absent when nothing was parseable."""
-    columns = {"count": "count", "frequency": "freq"}
     rows: list[dict[str, float | int | str]] = []
     for label in ANSWER_LABELS:
-        names = {column: f"{name}_{label.lower()}" for column, name in columns.items()}
-        values = {column: summary[name] for column, name in names.items() if name in summary}
-        rows.append({"answer_label": label, **values})
+        rows.append({"answer_label": label, "count": summary[f"count_{label.lower()}"]})
+        if f"freq_{label.lower()}" in summary:
+            rows[-1]["frequency"] = summary[f"freq_{label.lower()}"]
     return rows

@@ -92,7 +92,7 @@ def goodness_of_fit(values: Sequence[float | int] | Real[np.ndarray, "N"], spec:
       10 million cells.
     """
     sample, target = np.asarray(values, np.float64), _target(spec)
-    if target.integer_only:
+    if target.family.integer_only:
         statistic, pvalue = _chi_square(sample, target)
         return {"gof_test": "chi_square", "gof_statistic": statistic, "gof_pvalue": pvalue}
     statistic, pvalue = math.nan, math.nan
@@ -127,7 +127,7 @@ def _chi_square(sample: Float[np.ndarray, "N"], target: FamilyTarget) -> tuple[f
     if not sample.size:
         return math.nan, math.nan
     frozen = target.frozen
-    lower, upper = target.support
+    lower, upper = target.family.support(target.parameters)
     integers = np.round(sample)
     lo = lower if math.isfinite(lower) else min(float(integers.min()), math.floor(frozen.ppf(0.001)))
     hi = upper if math.isfinite(upper) else max(float(integers.max()), math.ceil(frozen.ppf(0.999)))

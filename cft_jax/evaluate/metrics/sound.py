@@ -66,7 +66,7 @@ def integer_cells(
 
     What is no integer of the support falls into a last cell of probability 0.
     """
-    lower, upper = target.support
+    lower, upper = target.family.support(target.parameters)
     possible = (values >= lower) & (values <= upper) & (values == np.round(values))
     num_cells = max(2, int(values.size / MIN_EXPECTED_PER_CELL))
     edges = np.unique(target.frozen.ppf(np.arange(1, num_cells) / num_cells))
@@ -90,7 +90,7 @@ def tests_of_target(values: Float[np.ndarray, "N"], target: Target, rng: np.rand
     ks: Any = stats.ks_1samp(pit, stats.uniform.cdf, method="exact")
     metrics = {"ks_randomised_statistic": float(ks.statistic), "ks_randomised_pvalue": float(ks.pvalue)}
     metrics["anderson_darling_statistic"], metrics["anderson_darling_pvalue"] = anderson_darling(pit)
-    if isinstance(target, FamilyTarget) and target.integer_only:
+    if isinstance(target, FamilyTarget) and target.family.integer_only:
         metrics.update(chi_square_metrics(*integer_cells(values, target)))
     return metrics
 

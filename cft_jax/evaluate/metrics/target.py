@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cft_jax.distributions.families import find_family
+from cft_jax.distributions.families import Family, find_family
 
 # Integer targets are drawn from a table of their CDF between these far quantiles (a draw beyond has probability
 # 2e-12) where the table is not too long; scipy's own quantiles take seconds for some families.
@@ -27,17 +27,13 @@ class FamilyTarget:
     parameters: Mapping[str, float]
     num_decimals: int
 
+    @property
+    def family(self) -> Family:
+        return find_family(self.family_id)
+
     @functools.cached_property
     def frozen(self) -> Any:
-        return find_family(self.family_id).frozen(self.parameters)
-
-    @property
-    def integer_only(self) -> bool:
-        return find_family(self.family_id).integer_only
-
-    @property
-    def support(self) -> tuple[float, float]:
-        return find_family(self.family_id).support(self.parameters)
+        return self.family.frozen(self.parameters)
 
     @functools.cached_property
     def mean(self) -> float:
@@ -49,8 +45,7 @@ class FamilyTarget:
 
     @functools.cached_property
     def interquartile_range(self) -> float:
-        low, high = self.frozen.ppf([0.25, 0.75])
-        return float(high - low)
+        return float(np.ptp(self.frozen.ppf([0.25, 0.75])))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a target lives as long as its prompt is measured
     def quantiles(self, count: int) -> Float[np.ndarray, "N"]:
@@ -59,14 +54,14 @@ class FamilyTarget:
 
     def cdf_around(self, values: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
         """P(below) and P(up to) each value, of what a draw is when written: an integer, or rounded to the decimals."""
-        if self.integer_only:
+        if self.family.integer_only:
             return self.frozen.cdf(np.ceil(values) - 1), self.frozen.cdf(np.floor(values))
         half = 0.5 * 10.0**-self.num_decimals
         return self.frozen.cdf(values - half), self.frozen.cdf(values + half)
 
     def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
         """Independent draws, not rounded."""
-        if not self.integer_only:
+        if not self.family.integer_only:
             return np.asarray(self.frozen.rvs(size=shape, random_state=rng), np.float64)
         lowest, highest = self.frozen.ppf([_TABLE_TAIL, 1 - _TABLE_TAIL])
         if highest - lowest > _MAX_TABLE:
@@ -103,8 +98,7 @@ class ListedTarget:
 
     @functools.cached_property
     def interquartile_range(self) -> float:
-        low, high = self._at(np.array([0.25, 0.75]))
-        return float(high - low)
+        return float(np.ptp(self._at(np.array([0.25, 0.75]))))
 
     def quantiles(self, count: int) -> Float[np.ndarray, "N"]:
         """The quantiles at (i - 0.5)/count, i from 1."""

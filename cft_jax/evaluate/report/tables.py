@@ -177,9 +177,7 @@ def families_table(runs: Sequence[Run], split: str) -> Table | None:
 def tests_table(runs: Sequence[Run], splits: Sequence[str]) -> Table | None:
     """How often each test of goodness of fit rejects the samples of a prompt, by split and run."""
     rows = {
-        title: [
-            Headline(title, ("splits", split, "tests", name, "rejected_at_5pct"), 0, is_share=True) for split in splits
-        ]
+        title: [Headline(title, ("splits", s, "tests", name, "rejected_at_5pct"), 0, is_share=True) for s in splits]
         for name, title in _TESTS.items()
     }
     return table_of(runs, rows, [split_title(split) for split in splits])
