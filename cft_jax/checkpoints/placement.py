@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ def _read(tensor: Rows, layout: Layout, shape: tuple[int, ...], start: int, stop
 
 
 def _write_region(
-    buffers: dict[jax.Device, Array],
-    owned: Mapping[jax.Device, list[range]],
+    buffers: dict[Any, Array],  # by device
+    owned: Mapping[Any, list[range]],
     region: Sequence[range],
     read: Callable[[], Shaped[np.ndarray, "..."]],
     permutation: tuple[int, ...],
