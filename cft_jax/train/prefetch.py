@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -31,7 +31,9 @@ def put_batch(batch: TargetBatch, mesh: Mesh) -> DeviceBatch:
     return DeviceBatch(*map(put, batch))
 
 
-def prefetched(make: Callable[[int], TargetBatch], mesh: Mesh, *, start: int, stop: int) -> Iterator[DeviceBatch]:
+def prefetched(
+    make: Callable[[int], TargetBatch], mesh: Mesh, *, start: int, stop: int
+) -> Generator[DeviceBatch, None, None]:
     """The batches of steps `start` to `stop`, in order; what `make` raises is raised in its batch's place.
 
     Only the thread calls `make`. Close the iterator (`contextlib.closing`): afterwards others may call it.
