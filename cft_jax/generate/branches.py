@@ -16,13 +16,7 @@ from cft_jax.generate.stops import StopStrings
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt to be continued.
-
-    Attributes:
-      index: among the prompts of the call.
-      prompt: token ids.
-      key: of its draws (`request_key`).
-    """
+    """A prompt to be continued: its index in the call, its token ids, and the key of its draws (`request_key`)."""
 
     index: int
     prompt: Sequence[int]
@@ -90,27 +84,13 @@ class DecodeBranch:
         """Whether the next step draws; else it feeds again what an earlier row was fed."""
         return self.fed == len(self.tokens)
 
-    def begin_again(self) -> None:
-        """Gives up the cache it would have continued."""
-        self.fed, self.source = 0, -1
-
-
-# Who finished, and how.
-Finished = tuple[Int[np.ndarray, "_"], Completion]
-
 
 def advance(
     branch: DecodeBranch, drawn: Int[np.ndarray, "n X"], limits: Limits
-) -> tuple[list[DecodeBranch], list[Finished]]:
-    """What becomes of a branch whose samples have drawn.
+) -> tuple[list[DecodeBranch], list[tuple[Int[np.ndarray, "_"], Completion]]]:
+    """What becomes of a branch whose samples have drawn: those that continue, and which samples finished, and how.
 
-    Args:
-      branch: the branch; changed if it continues.
-      drawn: the tokens of each sample; several columns only for a single sample.
-      limits: when samples end.
-
-    Returns:
-      The branches that continue, first `branch` itself, then those that leave it; and who finished.
+    There are several columns only for a single sample, whose branch is changed.
     """
     if branch.samples.size == 1:
         for token in drawn[0].tolist():
@@ -120,8 +100,7 @@ def advance(
             branch.tokens.append(token)
         branch.fed = len(branch.tokens)
         return [branch], []
-    continuing: list[DecodeBranch] = []
-    finished: list[Finished] = []
+    continuing, finished = [], []
     different, which = np.unique(drawn[:, 0], return_inverse=True)
     for number, token in enumerate(different.tolist()):
         samples = branch.samples[which == number]
@@ -131,10 +110,6 @@ def advance(
             continuing.append(DecodeBranch(branch.request, tokens, samples, len(tokens), branch.source))
         else:
             finished.append((samples, end))
-    if continuing:
-        first = continuing[0]
-        branch.tokens, branch.samples, branch.fed = first.tokens, first.samples, first.fed
-        continuing[0] = branch
     return continuing, finished
 
 
@@ -167,16 +142,15 @@ class Slot:
         for row, branch in zip(free, entering, strict=False):
             self.rows[row] = branch
         for branch in self.branches[len(free) :]:
-            branch.begin_again()
+            # There is no room for it to continue its cache.
+            branch.fed, branch.source = 0, -1
         self.branches, self.waiting = [], entering[len(free) :]
 
 
 class Grid:
     """The slots and their rows; row r of slot p is row p * size + r of the device's arrays.
 
-    Args:
-      slots: how many prompts there is room for.
-      sizes: rows per slot to choose from, ascending; few sizes are compiled.
+    A slot has as many rows as one of `sizes` (ascending) says; few sizes are compiled.
     """
 
     def __init__(self, slots: int, sizes: tuple[int, ...]) -> None:

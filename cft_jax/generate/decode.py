@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cft_jax.generate.prefill import constrain_cache, write_columns
+from cft_jax.generate.prefill import column_axis, constrain_cache, row_axis, write_columns
 from cft_jax.generate.sampling import Draws, draw_tokens
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.models.transformer import KVCache
@@ -61,22 +61,11 @@ def decode(
 ) -> tuple[KVCache, Int[Array, "N X"], Int[Array, ""]]:
     """Feeds every row its token and draws the next ones; repeats that with the drawn tokens where asked to.
 
-    Args:
-      split: the model.
-      prompt: cache of the prompts; row p serves the rows p*B/P ... (p+1)*B/P - 1.
-      own: the rows' caches.
-      column: where the rows write.
-      rows: see `Rows`.
-      num_asked: how many of `rows.asked` count.
-      draw_row: the row that each draw follows, counted within `rows.asked`.
-      uniform: numbers of each draw, for every step.
-      num_draws: how many of them count.
-      stop_ids: tokens that end a sample.
-      steps: at most `MAX_STEPS`; more than 1 only where every row has exactly one draw. The call ends early when an
-        eighth of the draws have drawn a stop id.
-      method: see `draw_tokens`.
-      temperature: likewise.
-      top_p: likewise.
+    Row p of the prompts' cache serves the rows p*B/P ... (p+1)*B/P - 1, which write at `column` of their own. Each draw
+    follows the row `draw_row`, counted within `rows.asked`, and has numbers (`uniform`) for every step; of the rows
+    asked and the draws so many count. There are at most `MAX_STEPS` steps, and more than 1 only where every row has
+    exactly one draw; the call ends early when an eighth of the draws have drawn a stop id. The rest is as in
+    `draw_tokens`.
 
     Returns:
       The rows' caches, the tokens of every draw, and the number of steps taken.
@@ -117,42 +106,30 @@ def move_rows(
 ) -> KVCache:
     """Caches of other rows, or of other lengths.
 
-    Args:
-      split: the model.
-      own: the rows' caches.
-      source: the row that each new row continues; -1 for those that begin.
-      oldest: the column to come first. The others follow it round, so that the oldest tokens come first.
-      length: columns per row, not fewer than before.
+    `source` is the row that each new row continues, -1 for those that begin. The column `oldest` comes first and the
+    others follow it round, so that the oldest tokens come first. `length` is not less than before.
     """
     held = own.positions.shape[1]
     columns = (oldest + jnp.arange(held)) % held
 
-    def moved(x: Array, row_axis: int) -> Array:
-        x = jnp.take(x, jnp.maximum(source, 0), axis=row_axis)
+    def moved(x: Array) -> Array:
+        x = jnp.take(x, jnp.maximum(source, 0), axis=row_axis(x))
         if length == held:
             return x
-        axis = min(x.ndim - 1, 2)
+        axis = column_axis(x)
         widths = [(0, length - held) if dim == axis else (0, 0) for dim in range(x.ndim)]
         return jnp.pad(jnp.take(x, columns, axis=axis), widths)
 
-    keys, values = jax.tree.map(lambda x: moved(x, 1), (own.keys, own.values))
-    visible = moved(own.visible, 0) & (source >= 0)[:, None, None]
-    return constrain_cache(KVCache(keys, values, moved(own.positions, 0), visible), split.merge())
+    new = jax.tree.map(moved, own)
+    return constrain_cache(new._replace(visible=new.visible & (source >= 0)[:, None, None]), split.merge())
 
 
 @partial(jax.jit, donate_argnames="prompt")
 def replace_prompts(split: SplitModel, prompt: KVCache, new: KVCache, indices: Int[Array, "Q"]) -> KVCache:
     """The cache of the prompts with some of them replaced; an index out of range replaces none."""
 
-    def put(old: Array, part: Array, axis: int) -> Array:
-        where = (slice(None),) * axis + (indices,)
+    def put(old: Array, part: Array) -> Array:
+        where = (slice(None),) * row_axis(old) + (indices,)
         return old.at[where].set(part, mode="drop")
 
-    keys, values = (
-        jax.tree.map(lambda old, part: put(old, part, 1), old, part)
-        for old, part in ((prompt.keys, new.keys), (prompt.values, new.values))
-    )
-    return constrain_cache(
-        KVCache(keys, values, put(prompt.positions, new.positions, 0), put(prompt.visible, new.visible, 0)),
-        split.merge(),
-    )
+    return constrain_cache(jax.tree.map(put, prompt, new), split.merge())

@@ -1,5 +1,6 @@
 """The sampler: prompts prefilled once, samples that share a prefix decoded as one row, rows refilled as they end."""
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,15 +131,11 @@ class Sampler:
     def _token_ids(self, prompts: Sequence[Sequence[int] | Messages]) -> list[list[int]]:
         if any(isinstance(prompt, str) for prompt in prompts) or isinstance(prompts, str):
             raise UserError("a prompt is a list of token ids or of messages, not a text; give [{'role': ..., ...}]")
-        ids: list[list[int]] = [[] for _ in prompts]
-        chats = [i for i, prompt in enumerate(prompts) if len(prompt) and isinstance(prompt[0], Mapping)]
-        if chats:
-            encoded = encode_chats(self._tokenizer, [prompts[i] for i in chats], self._chat)  # type: ignore[misc]
-            for i, chat in zip(chats, encoded, strict=True):
-                ids[i] = chat
-        for i in set(range(len(prompts))) - set(chats):
-            ids[i] = [int(token) for token in prompts[i]]  # type: ignore[arg-type]
-        return ids
+        are_chats = [len(prompt) > 0 and isinstance(prompt[0], Mapping) for prompt in prompts]
+        chats: Any = list(itertools.compress(prompts, are_chats))
+        encoded = iter(encode_chats(self._tokenizer, chats, self._chat) if chats else ())
+        given: Any = zip(prompts, are_chats, strict=True)
+        return [next(encoded) if is_chat else [int(token) for token in prompt] for prompt, is_chat in given]
 
     def _sizes(self, length: int, requests: int, num_samples: int, max_new_tokens: int) -> "_Sizes":
         """As many prompts and rows at a time as batch size and memory hold."""
@@ -164,14 +161,7 @@ def _requests(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> It
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Shapes of one run.
-
-    Attributes:
-      prompt_length: columns of a prompt's cache.
-      slots: prompts at a time.
-      rows: numbers of rows per prompt to choose from, ascending.
-      draws: draws at a time.
-    """
+    """Shapes of one run: columns of a prompt's cache, prompts at a time, rows per prompt to choose from, draws."""
 
     prompt_length: int
     slots: int
@@ -218,8 +208,7 @@ class _Decode:
                 index, count = branch.request.index, branch.samples.size
                 continuing, finished = advance(branch, drawn[done : done + count], self._limits)
                 done += count
-                if not continuing:
-                    slot.rows[row % self._grid.size] = None
+                slot.rows[row % self._grid.size] = continuing[0] if continuing else None
                 slot.branches += continuing[1:]
                 yield from ((index, samples, completion) for samples, completion in finished)
 
@@ -230,14 +219,13 @@ class _Decode:
         while empty and self._queue:
             indices = empty[: min(at_a_time, len(self._queue))]
             empty = empty[len(indices) :]
-            requests = [self._queue.popleft() for _ in indices]
-            for index, request in zip(indices, requests, strict=True):
-                samples = np.arange(self._num_samples)
+            prompts = []
+            for index in indices:
+                request, samples = self._queue.popleft(), np.arange(self._num_samples)
                 self._grid.slots[index].waiting = [DecodeBranch(request, [], samples, fed=0, source=-1)]
+                prompts.append(request.prompt)
             rows = min(bucket(len(indices), least=1, factor=4), self._sizes.slots)
-            new = prefill(
-                self._split, [request.prompt for request in requests], rows=rows, length=self._sizes.prompt_length
-            )
+            new = prefill(self._split, prompts, rows=rows, length=self._sizes.prompt_length)
             where = np.full(rows, self._sizes.slots, np.int32)
             where[: len(indices)] = indices
             self._prompt = replace_prompts(self._split, self._prompt, new, where)

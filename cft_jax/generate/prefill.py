@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from cft_jax.common.errors import UserError
 from cft_jax.generate.split_model import SplitModel
@@ -38,11 +38,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 def prefill(split: SplitModel, prompts: Sequence[Sequence[int]], *, rows: int, length: int) -> KVCache:
     """The cache of all tokens but the last of each prompt.
 
-    Args:
-      split: the model.
-      prompts: token ids; at most `rows` of them.
-      rows: of the cache; those without a prompt see nothing.
-      length: slots per row; at least the longest prompt less one.
+    There are at most `rows` prompts; rows without a prompt see nothing. `length`, the columns per row, is at least that
+    of the longest prompt less one.
     """
     tokens = np.zeros((rows, length), np.int32)
     lengths = np.zeros(rows, np.int32)
@@ -84,11 +81,7 @@ def empty_cache(split: SplitModel, *, rows: int, length: int) -> KVCache:
 
 @partial(jax.jit, donate_argnames="cache")
 def _prefill_piece(
-    split: SplitModel,
-    cache: KVCache,
-    tokens: Int[Array, "P T"],
-    lengths: Int[Array, "P"],
-    start: Int[Array, ""],
+    split: SplitModel, cache: KVCache, tokens: Int[Array, "P T"], lengths: Int[Array, "P"], start: Int[Array, ""]
 ) -> KVCache:
     model = split.merge()
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
@@ -100,14 +93,26 @@ def _prefill_piece(
 def write_columns(cache: KVCache, new: KVCache, column: Int[Array, ""]) -> KVCache:
     """`cache` with the tokens of `new` in the columns from `column` on, in place where the buffer is donated."""
 
-    def write(old: Array, part: Array, axis: int) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, part, column, axis=axis)
+    def write(old: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, part, column, axis=column_axis(old))
 
-    keys, values = (
-        jax.tree.map(lambda old, part: write(old, part, 2), old, part)
-        for old, part in ((cache.keys, new.keys), (cache.values, new.values))
-    )
-    return KVCache(keys, values, write(cache.positions, new.positions, 1), write(cache.visible, new.visible, 2))
+    return jax.tree.map(write, cache, new)
+
+
+def asked_states(model: Transformer, rows: dict[str, Array], context: tuple[KVCache, ...] = ()) -> Float[Array, "Q D"]:
+    """Hidden states at the queries of rows that `padded_rows` has made."""
+    hidden, _ = model.hidden(rows["tokens"], rows["positions"], rows["subtree_end"], context=context)
+    return constrain(hidden.reshape(-1, hidden.shape[-1])[rows["queries"]], ("batch", "act_embed"), model.mesh)
+
+
+def row_axis(x: Array) -> int:
+    """The axis of a cache's rows; keys and values have one of layers before it."""
+    return 1 if x.ndim == 5 else 0
+
+
+def column_axis(x: Array) -> int:
+    """The axis of a cache's tokens."""
+    return 1 if x.ndim == 2 else 2
 
 
 def constrain_cache(cache: KVCache, model: Transformer) -> KVCache:

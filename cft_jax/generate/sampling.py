@@ -83,11 +83,8 @@ def uniforms(
 ) -> Float[Array, "N X 2"]:
     """Two numbers in [0, 1) for each draw of a token: the halves of 64 random bits, 24 bits of each.
 
-    Args:
-      key: of the draw's request (`request_key`).
-      sample: which of the request's samples it is for.
-      step: which token of the sample it is for.
-      steps: for how many tokens from there on.
+    A draw is for one token (`step`, and so many from there on) of one sample of the request that `key` belongs to
+    (`request_key`).
     """
 
     def bits(key: Array, sample: Array, step: Array) -> Array:
@@ -109,17 +106,9 @@ def draw_tokens(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, "N"]:
-    """One token per draw; zero beyond `num_draws`.
+    """One token per draw, by `SamplingSettings`, whose `method` is static; zero beyond `num_draws`.
 
-    Args:
-      model: the language model.
-      hidden: states after the final norm.
-      num_rows: the rows that draws refer to are among the first so many.
-      draws: what to draw; see `Draws`.
-      num_draws: how many of them count.
-      method: `SamplingSettings.method`; static.
-      temperature: as in `SamplingSettings`.
-      top_p: likewise.
+    Draws refer to the first `num_rows` rows of `hidden`, states after the final norm.
     """
     if method == "greedy":
         return _most_probable(model, hidden, num_rows)[draws.row]

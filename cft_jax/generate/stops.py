@@ -24,13 +24,9 @@ def model_stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> tu
 def all_stop_ids(named: Iterable[int], tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> tuple[int, ...]:
     """Every token that ends a generation, ascending.
 
-    These are all that the checkpoint names, the terminator of a trained model's answers among them, the one that the
-    tokenizer names as its end of sequence, and the one that the chat template writes after an assistant's turn.
-
-    Args:
-      named: by the checkpoint (`cft_jax.models.source.Source.stop_ids`).
-      tokenizer: of the model.
-      vocab_size: of the model; tokens beyond it are left out.
+    These are all that the checkpoint names (`cft_jax.models.source.Source.stop_ids`), the terminator of a trained
+    model's answers among them, the one that the tokenizer names as its end of sequence, and the one that the chat
+    template writes after an assistant's turn; tokens beyond the model's vocabulary are left out.
 
     Raises:
       UserError: nothing names a token.
@@ -59,12 +55,7 @@ def end_at(model: Transformer, token: int) -> None:
 
 
 class StopStrings:
-    """Finds stop strings at the end of growing texts.
-
-    Args:
-      tokenizer: turns tokens to text.
-      stop: one string or several; none may be empty.
-    """
+    """Finds stop strings, of which none may be empty, at the end of growing texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str] | None) -> None:
         self.strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)

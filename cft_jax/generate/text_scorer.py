@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from cft_jax.generate.prefill import check_prompts
+from cft_jax.generate.prefill import asked_states, check_prompts
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.vocabulary import Tiling, log_sum_exp, of_tiles, target_scores
 from cft_jax.models.transformer import Transformer
-from cft_jax.sharding.rules import constrain
+from cft_jax.sharding.rules import constrain, num_shards
 from cft_jax.text.tree_rows import TokenTree, bucket, first_fit, padded_rows
 
 # Texts of at most so many tokens share rows with others; longer ones get rows of the next power of two.
@@ -45,33 +45,27 @@ class Likelihood:
 class TextScorer:
     """Scores texts with one model, whose weights are taken apart once.
 
-    Args:
-      model: the language model, with or without adapters, on one device or on a mesh.
-      tokens_per_call: tokens in one forward pass, for each of the mesh's shards of the batch.
+    `tokens_per_call` are in one forward pass, for each of the mesh's shards of the batch.
     """
 
     def __init__(self, model: Transformer, *, tokens_per_call: int = 4096) -> None:
         self._split = SplitModel.of(model)
         self._vocab_size = model.config.vocab_size
-        self._shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+        self._shards = num_shards("batch", model.mesh)
         self._tokens_per_call = tokens_per_call
 
     def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """Log-likelihoods of continuations; what several texts begin with is computed once.
+        """Log-likelihoods of continuations of contexts, both token ids; what several texts begin with is computed once.
 
-        Args:
-          requests: token ids of a context and of its continuation. An empty continuation has probability 1.
+        An empty continuation has probability 1.
 
         Raises:
           UserError: a context is empty, or a token is not in the model's vocabulary.
         """
-        check_prompts(
-            [[*context, *continuation] if context else [] for context, continuation in requests], self._vocab_size
-        )
         texts = [(*context, *continuation) for context, continuation in requests]
+        check_prompts([text if requests[i][0] else () for i, text in enumerate(texts)], self._vocab_size)
         groups = list(_groups([text if requests[i][1] else () for i, text in enumerate(texts)]))
-        starts = [len(context) for context, _ in requests]
-        trees = [_text_tree([texts[i] for i in group], [starts[i] for i in group]) for group in groups]
+        trees = [_text_tree([texts[i] for i in group], [len(requests[i][0]) for i in group]) for group in groups]
         found = [Likelihood(0.0, True)] * len(requests)
         for indices, (log_probs, best) in zip(groups, self._scores(trees), strict=True):
             ends = np.cumsum([len(requests[i][1]) for i in indices])
@@ -132,12 +126,7 @@ class TextScorer:
 
 
 def _text_tree(texts: Sequence[Sequence[int]], starts: Sequence[int]) -> TokenTree:
-    """The tree of some texts; its targets are the tokens of each from its start on, one text after the other.
-
-    Args:
-      texts: token ids, in lexicographic order, which is the depth-first order of their tree.
-      starts: first token asked for, at least 1.
-    """
+    """The tree of texts in lexicographic order; its targets are each text's tokens from its start (at least 1) on."""
     tokens, positions, subtree_end = [], [], []
     # Index in the tree of each of the current text's tokens.
     path: list[int] = []
@@ -198,33 +187,21 @@ def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, list[list[int]]]]:
 
 
 @jax.jit
-def _target_log_probs(
-    split: SplitModel,
-    *,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    subtree_end: Int[Array, "B T"],
-    queries: Int[Array, "Q"],
-    num_queries: Int[Array, ""],
-    target_query: Int[Array, "E"],
-    target_ids: Int[Array, "E"],
-    num_targets: Int[Array, ""],
-) -> tuple[Float[Array, "E"], Bool[Array, "E"]]:
-    """Log-probability of every target, and whether no token has a higher score; arguments as of `padded_rows`."""
+def _target_log_probs(split: SplitModel, **rows: Array) -> tuple[Float[Array, "E"], Bool[Array, "E"]]:
+    """Log-probability of every target of `padded_rows`, and whether no token has a higher score."""
     model = split.merge()
-    hidden, _ = model.hidden(tokens, positions, subtree_end)
-    asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
+    asked, target_query = asked_states(model, rows), rows["target_query"]
 
     def of_tile(scores: Float[Array, "r S U W"]) -> tuple[Array, Array, Array]:
         return log_sum_exp(scores), jnp.max(scores, axis=-1), jnp.argmax(scores, axis=-1)
 
-    log_sum_exps, max_logits, first = of_tiles(model, asked, num_queries, of_tile)
+    log_sum_exps, max_logits, first = of_tiles(model, asked, rows["num_queries"], of_tile)
     tile = jnp.argmax(max_logits, axis=-1)
     ids, _ = Tiling.of(model).tokens(tile)
     best = jnp.take_along_axis(ids, jnp.take_along_axis(first, tile[:, None], axis=1), axis=1)[:, 0]
-    scores = target_scores(model, asked, target_query, target_ids, num_targets)
+    scores = target_scores(model, asked, rows)
     log_probs = scores - jax.nn.logsumexp(log_sum_exps, axis=-1)[target_query]
-    is_best = best[target_query] == target_ids
+    is_best = best[target_query] == rows["target_ids"]
     return constrain(log_probs, (None,), model.mesh), constrain(is_best, (None,), model.mesh)
 
 

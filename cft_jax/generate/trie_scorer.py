@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from cft_jax.common.errors import UserError
-from cft_jax.generate.prefill import check_prompts, prefill
+from cft_jax.generate.prefill import asked_states, check_prompts, prefill, row_axis
 from cft_jax.generate.split_model import SplitModel
 from cft_jax.generate.vocabulary import log_z, target_scores
 from cft_jax.models.transformer import KVCache, Transformer
-from cft_jax.sharding.rules import constrain
+from cft_jax.sharding.rules import constrain, num_shards
 from cft_jax.text.paths import prefix_log_probs, string_log_probs
 from cft_jax.text.tree_rows import TokenTree, bucket, cut_tree, padded_rows, ranges
 from cft_jax.text.trie import Trie
@@ -31,11 +31,6 @@ _LONGER = 8
 
 def score_trie(model: Transformer, prompt_ids: Sequence[int], trie: Trie) -> Float64[np.ndarray, "N"]:
     """Log-probabilities of every value of an output space, terminator included, in the order of the space.
-
-    Args:
-      model: the language model.
-      prompt_ids: token ids of the prompt.
-      trie: of the output space.
 
     Raises:
       UserError: the prompt is empty, or a token is not in the model's vocabulary.
@@ -152,16 +147,6 @@ class ScoreRequest:
         return TrieScore(child_log_probs, prefixes, strings, prefixes[self.trie.leaf_prefix] + stop_log_probs)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts prefilled together: their indices, slots of a prompt's cache, tokens of a row, rows of a call."""
-
-    indices: list[int]
-    prompt_length: int
-    row_length: int
-    rows: int
-
-
 class TrieScorer:
     """Scores tries with one model, whose weights are taken apart once.
 
@@ -175,8 +160,7 @@ class TrieScorer:
         self._split = SplitModel.of(model)
         self._vocab_size = model.config.vocab_size
         self._stop_ids = np.unique(np.asarray(stop_ids, np.int32))
-        shards = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-        self._tokens_per_call = tokens_per_call * shards
+        self._tokens_per_call = tokens_per_call * num_shards("batch", model.mesh)
 
     def score(
         self,
@@ -187,10 +171,8 @@ class TrieScorer:
     ) -> list[TrieScore]:
         """Scores each trie after its prompt.
 
-        Args:
-          prompts: token ids.
-          tries: one per prompt.
-          prefixes: for each trie the prefixes to ask the model about, together with their ancestors; by default all.
+        `prefixes` names for each trie the prefixes to ask the model about, together with their ancestors; by default
+        all.
 
         Raises:
           UserError: a prompt is empty, or a token is not in the model's vocabulary.
@@ -204,74 +186,53 @@ class TrieScorer:
                     f"the output space or the stop ids hold token {request.target_ids.max()}, and the model's "
                     f"vocabulary ends at {self._vocab_size - 1}; give the tokenizer that belongs to the model"
                 )
-        log_probs = [np.full(request.target_ids.size, np.nan) for request in requests]
-        for batch in self._batches([len(prompt) for prompt in prompts], requests):
-            self._score_batch(batch, prompts, requests, log_probs)
-        return [request.result(found) for request, found in zip(requests, log_probs, strict=True)]
-
-    def _batches(self, prompt_lengths: Sequence[int], requests: Sequence[ScoreRequest]) -> Iterator[_Batch]:
-        """Prompts that share shapes, as many as one call has rows."""
+        # Prompts that share shapes, as many at a time as one call has rows.
         shapes: dict[tuple[int, int], list[int]] = {}
-        for index, (length, request) in enumerate(zip(prompt_lengths, requests, strict=True)):
-            shapes.setdefault((bucket(length - 1, least=32), request.row_length()), []).append(index)
-        for (prompt_length, row_length), indices in shapes.items():
-            rows = max(self._tokens_per_call // row_length, 1)
+        for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+            shapes.setdefault((bucket(len(prompt) - 1, least=32), request.row_length()), []).append(index)
+        scores: dict[int, TrieScore] = {}
+        for lengths, indices in shapes.items():
+            rows = max(self._tokens_per_call // lengths[1], 1)
             for start in range(0, len(indices), rows):
-                yield _Batch(indices[start : start + rows], prompt_length, row_length, rows)
+                batch = indices[start : start + rows]
+                found = self._log_probs([prompts[i] for i in batch], [requests[i] for i in batch], lengths, rows)
+                scores |= {i: requests[i].result(log_probs) for i, log_probs in zip(batch, found, strict=True)}
+        return [scores[index] for index in range(len(requests))]
 
-    def _score_batch(
-        self,
-        batch: _Batch,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[ScoreRequest],
-        log_probs: list[Float64[np.ndarray, "_"]],
-    ) -> None:
-        """Fills in the log-probabilities of a batch's targets."""
+    def _log_probs(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[ScoreRequest], lengths: tuple[int, int], rows: int
+    ) -> list[Float64[np.ndarray, "_"]]:
+        """Log-probabilities of all targets of each request; `lengths` of a prompt's cache and of a row."""
+        context = prefill(self._split, prompts, rows=rows if len(prompts) > 1 else 1, length=lengths[0])
         trees = [
-            (cache, index, *row)
-            for cache, index in enumerate(batch.indices)
-            for row in requests[index].rows(prompts[index], batch.row_length)
+            (index, *row)
+            for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
+            for row in request.rows(prompt, lengths[1])
         ]
-        caches = batch.rows if len(batch.indices) > 1 else 1
-        chosen = [prompts[index] for index in batch.indices]
-        context = prefill(self._split, chosen, rows=caches, length=batch.prompt_length)
-        rows = batch.rows if len(trees) > 1 else 1
+        rows = rows if len(trees) > 1 else 1
         sent = []
         for start in range(0, len(trees), rows):
             call = trees[start : start + rows]
             prompt = np.zeros(rows, np.int32)
-            prompt[: len(call)] = [cache for cache, *_ in call]
-            arrays = padded_rows([[tree] for *_, tree in call], num_rows=rows, length=batch.row_length)
+            prompt[: len(call)] = [index for index, *_ in call]
+            arrays = padded_rows([[tree] for *_, tree in call], num_rows=rows, length=lengths[1])
             # All calls are sent before the first result is read.
             sent.append((call, _target_log_probs(self._split, context, prompt, **arrays)))
+        log_probs = [np.full(request.target_ids.size, np.nan) for request in requests]
         for call, found in sent:
             ends = np.cumsum([tree.target_ids.size for *_, tree in call])
-            for (_, index, targets, _), part in zip(call, np.split(np.asarray(found), ends)[:-1], strict=True):
+            for (index, targets, _), part in zip(call, np.split(np.asarray(found), ends)[:-1], strict=True):
                 log_probs[index][targets] = part
+        return log_probs
 
 
 @jax.jit
-def _target_log_probs(
-    split: SplitModel,
-    context: KVCache,
-    prompt: Int[Array, "B"],
-    *,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    subtree_end: Int[Array, "B T"],
-    queries: Int[Array, "Q"],
-    num_queries: Int[Array, ""],
-    target_query: Int[Array, "E"],
-    target_ids: Int[Array, "E"],
-    num_targets: Int[Array, ""],
-) -> Float[Array, "E"]:
-    """Log-probability of every target; `prompt` is each row's of the context, the others are as of `padded_rows`."""
+def _target_log_probs(split: SplitModel, context: KVCache, prompt: Int[Array, "B"], **rows: Array) -> Float[Array, "E"]:
+    """Log-probability of every target of `padded_rows`; `prompt` is each row's of the context."""
     model = split.merge()
-    keys, values = jax.tree.map(lambda x: x[:, prompt], (context.keys, context.values))
-    own = KVCache(keys, values, context.positions[prompt], context.visible[prompt])
-    hidden, _ = model.hidden(tokens, positions, subtree_end, context=(own,))
-    asked = constrain(hidden.reshape(-1, hidden.shape[-1])[queries], ("batch", "act_embed"), model.mesh)
-    scores = target_scores(model, asked, target_query, target_ids, num_targets)
-    largest = jax.ops.segment_max(scores, target_query, num_segments=queries.size)
-    log_zs = log_z(model, asked, num_queries, largest)
+    own = jax.tree.map(lambda x: x[:, prompt] if row_axis(x) else x[prompt], context)
+    asked, target_query = asked_states(model, rows, (own,)), rows["target_query"]
+    scores = target_scores(model, asked, rows)
+    largest = jax.ops.segment_max(scores, target_query, num_segments=rows["queries"].size)
+    log_zs = log_z(model, asked, rows["num_queries"], largest)
     return constrain(scores - log_zs[target_query], (None,), model.mesh)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cft_jax.models.layers import einsum
 from cft_jax.models.transformer import Transformer
-from cft_jax.sharding.rules import constrain, partition_spec
+from cft_jax.sharding.rules import constrain, num_shards
 
 TILE = 128
 # Rows of hidden states per pass over the vocabulary: few where few are asked at a time, as in decoding; more make the
@@ -43,10 +43,8 @@ class Tiling:
 
     @classmethod
     def of(cls, model: Transformer) -> "Tiling":
-        vocab, shards = model.config.vocab_size, 1
-        if model.mesh is not None and partition_spec((vocab,), ("vocab",), model.mesh)[0] is not None:
-            shards = model.mesh.shape["tensor"]
-        return cls(shards, vocab // shards)
+        vocab, shards = model.config.vocab_size, num_shards("vocab", model.mesh)
+        return cls(1, vocab) if vocab % shards else cls(shards, vocab // shards)
 
     @property
     def tiles(self) -> int:
@@ -68,17 +66,10 @@ def tile_log_sum_exps(
     inverse_temperature: Float[Array, ""] | None = None,
     floor: Float[Array, "R"] | None = None,
 ) -> Float[Array, "R U"]:
-    """The logarithm of Σ exp(score / temperature) over every tile, float32, for the first `count` rows.
+    """The logarithm of Σ exp(score / temperature) over every tile, float32; rows and tiles as of `of_tiles`.
 
-    Args:
-      model: the language model.
-      hidden: states after the final norm.
-      count: blocks of rows beyond it are not computed, and zero.
-      inverse_temperature: 1 / temperature; None where the temperature is 1.
-      floor: of each row's scores (before the temperature); tokens below it do not count. None where all count.
-
-    Returns:
-      One column per tile, in the order of `Tiling.tokens`; very small where no token of a tile counts.
+    Tokens whose score (before the temperature) is below their row's `floor` do not count; the result is very small
+    where none of a tile does.
     """
 
     def log_sum_exps(scores: Float[Array, "r S U W"], *lowest: Float[Array, "r"]) -> Float[Array, "r S U"]:
@@ -92,15 +83,11 @@ def tile_log_sum_exps(
 def log_z(
     model: Transformer, hidden: Float[Array, "R D"], count: Int[Array, ""], near: Float[Array, "R"]
 ) -> Float[Array, "R"]:
-    """The logarithm of Σ exp(score) over the vocabulary, float32, for the first `count` rows.
+    """The logarithm of Σ exp(score) over the vocabulary, float32; rows beyond the first `count` mean nothing.
 
-    Args:
-      model: the language model.
-      hidden: states after the final norm.
-      count: rows beyond it mean nothing.
-      near: the score of some token of each row. Sums are taken relative to it, which spares a search for the largest
-        score (a seventh of the time on 2 CPU cores); should another be so much larger that a sum overflows, all are
-        made again relative to their largest.
+    Sums are taken relative to `near`, the score of some token of each row, which spares a search for the largest score
+    (a seventh of the time on 2 CPU cores); should another be so much larger that a sum overflows, all are made again
+    relative to their largest.
     """
 
     def relative(scores: Float[Array, "r S U W"], near: Float[Array, "r"]) -> Float[Array, "r S 1"]:
@@ -152,7 +139,7 @@ def of_tiles(
 
     def reduced(part: Float[Array, "S W D"], some: Float[Array, "r D"], *others: Array) -> Any:
         part = constrain(part.astype(some.dtype), ("vocab", None, "act_embed"), model.mesh)
-        found = capped(model, einsum("RD,SWD->RSW", some, part, out_dtype=jnp.float32))
+        found = model.capped(einsum("RD,SWD->RSW", some, part, out_dtype=jnp.float32))
         found = jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[-1] % TILE)), constant_values=-jnp.inf)
         return reduce(found.reshape(*found.shape[:2], -1, TILE), *others)
 
@@ -190,26 +177,15 @@ def map_rows(function, rows: int, count: Int[Array, ""], *arrays: Array):
 def token_scores(model: Transformer, hidden: Float[Array, "N D"], ids: Int[Array, "N W"]) -> Float[Array, "N W"]:
     """float32 scores (logits) of the given tokens, for each row its own."""
     rows = constrain(model.head_kernel()[ids].astype(hidden.dtype), ("batch", None, "act_embed"), model.mesh)
-    return capped(model, einsum("ND,NWD->NW", hidden, rows, out_dtype=jnp.float32))
+    return model.capped(einsum("ND,NWD->NW", hidden, rows, out_dtype=jnp.float32))
 
 
-def target_scores(
-    model: Transformer,
-    hidden: Float[Array, "R D"],
-    query: Int[Array, "E"],
-    ids: Int[Array, "E"],
-    count: Int[Array, ""],
-) -> Float[Array, "E"]:
-    """float32 score of each target, `ids` after the row `query` of hidden states; -inf beyond the first `count`."""
+def target_scores(model: Transformer, hidden: Float[Array, "R D"], rows: dict[str, Array]) -> Float[Array, "E"]:
+    """float32 scores of the targets of `padded_rows` after the hidden states of its queries; -inf where padded."""
+    ids, count = rows["target_ids"], rows["num_targets"]
 
     def score(query: Int[Array, "e"], ids: Int[Array, "e"]) -> Float[Array, "e"]:
         return token_scores(model, hidden[query], ids[:, None])[:, 0]
 
-    scores = map_rows(score, min(_TARGETS, ids.size), count, query, ids)
+    scores = map_rows(score, min(_TARGETS, ids.size), count, rows["target_query"], ids)
     return jnp.where(jnp.arange(ids.size) < count, scores, -jnp.inf)
-
-
-def capped(model: Transformer, scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`scores` with the model's final soft-cap, where it has one."""
-    cap = model.config.final_softcap
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
