@@ -35,11 +35,11 @@ class Axis:
         return Axis(tuple(found), self.geometric)
 
 
-def _linear(low: float, high: float, num_points: int) -> Axis:
+def _linear(low: float | int, high: float | int, num_points: int) -> Axis:
     return Axis(tuple(np.linspace(low, high, num_points).tolist()))
 
 
-def _log(low: float, high: float, num_points: int) -> Axis:
+def _log(low: float | int, high: float | int, num_points: int) -> Axis:
     """Equal ratios, the same on every machine: `numpy.geomspace` with correctly rounded log10 and 10**x.
 
     NumPy's own raise to powers in SIMD code whose last digit depends on the CPU; these numbers are printed in prompts.
@@ -50,7 +50,7 @@ def _log(low: float, high: float, num_points: int) -> Axis:
     return Axis((float(low), *inner, float(high)), geometric=True)
 
 
-def _listed(*values: float) -> Axis:
+def _listed(*values: float | int) -> Axis:
     return Axis(tuple(map(float, values)))
 
 
