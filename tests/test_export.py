@@ -197,7 +197,7 @@ def test_an_adapter_that_training_started_from_may_be_gone(soft, tokenizer):
     config = from_config_dict(read_config(workdir))
     started = replace(config, model=replace(config.model, adapter="/gone"))
     ids = text_ids(tokenizer)
-    np.testing.assert_array_equal(load_trained(workdir, started)[0](ids), jax_logits(workdir, ids))
+    np.testing.assert_array_equal(load_trained(Workdir(workdir), started)[0](ids), jax_logits(workdir, ids))
 
 
 def test_exports_overwrite_nothing(soft, tmp_path, capsys):
