@@ -229,7 +229,7 @@ def undisturbed(start_command, tmp_path_factory):
     out = Long(start_command, workdir).finish()
     # Where everything is, and what to run next.
     titles = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()]
-    assert titles == ["report", "figures", "weights", "next"]
+    assert titles == ["report", "metrics", "weights", "next"]
     assert f"python -m cft_jax.export --workdir={workdir}" in out
     assert "\033" not in out, "colours are for terminals"
     return workdir
