@@ -4,7 +4,6 @@ Expected logits: transformers and peft in float32 on CPU, computed here; toleran
 """
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -49,12 +48,12 @@ LORA = ("model.lora.rank=5", "model.lora.alpha=7.0", "model.lora.targets=q_proj,
 pytestmark = pytest.mark.usefixtures("program_cache")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(configured):
-    """Llama 3's where it lies, else one made for the prompts."""
-    real = Path(os.environ.get("CFT_TOKENIZERS", "")) / "llama3"
-    if os.environ.get("CFT_TOKENIZERS") and real.is_dir():
-        return AutoTokenizer.from_pretrained(real)
+# Llama 3's has 128,256 tokens, and all that is computed, written and read grows with them.
+@pytest.fixture(scope="module", params=["scratch", pytest.param("llama3", marks=pytest.mark.slow)])
+def tokenizer(request, configured):
+    """One made for the prompts, or Llama 3's."""
+    if request.param == "llama3":
+        return AutoTokenizer.from_pretrained(request.getfixturevalue("tokenizers_dir") / "llama3")
     tasks = configured_tasks(configured(LLAMA, *FEW_PROMPTS).data)
     return scratch_tokenizer(task for split in tasks.values() for task in split)
 
