@@ -150,7 +150,7 @@ def test_missing_data_says_what_where_and_how(hashing, measure, tmp_path):
     fails(r"tinyBenchmarks/tinyMMLU.*cannot be had.*config\.suite\.retention\.data=tiny", data="")
     fails(r"x\.npz'.*no such file.*retention\.convert_items", item_parameters="x.npz")
     (tmp_path / "tiny_gsm8k.jsonl").write_text('{"a": 1}\nhalf')
-    fails(r"tiny_gsm8k\.jsonl is damaged", data=tmp_path, tasks=("tiny_gsm8k",))
+    fails(r"tiny_gsm8k\.jsonl is damaged", data=str(tmp_path), tasks=("tiny_gsm8k",))
 
 
 @pytest.mark.slow
