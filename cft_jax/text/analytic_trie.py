@@ -1,4 +1,4 @@
-"""The trie of a analytic space, computed where it is needed and never as a whole.
+"""The trie of an analytic space, computed where it is needed and never as a whole.
 
 `AnalyticTrie.children` gives the tokens that can follow any prefix and their probabilities. `drawn_forest` makes the
 tries of drawn strings, for all prompts of a batch at once; `AnalyticTrie.expand` those of the most probable prefixes.
@@ -23,7 +23,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class AnalyticTrie:
-    """The trie of a analytic space in one tokenizer's tokens.
+    """The trie of an analytic space in one tokenizer's tokens.
 
     Attributes:
       space: the strings and their probabilities.
@@ -113,7 +113,7 @@ class AnalyticTrie:
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """Part of a analytic trie. M prefixes.
+    """Part of an analytic trie. M prefixes.
 
     The sum of weight times loss over all prefixes is the exact objective but for the prefixes left out, whose part
     the drawn strings' prefixes estimate without bias: a drawn string counts at those of its prefixes that are not
