@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cft_jax import export
 from cft_jax.checkpoints import save_pretrained
-from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
+from cft_jax.checkpoints.generation_config import named_stop_ids
 from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import read_metrics
 from cft_jax.config import from_config_dict, read_config
@@ -69,8 +69,8 @@ def write_base(write_hf, hf_config, tokenizer):
             "num_hidden_layers": 2,
             "max_position_embeddings": 512,
         }
-        end = terminator_id(tokenizer, "tokenizer_eos")
-        write_hf(directory, hf_config("llama", **sizes, eos_token_id=end, **changes), max_shard_size="40KB")
+        # Its files name another end of a text than its tokenizer does.
+        write_hf(directory, hf_config("llama", **sizes, eos_token_id=0, **changes), max_shard_size="40KB")
         tokenizer.save_pretrained(directory)
         assert len(list(directory.glob("model-*-of-*.safetensors"))) > 2
         return directory
@@ -158,18 +158,20 @@ def test_the_adapter_says_what_it_is(soft):
 
 def test_the_terminator_of_training_ends_texts_everywhere(soft, tokenizer, end, configured, tmp_path):
     place, _ = soft
-    token, (eos,) = tokenizer.get_vocab()[end], named_stop_ids(place / "base")
+    token, named = tokenizer.get_vocab()[end], named_stop_ids(place / "base")
+    own = {token, terminator_id(tokenizer, "tokenizer_eos"), terminator_id(tokenizer, "auto")}
     for form in ("adapter", "merged"):
         model, *_ = load_trained(Workdir(place / "run"), from_config_dict(read_config(place / "run")))
         save_pretrained(model, tmp_path / form, format=form)
-        assert GenerationConfig.from_pretrained(tmp_path / form).eos_token_id == [eos, token]
+        assert GenerationConfig.from_pretrained(tmp_path / form).eos_token_id == [*named, *sorted(own)] != named
 
     def stop_ids(what, *options):
         config = configured(EVAL, f"model.checkpoint={what}", "model.dtype=float32", *options)
         return set(load_measured_model(config).backend.stop_ids)
 
-    assert stop_ids(place / "run") == stop_ids(tmp_path / "merged") == {eos, token} | stop_ids(place / "base")
+    assert stop_ids(place / "run") == stop_ids(tmp_path / "merged") == {*named, *own}
     assert stop_ids(tmp_path / "adapter", "backend=hf") == stop_ids(place / "base", f"data.terminator={end}")
+    assert stop_ids(place / "base") < {*named, *own}
 
 
 def test_the_export_command_writes_both_forms(soft, tokenizer, tmp_path, capsys):

@@ -17,7 +17,6 @@ from cft_jax.models.families import config_from_hf, is_multimodal
 
 # Wrapped language models: published files, then those of transformers 5's own naming.
 _WRAPPED = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
-GENERATION = "generation_config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_ROWS = 4096
 _REST = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -87,19 +86,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; give a checkpoint in HF format")
     return read_record(directory / "config.json")
-
-
-def named_stop_ids(directory: Path) -> list[int]:
-    """The tokens that end a text, by generation_config.json or, without one, by config.json; empty without either.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    for file in (directory / GENERATION, directory / "config.json"):
-        if file.is_file():
-            named = read_record(file).get("eos_token_id")
-            return named if isinstance(named, list) else [] if named is None else [named]
-    return []
 
 
 def _language_model(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from jaxtyping import Shaped
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.directories import check_free, new_directory
-from cft_jax.checkpoints.hf_checkpoint import GENERATION, named_stop_ids, read_checkpoint
+from cft_jax.checkpoints.generation_config import GENERATION, write_generation_config
+from cft_jax.checkpoints.hf_checkpoint import read_checkpoint
 from cft_jax.checkpoints.lora_weights import HostWeights, adapter_tensors
 from cft_jax.checkpoints.mxfp4 import Mxfp4Tensor
 from cft_jax.checkpoints.peft_files import write_adapter
@@ -33,10 +34,10 @@ _SUMMED = 2**22
 # Shares of the update that survive rounding: not worth a word in the card (float32 rounds, too), warned of, refused.
 _ALL_BUT_ROUNDING, _WARNED, _REFUSED = 0.9995, 0.9, 0.5
 # Not copied from the base: they are written anew, or describe other weights.
-_OWN_FILES = frozenset({"config.json", INDEX, "adapter_config.json"})
+_OWN_FILES = frozenset({"config.json", INDEX, "adapter_config.json", GENERATION})
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 # The base's, whatever the tokenizer.
-_SETTINGS = (GENERATION, "preprocessor_config.json", "processor_config.json")
+_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 
 def save_pretrained(
@@ -51,7 +52,8 @@ def save_pretrained(
     """Writes a directory in HF format, complete or not at all; every process calls it, the first one writes.
 
     Merging rounds to the dtype of the files. How much of the training's update survives that (see `_Rounding`) is
-    logged and added to the card; where it is less than half, nothing is written.
+    logged and added to the card; where it is less than half, nothing is written. `generation_config.json` makes others
+    sample as the model was trained; settings of the base that would not are named in the card instead.
 
     Args:
       model: loaded by `from_pretrained`, whose files it completes.
@@ -85,25 +87,28 @@ def save_pretrained(
         if tokenizer is not None:
             own, _ = hub.resolve(str(tokenizer), revision="main", local_files_only=False)
             _copy(own, _COMPANIONS, out)
-        _name_stop_ids(out, model.source.stop_ids)
+        left_out = write_generation_config(origin, out, model.source.stop_ids)
         if card is not None:
-            (out / "README.md").write_text(card + rounding.section(), encoding="utf-8")
+            (out / "README.md").write_text(card + rounding.section() + _sampling_section(left_out), encoding="utf-8")
 
 
 def _copy(origin: Path, patterns: tuple[str, ...], out: Path) -> None:
-    """Tokenizer, chat template, generation settings, processor."""
+    """Tokenizer, chat template, processor."""
     for pattern in patterns:
         for file in sorted(origin.glob(pattern)):
             if file.name not in _OWN_FILES and file.is_file():
                 shutil.copyfile(file, out / file.name)
 
 
-def _name_stop_ids(out: Path, stop_ids: Sequence[int]) -> None:
-    """Adds the terminator of training to what generation_config.json names, which is written where there is none."""
-    named, file = named_stop_ids(out), out / GENERATION
-    if set(stop_ids) - set(named):
-        record = read_record(file) if file.is_file() else {}
-        write_record(file, record | {"eos_token_id": list(dict.fromkeys([*named, *stop_ids]))})
+def _sampling_section(left_out: Mapping[str, Any]) -> str:
+    """A section of the model card about the base's sampling settings; empty where it has none."""
+    if not left_out:
+        return ""
+    settings = ", ".join(f"`{name}` {value}" for name, value in left_out.items())
+    return (
+        f"\n## Sampling settings of the base\n\nIts `{GENERATION}` had {settings}. They are left out here, because "
+        "they would change the distribution; for other prompts they may still be the better choice.\n"
+    )
 
 
 class _Rounding:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from cft_jax.checkpoints import hf_names, placement
-from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, named_stop_ids, read_checkpoint, read_config
+from cft_jax.checkpoints.generation_config import named_stop_ids
+from cft_jax.checkpoints.hf_checkpoint import HfCheckpoint, match_shapes, read_checkpoint, read_config
 from cft_jax.checkpoints.lora_weights import adapter_tensors
 from cft_jax.checkpoints.peft_files import PeftAdapter, is_adapter, read_adapter
 from cft_jax.common import hub

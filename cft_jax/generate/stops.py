@@ -46,11 +46,16 @@ def all_stop_ids(named: Iterable[int], tokenizer: PreTrainedTokenizerBase, *, vo
     return tuple(sorted(stop_ids))
 
 
-def end_at(model: Transformer, token: int) -> None:
-    """Makes a token end every text of a model loaded from a checkpoint; exports of the model name it, too."""
+def end_at(model: Transformer, tokenizer: PreTrainedTokenizerBase, terminator: str) -> None:
+    """Makes a terminator of trained answers end every text of a model loaded from a checkpoint, beside all that do.
+
+    Exports of the model name all these tokens, so that others stop where our sampler does. `terminator` is as in
+    `terminator_id`, which raises its errors.
+    """
     if model.source is None:
         raise ValueError("the model was not loaded from a checkpoint")
-    stop_ids = tuple(sorted({*model.source.stop_ids, token}))
+    named = {*model.source.stop_ids, terminator_id(tokenizer, terminator)}
+    stop_ids = all_stop_ids(named, tokenizer, vocab_size=model.config.vocab_size)
     model.source = dataclasses.replace(model.source, stop_ids=stop_ids)
 
 

@@ -36,7 +36,6 @@ from cft_jax.runs.base import base_checkpoint, base_tokenizer, check_memory, che
 from cft_jax.runs.workdir import check_workdir, setting_up
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh
-from cft_jax.text import terminator_id
 from cft_jax.train.loop import train
 
 # 128 + SIGTERM, as a shell reports a process that the signal ended.
@@ -87,7 +86,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
         logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
         model = load_model(config, base, mesh)
-        end_at(model, terminator_id(tokenizer, config.data.terminator))
+        end_at(model, tokenizer, config.data.terminator)
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
         summaries["before"] = evaluate_stage(config, model, tokenizer, workdir.path, stage="before", checkpoint=base)

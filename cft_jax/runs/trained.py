@@ -13,7 +13,6 @@ from cft_jax.generate.stops import end_at
 from cft_jax.models.transformer import Transformer
 from cft_jax.runs.base import base_of_run, base_tokenizer, load_model
 from cft_jax.sharding.mesh import make_mesh
-from cft_jax.text import terminator_id
 from cft_jax.train.loop import base_identity, check_same
 from cft_jax.train.optimizer import adamw
 from cft_jax.train.state import abstract_state, split_model
@@ -33,7 +32,7 @@ def load_trained(workdir: Workdir, config: Config) -> tuple[Transformer, PreTrai
         # The checkpoint holds the adapters; the one that training started from may be gone.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=""))
     model = load_model(config, base, make_mesh())
-    end_at(model, terminator_id(tokenizer, config.data.terminator))
+    end_at(model, tokenizer, config.data.terminator)
     parts, weights, frozen = split_model(model)
 
     optimizer = adamw(weight_decay=config.train.weight_decay, max_grad_norm=config.train.max_grad_norm)

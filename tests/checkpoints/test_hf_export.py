@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.common.errors import UserError
+from cft_jax.evaluate.metrics.sound import pooled_chi_square
 from cft_jax.models.config import LoraSpec
 from cft_jax.models.layers import LoraParam
 
@@ -154,7 +155,7 @@ def test_exports_take_the_tokenizer_along(tmp_path, write_hf, hf_config, small_t
     model = randomise_b(load(base, lora=LORA))
     for kind in ("merged", "adapter"):
         save_pretrained(model, tmp_path / kind, format=kind, card="# A card\n")
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             assert (tmp_path / kind / name).read_bytes() == (base / name).read_bytes()
         assert (tmp_path / kind / "README.md").read_text() == "# A card\n"
     assert not (tmp_path / "adapter" / "config.json").exists()
@@ -207,6 +208,45 @@ def test_another_tokenizer_replaces_the_bases(tmp_path, write_hf, hf_config, sma
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_generate_samples_from_the_models_own_distribution(tmp_path, write_hf, hf_config):
+    """Two tokens of `generate` as it stands, beside our probabilities: a chi-square test over all pairs."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_hf(base, hf_config("llama", eos_token_id=5))
+    theirs = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "min_new_tokens": 1}
+    record = {"_from_model_config": True, "do_sample": True, "eos_token_id": 5, "pad_token_id": 7, "max_length": 33}
+    (base / "generation_config.json").write_text(json.dumps(record | theirs))
+    save_pretrained(randomise_b(load(base, lora=LORA)), out, format="merged", card="# A card\n")
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == {
+        **{"eos_token_id": [5], "pad_token_id": 7, "max_length": 33},
+        **{"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+    }
+    named = ", ".join(f"`{name}` {value}" for name, value in theirs.items())
+    assert f"`generation_config.json` had {named}." in (out / "README.md").read_text()
+
+    prompt, draws = IDS[0], 3000
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor(prompt[None])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "num_return_sequences": draws}
+    rows = model.generate(ids, do_sample=True, **options)
+    first, second = rows[:, prompt.size :].T.numpy()
+    ours = load(out)
+    vocabulary = np.arange(ours.config.vocab_size)
+    longer = np.concatenate([np.tile(prompt, (vocabulary.size, 1)), vocabulary[:, None]], axis=1)
+    logits = np.asarray(ours(longer))[:, -2:].astype(np.float64)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    exact = np.exp(log_probs[0, 0][:, None] + log_probs[:, 1])
+    counts = np.zeros_like(exact)
+    np.add.at(counts, (first, second), 1)
+    # The first token may end the text; padding follows.
+    assert set(second[first == 5]) == {7} and (first == 5).any()
+    _, pvalue, cells = pooled_chi_square(
+        *(np.append(np.delete(pairs, 5, axis=0).ravel(), pairs[5].sum()) for pairs in (counts, exact))
+    )
+    assert cells > 100 and pvalue > 1e-3
 
 
 def test_config_is_written_in_both_spellings(tmp_path, write_hf, hf_config):

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from cft_jax.checkpoints.hf_checkpoint import named_stop_ids
+from cft_jax.checkpoints.generation_config import named_stop_ids
 from cft_jax.checkpoints.peft_files import adapter_weights, is_adapter, read_adapter
 from cft_jax.checkpoints.tensor_files import weight_files
 from cft_jax.common import hub

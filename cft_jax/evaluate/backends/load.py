@@ -17,6 +17,9 @@ from cft_jax.runs.trained import load_trained
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.text import terminator_id
 
+# The token after an assistant's turn in the chat template, at which all texts end anyway.
+_OF_TEMPLATE = "auto"
+
 
 def load_measured_model(config: Config) -> MeasuredModel:
     """The model that `config.model` names: a checkpoint, or the directory of a run of cft_jax.main, also on a store.
@@ -48,8 +51,8 @@ def load_measured_model(config: Config) -> MeasuredModel:
             revision=settings.revision,
             local_files_only=settings.local_files_only,
         )
-    for token in _terminators(config, tokenizer):
-        end_at(model, token)
+    if config.data.terminator != _OF_TEMPLATE:
+        end_at(model, tokenizer, config.data.terminator)
     return MeasuredModel(JaxBackend(model, tokenizer), tokenizer, what)
 
 
@@ -64,12 +67,6 @@ def _tokenizer_place(what: str, config: Config) -> str:
     return what
 
 
-def _terminators(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that ends the answers scored, where it is not the chat template's, at which all texts end anyway."""
-    named = config.data.terminator
-    return [] if named == "auto" else [terminator_id(tokenizer, named)]
-
-
 def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backend:
     if config.model.adapter:
         raise UserError("with backend=hf give the adapter's own directory as config.model.checkpoint")
@@ -81,6 +78,7 @@ def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -
     model, named = load_hf_model(
         what, dtype=settings.dtype, revision=settings.revision, local_files_only=settings.local_files_only
     )
-    named |= set(_terminators(config, tokenizer))
+    if config.data.terminator != _OF_TEMPLATE:
+        named.add(terminator_id(tokenizer, config.data.terminator))
     size = model.config.get_text_config().vocab_size
     return HfBackend(model, tokenizer, stop_ids=all_stop_ids(named, tokenizer, vocab_size=size))

@@ -36,6 +36,19 @@ def test_adapter_and_merged_say_how_to_load():
             ast.parse(block)
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_one_line_each_says_how_to_sample_as_trained(form):
+    text = card(Config(export=ExportConfig(format=form)))
+    rows = dict(re.findall(r"^\| ([\w.]+) \| (`.*) \|$", text, re.MULTILINE))
+    assert list(rows) == ["transformers", "vLLM", "SGLang", "llama.cpp"]
+    # By the file's settings where they are read; what would not be asked for anyway is said.
+    needs_file = form == "adapter"
+    assert ("generation_config" in rows["transformers"]) == ("--generation-config" in rows["vLLM"]) == needs_file
+    assert ("org/model" in rows["vLLM"]) == ("org/model" in rows["SGLang"]) == needs_file
+    assert "--sampling-defaults openai" in rows["SGLang"]
+    assert "--temp 1 --top-k 0 --top-p 1 --min-p 0" in rows["llama.cpp"]
+
+
 @pytest.mark.parametrize("prompt", ["Write ``` and `one`", "````\nfour\n````", "none"])
 def test_a_prompt_with_fences_stays_inside_its_block(prompt):
     fence, block = re.findall(r"^(`{3,})python\n(prompt = .*?)^\1$", card(prompt=prompt), re.DOTALL | re.MULTILINE)[0]
