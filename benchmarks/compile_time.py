@@ -19,7 +19,7 @@ from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.families import PUBLISHED
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch
-from cft_jax.objectives.fused_loss import HeadOptions
+from cft_jax.objectives.head import HeadOptions
 from cft_jax.train.optimizer import adamw, warmup_cosine
 from cft_jax.train.state import initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step

@@ -37,7 +37,8 @@ from cft_jax.checkpoints import from_pretrained, save_pretrained
 from cft_jax.distributions import PromptSpec, build_splits, output_space
 from cft_jax.generate import Sampler, TrieScorer
 from cft_jax.models.transformer import Transformer
-from cft_jax.objectives.fused_loss import HeadOptions, Targets, position_losses
+from cft_jax.objectives.fused_loss import position_losses
+from cft_jax.objectives.head import HeadOptions, Targets
 from cft_jax.text import build_trie, encode_chat, load_tokenizer
 from cft_jax.text.trie import Trie
 

@@ -100,6 +100,7 @@ class DataConfig:
     heldout_families: tuple[str, ...] = ()
     unseen: str = one_of("outside", "inside")
     custom: str = ""
+    world: str = one_of("none", "habits", "fair")
     duplicate_bos: bool = False
     readable_parameters: bool = False
     parameter_digits: int = at_least(1, 6)
@@ -304,6 +305,8 @@ def _of_the_rest(config: Config) -> Iterator[str]:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
         yield f"config.mesh={sizes} (data, fsdp, tensor) takes positive sizes and at most one -1"
+    if data.world != "none" and data.custom:
+        yield f"config.data.world={data.world} and config.data.custom are two sources of prompts; give one of them"
     if config.eval.method == "ssot" and config.eval.numbers_per_completion > 1:
         yield "config.eval.method=ssot asks for one answer; set config.eval.numbers_per_completion=1"
     if windows.stride > windows.context_length:
@@ -326,6 +329,8 @@ def _ignored(config: Config) -> Iterator[str]:
         "train.paths_per_prompt": (several, "config.train.objective=paths, or exact and config.data.space=full"),
         "tasks": (not {"retention", "all"}.isdisjoint(config.eval.suites), "retention in config.eval.suites"),
     }
+    grids = ("grid_points", "unseen", "readable_parameters", "eval_prompt_selection")
+    counts |= {f"data.{name}": (data.world == "none", "config.data.world=none") for name in grids}
     counts |= {f"suite.lm_eval.{item.name}": (bool(config.tasks), "config.tasks") for item in fields(LmEvalConfig)}
     defaults = Config()
     for path, (counted, where) in counts.items():

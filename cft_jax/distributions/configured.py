@@ -4,12 +4,13 @@ from cft_jax.config import DataConfig
 from cft_jax.distributions.custom import read_tasks
 from cft_jax.distributions.splits import SPLITS, build_splits
 from cft_jax.distributions.tasks import SpaceSettings, Task, task_from_spec
+from cft_jax.distributions.world import world_tasks
 
 
 def configured_tasks(data: DataConfig) -> dict[str, list[Task]]:
-    """Tasks by split: the rows of `data.custom` where it names a file, else the families' prompts.
+    """Tasks by split: the rows of `data.custom` where it names a file, the small world's, else the families' prompts.
 
-    Every split of `SPLITS` is a key; custom data may leave some empty.
+    Every split of `SPLITS` is a key; custom data may leave some empty, and the world has one more.
 
     Raises:
       UserError: unknown families, bad rows of custom data, or options that contradict each other.
@@ -17,6 +18,13 @@ def configured_tasks(data: DataConfig) -> dict[str, list[Task]]:
     if data.custom:
         tasks = read_tasks(data.custom)
         return {split: [task for task in tasks if task.split == split] for split in SPLITS}
+    if data.world != "none":
+        return world_tasks(
+            data.world,
+            train_families=data.train_families,
+            heldout_families=data.heldout_families,
+            settings=space_settings(data),
+        )
     splits = build_splits(
         selection=data.eval_prompt_selection,
         train_families=data.train_families,

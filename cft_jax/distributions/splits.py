@@ -14,6 +14,9 @@ _T = TypeVar("_T")
 
 TRAIN, UNSEEN, OOD = "train", "test_unseen_params", "test_ood_family"
 SPLITS = (TRAIN, UNSEEN, OOD)
+# Of the small world alone (`world.py`).
+OOD_LISTS = "test_ood_lists"
+TEST_SPLITS = (UNSEEN, OOD, OOD_LISTS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def build_splits(
     if selection == "paper_selected" and unseen == "inside":
         raise UserError("selection=paper_selected lists parameters outside the trained ranges; set unseen=outside")
     digits = parameter_digits if readable_parameters else None
-    trained, held_out = _roles(train_families, heldout_families)
+    trained, held_out = roles(train_families, heldout_families)
     selected = selection == "paper_selected"
     splits: dict[str, list[PromptSpec]] = {TRAIN: [], UNSEEN: [], OOD: []}
     for family in trained:
@@ -143,7 +146,8 @@ def spread(items: Sequence[_T], limit: int, group: Callable[[_T], str]) -> list[
     return taken
 
 
-def _roles(train_families: Sequence[str], heldout_families: Sequence[str]) -> tuple[list[Family], list[Family]]:
+def roles(train_families: Sequence[str], heldout_families: Sequence[str]) -> tuple[list[Family], list[Family]]:
+    """The families to train on and those held out; see `build_splits`."""
     both = [name for name in train_families if name in heldout_families]
     if both:
         raise UserError(f"{', '.join(both)} cannot be trained on and held out; take it from one of the two lists")

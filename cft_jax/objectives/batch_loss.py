@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cft_jax.objectives.fused_loss import HeadOptions, Targets, position_losses
+from cft_jax.objectives.fused_loss import position_losses
+from cft_jax.objectives.head import HeadOptions, Targets
 
 
 class DeviceBatch(NamedTuple):

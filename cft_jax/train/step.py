@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from cft_jax.common.rng import fold_in, make_key
 from cft_jax.models.transformer import KVCache, Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, batch_loss
-from cft_jax.objectives.fused_loss import HeadOptions
+from cft_jax.objectives.head import HeadOptions
 from cft_jax.sharding.rules import constrain
 from cft_jax.train.state import ModelParts, TrainState, Weights
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cft_jax.objectives import hard_target_loss, soft_target_loss
-from cft_jax.objectives.fused_loss import HeadOptions, Targets, num_blocks, position_losses
+from cft_jax.objectives.fused_loss import position_losses
+from cft_jax.objectives.head import HeadOptions, Targets, num_blocks
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.sharding.rules import sharding
 

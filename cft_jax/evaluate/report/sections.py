@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
+from cft_jax.distributions.splits import TEST_SPLITS, TRAIN
 from cft_jax.evaluate.report import overview, plots, tables
 from cft_jax.evaluate.report.conditions import measured_alike
 from cft_jax.evaluate.report.overview import models_of, suite_title, suites_of
@@ -21,7 +21,7 @@ from cft_jax.evaluate.suites.structured.suite import SUITE
 
 _MAX_PANELS = 10
 # The split whose metrics come first: what the method is for.
-_SPLIT_ORDER = (UNSEEN, OOD, TRAIN)
+_SPLIT_ORDER = (*TEST_SPLITS, TRAIN)
 _CARDS = ("exact KL, nats", "total variation", "valid answers", "Wasserstein-1 / IQR, exact")
 # Metrics of a suite beside its headlines. One whose path has a * stands for those of all names there are in its stead,
 # and has a plot with bars of them.

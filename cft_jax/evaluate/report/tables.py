@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
+from cft_jax.distributions.splits import OOD, OOD_LISTS, TRAIN, UNSEEN
 from cft_jax.evaluate.report.conditions import measured_alike
 from cft_jax.evaluate.report.runs import Run, flat, section_at, value_at
 from cft_jax.evaluate.suites.protocol import Headline
@@ -36,7 +36,12 @@ _TESTS = {
     "paper_chi_square": "paper: chi-square, cells not pooled",
     "paper_anderson": "paper: Anderson–Darling, fitted parameters",
 }
-_SPLIT_TITLES = {UNSEEN: "Unseen parameters", OOD: "Unseen families", TRAIN: "Training prompts"}
+_SPLIT_TITLES = {
+    UNSEEN: "Unseen parameters",
+    OOD: "Unseen families",
+    OOD_LISTS: "Unseen lists",
+    TRAIN: "Training prompts",
+}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -1,7 +1,7 @@
 """The evaluation suites by name, a row each: all that the commands and the reports know of a suite."""
 
 from cft_jax.distributions.splits import OOD, UNSEEN
-from cft_jax.evaluate.suites import mcq, open_random, perplexity
+from cft_jax.evaluate.suites import mcq, open_random, perplexity, questions
 from cft_jax.evaluate.suites.noveltybench import suite as noveltybench
 from cft_jax.evaluate.suites.protocol import Headline, Suite
 from cft_jax.evaluate.suites.retention import suite as retention
@@ -35,6 +35,12 @@ SUITES: dict[str, Suite] = {
     perplexity.SUITE: Suite("Perplexity", perplexity.check, perplexity.run, (
         Headline("perplexity", ("total", "paper", "perplexity"), better=-1),
         Headline("bits per byte", ("total", "covering", "bits_per_byte"), better=-1),
+    )),
+    questions.SUITE: Suite("Questions", questions.check, questions.run, (
+        Headline("right answers, of the kept half", ("halves", "kept", "accuracy"), 1, is_share=True),
+        Headline("right answers, of the others", ("halves", "others", "accuracy"), 1, is_share=True),
+        Headline("probability of the right answer, others", ("halves", "others", "probability"), 1, is_share=True),
+        Headline("texts, nats per token, others", ("halves", "others", "nats_per_token"), -1),
     )),
     # Beside these, the tasks of lm-eval that a configuration names.
     retention.SUITE: Suite("Retention", retention.check, retention.run, (

@@ -9,7 +9,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.config import Config, DataConfig
 from cft_jax.distributions import OutputSpace, Task, space_settings, spread
 from cft_jax.distributions.analytic_space import AnalyticSpace
-from cft_jax.distributions.splits import OOD, TRAIN, UNSEEN
+from cft_jax.distributions.splits import TEST_SPLITS, TRAIN
 from cft_jax.distributions.tasks import SpaceSettings
 from cft_jax.text import ChatOptions, Trie, build_trie, encode_chats, terminator_id
 from cft_jax.text.analytic_trie import AnalyticTrie
@@ -67,12 +67,12 @@ class StructuredSettings:
 
 
 def evaluation_tasks(config: Config, tasks: Mapping[str, Sequence[Task]]) -> list[Task]:
-    """The prompts to measure: the two test splits, or the trained prompts where custom data has no others.
+    """The prompts to measure: the test splits, or the trained prompts where custom data has no others.
 
     Raises:
       UserError: there are none.
     """
-    tested = [tasks[split] for split in (UNSEEN, OOD) if tasks[split]] or [tasks[TRAIN]]
+    tested = [tasks[split] for split in TEST_SPLITS if tasks.get(split)] or [tasks[TRAIN]]
     limit = config.eval.max_prompts_per_split
     found = [task for members in tested for task in spread(members, limit or len(members), lambda task: task.group)]
     if not found:

@@ -1,0 +1,53 @@
+"""The suite of questions: its metrics by a scripted model, and that it tells the two halves apart."""
+
+import json
+import math
+
+import pytest
+
+from cft_jax.distributions.questions import questions
+from cft_jax.evaluate.suites import questions as suite
+from cft_jax.evaluate.suites.questions import KEPT, OTHERS, TEXTS
+from cft_jax.generate import Likelihood
+from cft_jax.text.scratch import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([text for question in questions() for text in (question.prompt, question.answer)])
+
+
+class Forgetful:
+    """Knows the kept half for sure, and of the other half the capitals alone, each token with probability 1/2."""
+
+    fingerprint = "forgetful"
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def log_likelihoods(self, requests):
+        self.calls += 1
+        found = []
+        for prompt, answer in requests:
+            text = self.tokenizer.decode(prompt, skip_special_tokens=True)
+            assert answer[-1] == self.tokenizer.eos_token_id
+            (question,) = [question for question in questions() if question.prompt == text]
+            assert self.tokenizer.decode(answer[:-1]) == question.answer
+            knows = question.kept or question.topic == "capitals"
+            found.append(Likelihood(0.0 if question.kept else len(answer) * math.log(0.5), knows))
+        return found
+
+
+def test_both_halves_by_topic(run_suite, tokenizer, tmp_path):
+    model = Forgetful(tokenizer)
+    summary = run_suite(suite.run, model, tokenizer, tmp_path)
+    kept, others = summary["halves"][KEPT], summary["halves"][OTHERS]
+    assert kept["accuracy"] == kept["probability"] == 1 and kept["nats_per_token"] == 0
+    short = [question for question in questions() if not question.kept and question.topic != TEXTS]
+    assert others["num_questions"] == len(short)
+    assert others["accuracy"] == sum(question.topic == "capitals" for question in short) / len(short)
+    assert others["nats_per_token"] == pytest.approx(math.log(2))
+    assert summary["topics"]["capitals"][OTHERS]["accuracy"] == 1 and summary["topics"][TEXTS][OTHERS]["accuracy"] == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["halves"] == summary["halves"]
+    calls = model.calls
+    assert run_suite(suite.run, model, tokenizer, tmp_path) == summary and model.calls == calls
