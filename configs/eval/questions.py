@@ -1,6 +1,6 @@
 """The questions that are not about chance: sums, capitals, spelling, texts; does the model still know them?
 
-    python -m cft_jax.evaluate --config=configs/eval/questions.py --workdir=eval/questions --config.model.checkpoint=WHAT
+    python -m cft_jax.evaluate --config=configs/eval/questions.py --workdir=eval/base --config.model.checkpoint=WHAT
 
 WHAT is a hub id, a directory in HF format or the directory of a run. Nothing is downloaded beside it.
 """
