@@ -56,6 +56,8 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         # The tokenizer of NoveltyBench's classifier is a file of sentencepiece's.
         "eval": ["lm-eval>=0.4.13", "peft>=0.17", "protobuf>=4", "sentencepiece>=0.2", "torch"],
+        # The TPU's compiler, which needs no TPU.
+        "plan": ["jax[tpu]>=0.7.2"],
         "test": TEST,
         "tpu": ["jax[tpu]>=0.7.2"],
     },

@@ -22,6 +22,7 @@ ORDER = (
     "generate",
     "train",
     "runs",
+    "plan",
     "evaluate.parsing",
     "evaluate.metrics",
     "evaluate.store",
@@ -34,7 +35,15 @@ ORDER = (
     "jobs",
 )
 # The commands: they import what they need, and nothing imports them.
-COMMANDS = ("main", "prepare", "export", "compare", "evaluate.__main__", "evaluate.suites.retention.convert_items")
+COMMANDS = (
+    "main",
+    "prepare",
+    "export",
+    "compare",
+    "evaluate.__main__",
+    "plan.__main__",
+    "evaluate.suites.retention.convert_items",
+)
 # Beyond the order: the mathematics does not know where its numbers come from, and data is numpy alone.
 DATA_SIDE = {"distributions", "text", "data"}
 FORBIDDEN = {name: DATA_SIDE for name in ("sharding", "models", "checkpoints", "objectives")}

@@ -23,6 +23,8 @@ from cft_jax.text.tree_rows import bucket
 
 # Tokens of prompts in one forward pass.
 _PREFILL_TOKENS = 8192
+# Rows decoded at a time, and memory for keys and values, by default.
+BATCH_SIZE, CACHE_BYTES = 1024, 2 << 30
 # Columns of the rows' caches at the start; they grow fourfold.
 _FIRST_COLUMNS = 16
 
@@ -49,8 +51,8 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase,
         *,
         stop_ids: Sequence[int] | None = None,
-        batch_size: int = 1024,
-        cache_bytes: int = 2 << 30,
+        batch_size: int = BATCH_SIZE,
+        cache_bytes: int = CACHE_BYTES,
         chat: ChatOptions | None = None,
     ) -> None:
         self.stop_ids = model_stop_ids(model, tokenizer) if stop_ids is None else tuple(stop_ids)
@@ -121,7 +123,10 @@ class Sampler:
         for request in _requests(ids, seed):
             lengths.setdefault(bucket(len(request.prompt) - 1, least=32), []).append(request)
         for length, requests in lengths.items():
-            sizes = self._sizes(length, len(requests), num_samples, max_new_tokens)
+            sizes = decode_sizes(
+                self._bytes_per_token, length, requests=len(requests), num_samples=num_samples,
+                max_new_tokens=max_new_tokens, batch_size=self._batch_size, cache_bytes=self._cache_bytes,
+            )  # fmt: skip
             run = _Decode(self._split, requests, num_samples, limits, settings, sizes)
             for index, samples, completion in run.completions():
                 for sample in samples.tolist():
@@ -137,16 +142,6 @@ class Sampler:
         given: Any = zip(prompts, are_chats, strict=True)
         return [next(encoded) if is_chat else [int(token) for token in prompt] for prompt, is_chat in given]
 
-    def _sizes(self, length: int, requests: int, num_samples: int, max_new_tokens: int) -> "_Sizes":
-        """As many prompts and rows at a time as batch size and memory hold."""
-        # Moving rows takes a second array beside the first.
-        tokens = self._cache_bytes // (2 * self._bytes_per_token)
-        rows = min(max(tokens // max_new_tokens, 1), self._batch_size)
-        per_slot = min(bucket(num_samples, least=1), 1 << (rows.bit_length() - 1))
-        slots = min(max(rows // per_slot, 1), requests, max(tokens // length, 1))
-        growing = [4**power for power in range(16) if 16 <= slots * 4**power and 4**power < per_slot]
-        return _Sizes(length, slots, (*growing, per_slot), bucket(slots * num_samples, least=16, factor=4))
-
 
 def _requests(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> Iterator[Request]:
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
@@ -160,13 +155,38 @@ def _requests(prompts: Sequence[Sequence[int]], seed: int | Sequence[int]) -> It
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class DecodeSizes:
     """Shapes of one run: columns of a prompt's cache, prompts at a time, rows per prompt to choose from, draws."""
 
     prompt_length: int
     slots: int
     rows: tuple[int, ...]
     draws: int
+
+    @property
+    def prefilled(self) -> int:
+        """Prompts that are prefilled at a time."""
+        return min(max(_PREFILL_TOKENS // self.prompt_length, 1), self.slots)
+
+
+def decode_sizes(
+    bytes_per_token: int,
+    length: int,
+    *,
+    requests: int,
+    num_samples: int,
+    max_new_tokens: int,
+    batch_size: int = BATCH_SIZE,
+    cache_bytes: int = CACHE_BYTES,
+) -> DecodeSizes:
+    """As many prompts and rows at a time as batch size and memory hold; see `Sampler` and `cache_bytes_per_token`."""
+    # Moving rows takes a second array beside the first.
+    tokens = cache_bytes // (2 * bytes_per_token)
+    rows = min(max(tokens // max_new_tokens, 1), batch_size)
+    per_slot = min(bucket(num_samples, least=1), 1 << (rows.bit_length() - 1))
+    slots = min(max(rows // per_slot, 1), requests, max(tokens // length, 1))
+    growing = [4**power for power in range(16) if 16 <= slots * 4**power and 4**power < per_slot]
+    return DecodeSizes(length, slots, (*growing, per_slot), bucket(slots * num_samples, least=16, factor=4))
 
 
 class _Decode:
@@ -179,7 +199,7 @@ class _Decode:
         num_samples: int,
         limits: Limits,
         settings: SamplingSettings,
-        sizes: _Sizes,
+        sizes: DecodeSizes,
     ) -> None:
         self._split, self._queue, self._num_samples = split, deque(requests), num_samples
         self._limits, self._settings, self._sizes = limits, settings, sizes

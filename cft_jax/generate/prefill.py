@@ -19,6 +19,8 @@ from cft_jax.sharding.rules import constrain
 
 # Longer prompts are prefilled in pieces, so that the attention's scores stay bounded.
 PIECE = 1024
+# Logical axes of keys and values.
+CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -47,16 +49,17 @@ def prefill(split: SplitModel, prompts: Sequence[Sequence[int]], *, rows: int, l
         lengths[row] = len(prompt) - 1
         tokens[row, : lengths[row]] = prompt[:-1]
     if length <= PIECE:
-        return _prefill_whole(split, tokens, lengths)
+        return prefill_whole(split, tokens, lengths)
     tokens = np.pad(tokens, ((0, 0), (0, -length % PIECE)))
     cache = empty_cache(split, rows=rows, length=tokens.shape[1])
     for start in range(0, int(lengths.max()), PIECE):
-        cache = _prefill_piece(split, cache, tokens[:, start : start + PIECE], lengths, np.int32(start))
+        cache = prefill_piece(split, cache, tokens[:, start : start + PIECE], lengths, np.int32(start))
     return cache
 
 
 @jax.jit
-def _prefill_whole(split: SplitModel, tokens: Int[Array, "P S"], lengths: Int[Array, "P"]) -> KVCache:
+def prefill_whole(split: SplitModel, tokens: Int[Array, "P S"], lengths: Int[Array, "P"]) -> KVCache:
+    """The cache of prompts of at most `PIECE` tokens."""
     model = split.merge()
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     subtree_end = jnp.where(positions < lengths[:, None], lengths[:, None], 0)
@@ -80,9 +83,10 @@ def empty_cache(split: SplitModel, *, rows: int, length: int) -> KVCache:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _prefill_piece(
+def prefill_piece(
     split: SplitModel, cache: KVCache, tokens: Int[Array, "P T"], lengths: Int[Array, "P"], start: Int[Array, ""]
 ) -> KVCache:
+    """`cache` with `PIECE` more tokens of its prompts, from column `start` on."""
     model = split.merge()
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     subtree_end = jnp.where(positions < lengths[:, None], tokens.shape[1], 0)
@@ -117,8 +121,7 @@ def column_axis(x: Array) -> int:
 
 def constrain_cache(cache: KVCache, model: Transformer) -> KVCache:
     """`cache` cut along rows and heads as the mesh wants it."""
-    axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-    keys, values = jax.tree.map(lambda x: constrain(x, axes, model.mesh), (cache.keys, cache.values))
+    keys, values = jax.tree.map(lambda x: constrain(x, CACHE_AXES, model.mesh), (cache.keys, cache.values))
     return cache._replace(keys=keys, values=values)
 
 

@@ -23,6 +23,8 @@ from cft_jax.text.tree_rows import TokenTree, bucket, first_fit, padded_rows
 # Texts of at most so many tokens share rows with others; longer ones get rows of the next power of two.
 ROW_LENGTH = 2048
 _LEAST_ROW = 64
+# Tokens of one call for each of the mesh's shards of the batch, by default.
+TOKENS_PER_CALL = 4096
 # Texts that share fewer tokens, and less than half of themselves, are packed wherever there is room.
 _LEAST_SHARED = 32
 # Prompts in one forward pass for whole next-token distributions, for each of the mesh's shards of the batch.
@@ -48,7 +50,7 @@ class TextScorer:
     `tokens_per_call` are in one forward pass, for each of the mesh's shards of the batch.
     """
 
-    def __init__(self, model: Transformer, *, tokens_per_call: int = 4096) -> None:
+    def __init__(self, model: Transformer, *, tokens_per_call: int = TOKENS_PER_CALL) -> None:
         self._split = SplitModel.of(model)
         self._vocab_size = model.config.vocab_size
         self._shards = num_shards("batch", model.mesh)
@@ -116,7 +118,7 @@ class TextScorer:
                 part = rows[start : start + count]
                 arrays = padded_rows([[trees[i] for i in row] for row in part], num_rows=count, length=length)
                 # All calls are sent before the first result is read.
-                sent.append(([i for row in part for i in row], _target_log_probs(self._split, **arrays)))
+                sent.append(([i for row in part for i in row], target_log_probs(self._split, **arrays)))
         for indices, (log_probs, best) in sent:
             ends = np.cumsum([trees[i].target_ids.size for i in indices])
             parts = zip(*(np.split(np.asarray(x), ends)[:-1] for x in (log_probs, best)), strict=True)
@@ -187,7 +189,7 @@ def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, list[list[int]]]]:
 
 
 @jax.jit
-def _target_log_probs(split: SplitModel, **rows: Array) -> tuple[Float[Array, "E"], Bool[Array, "E"]]:
+def target_log_probs(split: SplitModel, **rows: Array) -> tuple[Float[Array, "E"], Bool[Array, "E"]]:
     """Log-probability of every target of `padded_rows`, and whether no token has a higher score."""
     model = split.merge()
     asked, target_query = asked_states(model, rows), rows["target_query"]

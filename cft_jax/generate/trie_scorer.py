@@ -25,6 +25,8 @@ from cft_jax.text.trie import Trie
 
 # Tokens per row: longer rows repeat fewer ancestors and spend more on attention, which is quadratic in them.
 ROW_LENGTHS = (64, 128, 256, 512)
+# Tokens of one call for each of the mesh's shards of the batch, by default.
+TOKENS_PER_CALL = 2048
 # A row is at least so many times as long as the longest value, where it may be: its ancestors are repeated.
 _LONGER = 8
 
@@ -54,6 +56,12 @@ class TrieScore:
     prefix_log_probs: Float64[np.ndarray, "M"]
     string_log_probs: Float64[np.ndarray, "N"]
     other_stop_log_probs: Float64[np.ndarray, "N"]
+
+
+def row_length(deepest: int, prefixes: int = 1 << 30) -> int:
+    """The length of the rows of so many prefixes, of which the deepest has so many tokens."""
+    enough = min(prefixes, _LONGER * (deepest + 1))
+    return next((length for length in ROW_LENGTHS if length >= enough), ROW_LENGTHS[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +120,7 @@ class ScoreRequest:
         deepest, longest = int(self.trie.depth[self.prefixes].max()), ROW_LENGTHS[-1]
         if deepest >= longest:
             raise UserError(f"a value of the output space has {deepest} tokens; at most {longest - 1} can be scored")
-        enough = min(self.prefixes.size, _LONGER * (deepest + 1))
-        return next((length for length in ROW_LENGTHS if length >= enough), longest)
+        return row_length(deepest, self.prefixes.size)
 
     def rows(self, prompt: Sequence[int], length: int) -> Iterator[tuple[slice, TokenTree]]:
         """Rows of at most `length` tokens that hold every prefix, and which of the targets each row asks for."""
@@ -156,7 +163,9 @@ class TrieScorer:
       tokens_per_call: tokens in one forward pass, for each of the mesh's shards of the batch.
     """
 
-    def __init__(self, model: Transformer, *, stop_ids: Sequence[int] = (), tokens_per_call: int = 2048) -> None:
+    def __init__(
+        self, model: Transformer, *, stop_ids: Sequence[int] = (), tokens_per_call: int = TOKENS_PER_CALL
+    ) -> None:
         self._split = SplitModel.of(model)
         self._vocab_size = model.config.vocab_size
         self._stop_ids = np.unique(np.asarray(stop_ids, np.int32))
@@ -217,7 +226,7 @@ class TrieScorer:
             prompt[: len(call)] = [index for index, *_ in call]
             arrays = padded_rows([[tree] for *_, tree in call], num_rows=rows, length=lengths[1])
             # All calls are sent before the first result is read.
-            sent.append((call, _target_log_probs(self._split, context, prompt, **arrays)))
+            sent.append((call, target_log_probs(self._split, context, prompt, **arrays)))
         log_probs = [np.full(request.target_ids.size, np.nan) for request in requests]
         for call, found in sent:
             ends = np.cumsum([tree.target_ids.size for *_, tree in call])
@@ -227,7 +236,7 @@ class TrieScorer:
 
 
 @jax.jit
-def _target_log_probs(split: SplitModel, context: KVCache, prompt: Int[Array, "B"], **rows: Array) -> Float[Array, "E"]:
+def target_log_probs(split: SplitModel, context: KVCache, prompt: Int[Array, "B"], **rows: Array) -> Float[Array, "E"]:
     """Log-probability of every target of `padded_rows`; `prompt` is each row's of the context."""
     model = split.merge()
     own = jax.tree.map(lambda x: x[:, prompt] if row_axis(x) else x[prompt], context)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cft_jax.models.layers import einsum
 from cft_jax.models.transformer import Transformer
+from cft_jax.sharding.mesh import platform
 from cft_jax.sharding.rules import constrain, num_shards
 
 TILE = 128
@@ -133,7 +134,7 @@ def of_tiles(
     """
     tiling, size = Tiling.of(model), min(hidden.shape[0], at_a_time)
     kernel = model.head_kernel().reshape(tiling.shards, tiling.shard, hidden.shape[1])
-    scores = _SCORES_CPU if jax.default_backend() == "cpu" else _SCORES
+    scores = _SCORES_CPU if platform(model.mesh) == "cpu" else _SCORES
     width = min(max(scores // (size * tiling.shards), TILE), tiling.shard) // TILE * TILE
     whole = tiling.shard // width if width else 0
 

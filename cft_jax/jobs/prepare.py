@@ -1,15 +1,11 @@
 """Building and caching the tokenised training data; needs the tokenizer, not the weights."""
 
-import itertools
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
@@ -23,9 +19,7 @@ from cft_jax.data.spaces import task_space
 from cft_jax.distributions import Task, configured_tasks
 from cft_jax.distributions.analytic_space import AnalyticSpace
 from cft_jax.distributions.splits import TRAIN
-from cft_jax.runs.base import base_tokenizer
-from cft_jax.runs.scratch import scratch_tokenizer
-from cft_jax.text.scratch import save_tokenizer
+from cft_jax.runs.base import run_tokenizer
 
 _SAMPLED_STEPS = 16
 
@@ -65,10 +59,7 @@ def prepare_data(config: Config) -> tuple[dict[str, Any], str]:
     """
     start = time.monotonic()
     tasks = configured_tasks(config.data)
-    if config.model.scratch.enabled:
-        tokenizer = _saved(scratch_tokenizer(itertools.chain.from_iterable(tasks.values())), config)
-    else:
-        tokenizer = base_tokenizer(config.model, config.model.checkpoint)
+    tokenizer = run_tokenizer(config, tasks)
     tokenizer_seconds = time.monotonic() - start
     figures: dict[str, Any] = {"prompts": len(tasks[TRAIN])}
     if config.data.target == "soft":
@@ -93,10 +84,3 @@ def _largest_loss(tasks: Sequence[Task], config: Config) -> dict[str, Any]:
     loss, task = max(losses, key=lambda pair: pair[0], default=(0.0, None))
     named = {"lost_mass_prompt": task.messages[-1]["content"]} if task and loss else {}
     return {"lost_mass": loss, **named}
-
-
-def _saved(tokenizer: Any, config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer as the main job will load it, whose fingerprint is part of the cache's key."""
-    with tempfile.TemporaryDirectory() as directory:
-        save_tokenizer(tokenizer, Path(directory))
-        return base_tokenizer(config.model, directory)

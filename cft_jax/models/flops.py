@@ -21,7 +21,7 @@ _PEAKS = {
 }  # fmt: skip
 # A multiplication and an addition for each parameter, forwards and for the activations' gradient; as many again for
 # the gradient of a weight that is trained.
-_FROZEN, _TRAINED = 4, 6
+_FORWARD, _FROZEN, _TRAINED = 2, 4, 6
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -31,10 +31,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of a training step: those that the method asks for, whatever the engine computes again or for nothing.
+    """Operations of a program: those that the method asks for, whatever the engine computes again or for nothing.
 
-    Per parameter and token 4 where the weights are frozen and 6 where they are trained; the products of attention's
-    scores, the adapters and the embedding's look-up are left out.
+    Per parameter and token 2 forwards; in training 4 where the weights are frozen and 6 where they are trained. The
+    products of attention's scores, the adapters and the embedding's look-up are left out.
 
     Attributes:
       per_token: in the layers; a mixture of experts counts those that a token reaches.
@@ -46,8 +46,17 @@ class Operations:
 
     @classmethod
     def of(cls, config: ModelConfig, *, lora: bool) -> "Operations":
-        """Of a model trained with LoRA or in full."""
-        each, moe, in_layers = _FROZEN if lora else _TRAINED, config.mlp if isinstance(config.mlp, Moe) else None, 0
+        """Of a step of training with LoRA or in full."""
+        return cls._of(config, _FROZEN if lora else _TRAINED)
+
+    @classmethod
+    def forward(cls, config: ModelConfig) -> "Operations":
+        """Of sampling and scoring."""
+        return cls._of(config, _FORWARD)
+
+    @classmethod
+    def _of(cls, config: ModelConfig, each: int) -> "Operations":
+        moe, in_layers = config.mlp if isinstance(config.mlp, Moe) else None, 0
         for variable in variables(config, None, jnp.float32):
             axes, size = variable.get_metadata("axes"), math.prod(variable.shape)
             if moe is not None and axes[:2] == ("layers", "experts") and len(axes) > 2:

@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +21,9 @@ from cft_jax.distributions import Task
 from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.memory import Batch, MemoryEstimate, device_memory, estimate_memory, require_memory
 from cft_jax.models.transformer import Transformer
-from cft_jax.runs.scratch import LAST_FILE, make_base
+from cft_jax.runs.scratch import LAST_FILE, make_base, scratch_tokenizer
 from cft_jax.text import load_tokenizer
+from cft_jax.text.scratch import save_tokenizer
 
 
 def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
@@ -58,13 +61,27 @@ def base_tokenizer(settings: ModelSettings, checkpoint: str) -> PreTrainedTokeni
     return load_tokenizer(named, revision=settings.revision, local_files_only=settings.local_files_only)
 
 
+def run_tokenizer(config: Config, tasks: Mapping[str, Sequence[Task]]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run of the configuration will have, before its base model is made.
+
+    Raises:
+      UserError: see `base_tokenizer`.
+    """
+    if not config.model.scratch.enabled:
+        return base_tokenizer(config.model, config.model.checkpoint)
+    # As the main job will load it: its fingerprint is part of the data cache's key.
+    with tempfile.TemporaryDirectory() as directory:
+        save_tokenizer(scratch_tokenizer(itertools.chain.from_iterable(tasks.values())), Path(directory))
+        return base_tokenizer(config.model, directory)
+
+
 def check_vocabulary(settings: ModelSettings, checkpoint: str, *, highest_id: int) -> None:
     """Refuses a tokenizer that writes tokens which the model lacks: indexing on devices would not complain.
 
     Raises:
       UserError: the highest id in the data is beyond the model's vocabulary.
     """
-    size = _architecture(settings, checkpoint).vocab_size
+    size = architecture(settings, checkpoint).vocab_size
     if highest_id >= size:
         named = (
             f"config.model.tokenizer={settings.tokenizer}" if settings.tokenizer else f"the tokenizer of {checkpoint}"
@@ -75,7 +92,8 @@ def check_vocabulary(settings: ModelSettings, checkpoint: str, *, highest_id: in
         )
 
 
-def _architecture(settings: ModelSettings, checkpoint: str) -> ModelConfig:
+def architecture(settings: ModelSettings, checkpoint: str) -> ModelConfig:
+    """Sizes of a checkpoint's model; see `model_config`."""
     return model_config(checkpoint, revision=settings.revision, local_files_only=settings.local_files_only)
 
 
@@ -86,7 +104,7 @@ def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, leng
       UserError: it cannot fit; or see `model_config`.
     """
     batch = Batch(-(-rows // config.train.grad_accum_steps), length)
-    estimate = estimate_memory(_architecture(config.model, checkpoint), batch=batch, **_options(config.model, mesh))
+    estimate = estimate_memory(architecture(config.model, checkpoint), batch=batch, **model_options(config.model, mesh))
     require_memory(estimate, device_memory())
     return estimate
 
@@ -100,12 +118,12 @@ def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
         revision=settings.revision,
         local_files_only=settings.local_files_only,
         seed=config.seed,
-        **_options(settings, mesh),
+        **model_options(settings, mesh),
     )
 
 
-def _options(settings: ModelSettings, mesh: Mesh) -> dict[str, Any]:
-    """How the model lies in memory."""
+def model_options(settings: ModelSettings, mesh: Mesh) -> dict[str, Any]:
+    """How the model lies in memory: keywords of `from_pretrained` and of `abstract_model`."""
     lora, dtype = settings.lora, settings.dtype
     spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.enabled else None
     param_dtype = dtype if lora.enabled else "float32"

@@ -7,7 +7,7 @@ from absl import logging
 from transformers import PreTrainedTokenizerFast
 
 from cft_jax.checkpoints import write_random_llama
-from cft_jax.config import Config
+from cft_jax.config import Config, ScratchConfig
 from cft_jax.distributions import Task
 from cft_jax.models.config import GatedMlp, LayerSpec, ModelConfig, Rope
 from cft_jax.text import terminator_id
@@ -22,20 +22,8 @@ def make_base(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
 
     Its architecture is Llama's, with a tied head. `directory` must be absent.
     """
-    tokenizer, scratch = scratch_tokenizer(tasks), config.model.scratch
-    model = ModelConfig(
-        num_layers=scratch.num_layers,
-        embed_dim=scratch.embed_dim,
-        num_heads=scratch.num_heads,
-        num_kv_heads=scratch.num_kv_heads,
-        head_dim=scratch.head_dim,
-        vocab_size=len(tokenizer),
-        layer_pattern=(LayerSpec(None, Rope(10_000.0)),),
-        mlp=GatedMlp(scratch.hidden_dim, "silu"),
-        norm_eps=1e-5,
-        attn_scale=scratch.head_dim**-0.5,
-        tie_head=True,
-    )
+    tokenizer = scratch_tokenizer(tasks)
+    model = scratch_model(config.model.scratch, vocab_size=len(tokenizer))
     write_random_llama(
         directory,
         config=model,
@@ -46,6 +34,23 @@ def make_base(directory: Path, config: Config, tasks: Iterable[Task]) -> None:
     )
     save_tokenizer(tokenizer, directory)
     logging.info("made a model with a vocabulary of %d in %s", model.vocab_size, directory)
+
+
+def scratch_model(scratch: ScratchConfig, *, vocab_size: int) -> ModelConfig:
+    """The architecture of a model trained from scratch."""
+    return ModelConfig(
+        num_layers=scratch.num_layers,
+        embed_dim=scratch.embed_dim,
+        num_heads=scratch.num_heads,
+        num_kv_heads=scratch.num_kv_heads,
+        head_dim=scratch.head_dim,
+        vocab_size=vocab_size,
+        layer_pattern=(LayerSpec(None, Rope(10_000.0)),),
+        mlp=GatedMlp(scratch.hidden_dim, "silu"),
+        norm_eps=1e-5,
+        attn_scale=scratch.head_dim**-0.5,
+        tie_head=True,
+    )
 
 
 def scratch_tokenizer(tasks: Iterable[Task]) -> PreTrainedTokenizerFast:

@@ -122,17 +122,9 @@ def train(
     profile = ProfileWindow(log.profile, workdir.path / "profile")
     parts, weights, frozen = split_model(model)
     count = sum(weight.size for weight in weights.values())
-    optimizer = adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm)
-    options = StepOptions(
-        loss=head_options(target, tau=train.tau, softcap=model.config.final_softcap, mesh=model.mesh),
-        shared_prefix=tuple(dataset.shared_prefix.tolist()),
-        micro_batches=train.grad_accum_steps,
-        seed=seed,
-        optimizer=optimizer,
-        learning_rate=functools.partial(
-            warmup_cosine, peak=train.learning_rate, warmup_ratio=train.warmup_ratio, total_steps=total
-        ),
-    )
+    prefix = tuple(dataset.shared_prefix.tolist())
+    options = step_options(model, train, target=target, seed=seed, shared_prefix=prefix, total_steps=total)
+    optimizer = options.optimizer
     train_step = make_train_step(parts, options, state_shardings(weights, optimizer))
     record = {**identity, "steps_per_epoch": per_epoch, **base_identity(model, frozen)}
     with (
@@ -184,6 +176,22 @@ def train(
                     break
     parts.update(model, state.weights)
     return TrainResult(done, stop, preempted=done < stop, skipped=int(jax.device_get(state.skipped)))
+
+
+def step_options(
+    model: Transformer, train: TrainConfig, *, target: str, seed: int, shared_prefix: tuple[int, ...], total_steps: int
+) -> StepOptions:
+    """What shapes the steps of a run, of which there are `total_steps` in all epochs; see `train`."""
+    return StepOptions(
+        loss=head_options(target, tau=train.tau, softcap=model.config.final_softcap, mesh=model.mesh),
+        shared_prefix=shared_prefix,
+        micro_batches=train.grad_accum_steps,
+        seed=seed,
+        optimizer=adamw(weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm),
+        learning_rate=functools.partial(
+            warmup_cosine, peak=train.learning_rate, warmup_ratio=train.warmup_ratio, total_steps=total_steps
+        ),
+    )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cft_jax.data.batch import TargetBatch
+from cft_jax.data.batch import Shape, TargetBatch
 from cft_jax.objectives.batch_loss import DeviceBatch
 from cft_jax.sharding.rules import sharding
 
@@ -29,6 +29,21 @@ def put_batch(batch: TargetBatch, mesh: Mesh) -> DeviceBatch:
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     return DeviceBatch(*map(put, batch))
+
+
+def abstract_batch(shape: Shape, mesh: Mesh) -> DeviceBatch:
+    """Shapes, dtypes and shardings of what `put_batch` gives for a batch of this shape (B, T, P, K)."""
+    B, T, P, K = shape
+    shapes = {"tokens": (B, T), "positions": (B, T), "subtree_end": (B, T), "target_index": (B, P)}
+    shapes |= {"target_weight": (B, P), "row_weight": (B,)}
+    shapes |= dict.fromkeys(("target_position", "target_ids", "target_probs"), (B, K))
+
+    def abstract(name: str) -> jax.ShapeDtypeStruct:
+        dtype = np.float32 if name in ("target_weight", "target_probs", "row_weight") else np.int32
+        where = sharding(shapes[name], ("batch", *[None] * (len(shapes[name]) - 1)), mesh)
+        return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=where)
+
+    return DeviceBatch(*map(abstract, DeviceBatch._fields))  # type: ignore[arg-type]
 
 
 def prefetched(

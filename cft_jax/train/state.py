@@ -69,7 +69,8 @@ def split_model(model: Transformer) -> tuple[ModelParts, Weights, dict[str, Arra
     trained_filter = nnx.Param if model.lora_spec is None else LoraParam
     graphdef, *states = nnx.split(model, trained_filter, ...)
     (trained, weights), (rest, frozen) = [_named(state) for state in states]
-    weights = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
+    # Shapes alone (`abstract_model`) have no `astype`; what is trained is float32 there.
+    weights = {name: x if x.dtype == jnp.float32 else x.astype(jnp.float32) for name, x in weights.items()}
     return ModelParts(graphdef, trained, rest), weights, frozen
 
 

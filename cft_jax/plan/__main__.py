@@ -1,0 +1,44 @@
+"""Says what a configuration would take on a TPU or GPU, before anyone pays for one; compiles on any machine.
+
+    python -m cft_jax.plan --config=configs/qwen3.py:1.7b --topology=v6e-8
+    python -m cft_jax.plan --config=configs/gpt_oss.py --topology=v5litepod-16,v5p-8 --output=plan.json
+
+The TPU's own compiler (pip install -e ".[plan]") compiles every program that the configuration would run and says
+whether it fits, what it keeps in memory, how many cycles it takes and what the devices send each other. Where the
+configuration's own settings do not fit, others are searched. GPUs are compiled for where they are, else estimated.
+No weights are downloaded.
+"""
+
+from absl import flags
+
+from cft_jax.common import cli
+from cft_jax.common.errors import UserError
+from cft_jax.config import config_of
+
+KINDS = ("train", "prefill", "decode", "score", "likelihood")
+
+
+def _main(values: flags.FlagValues) -> None:
+    names = [name for name in (values["topology"].value or "").split(",") if name.strip()]
+    if not names:
+        raise UserError("--topology is missing; name one or more, such as --topology=v6e-8,v5litepod-16")
+    config = config_of(values)
+    from cft_jax.jobs import plan
+
+    plan.start(config, names, output=values["output"].value, kinds=tuple(values["programs"].value))
+
+
+def main() -> None:
+    """The command line."""
+    values = cli.new_flags(config=True)
+    flags.DEFINE_string(
+        "topology", None, "Devices by name, several with commas between: v5litepod-16, v5e-16, v6e-8, v5p-8, v4-8, "
+        "tpu7x-8, h100-8.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("output", None, "JSON file for the figures; it must not exist yet.", flag_values=values)
+    flags.DEFINE_multi_enum("programs", list(KINDS), KINDS, "Programs to compile.", flag_values=values)
+    cli.run(_main, values, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

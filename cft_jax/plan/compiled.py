@@ -1,0 +1,141 @@
+"""One program compiled for a topology: whether it fits, what it takes and how long it would run."""
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+from jax.stages import Compiled
+
+from cft_jax.models.flops import peak_flops
+from cft_jax.plan.hlo import Traffic, cost_of
+from cft_jax.plan.programs import Program
+from cft_jax.plan.topologies import Topology
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Of the compiler's several ways to say that memory is short.
+_USED = re.compile(r"(?:Used |required for [\w ]*\()([\d.]+)([KMGT]?)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one device needs to run a program; what was not to be had is None.
+
+    Attributes:
+      name: of the program.
+      fits: into the memory of each device.
+      arguments, temporaries, total: bytes; results that take the place of arguments count once.
+      available: bytes.
+      flops: operations of the compiled program.
+      ideal_flops: operations that the method asks for; see `Operations`.
+      cycles: as the compiler estimates them.
+      seconds: cycles at the device's clock.
+      utilization: ideal operations in that time, as a share of the peak.
+      collectives: by kind.
+      compile_seconds: on this machine.
+      unit, cycles_per_unit: what the program makes, and its cycles for one of that.
+    """
+
+    name: str
+    fits: bool
+    arguments: int | None
+    temporaries: int | None
+    total: int
+    available: int
+    flops: int | None
+    ideal_flops: int
+    cycles: int | None
+    seconds: float | None
+    utilization: float | None
+    collectives: Mapping[str, Traffic] | None
+    compile_seconds: float | None
+    unit: str
+    cycles_per_unit: float | None
+
+
+def compiled_report(program: Program, topology: Topology) -> Report:
+    """Compiles a program and reads off what it takes.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than a lack of memory.
+    """
+    lowered, start = program.lower(), time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return _report(program, topology, total=needed, fits=False, compile_seconds=time.monotonic() - start)
+    seconds = time.monotonic() - start
+    arguments, temporaries, total = _memory(compiled)
+    cost = cost_of(compiled.as_text())
+    return _report(
+        program,
+        topology,
+        total=total,
+        fits=total <= topology.memory,
+        arguments=arguments,
+        temporaries=temporaries,
+        flops=cost.flops,
+        cycles=cost.cycles or None,
+        collectives=cost.collectives,
+        compile_seconds=seconds,
+    )
+
+
+def estimated_report(program: Program, topology: Topology, *, arguments: int, temporaries: int) -> Report:
+    """The same from an estimate of the memory alone, where there is no compiler for the devices."""
+    total = arguments + temporaries
+    fits = total <= topology.memory
+    return _report(program, topology, total=total, fits=fits, arguments=arguments, temporaries=temporaries)
+
+
+def _report(
+    program: Program,
+    topology: Topology,
+    *,
+    total: int,
+    fits: bool,
+    compile_seconds: float | None = None,
+    arguments: int | None = None,
+    temporaries: int | None = None,
+    flops: int | None = None,
+    cycles: int | None = None,
+    collectives: Mapping[str, Traffic] | None = None,
+) -> Report:
+    ideal = program.ideal_flops // topology.devices
+    seconds = cycles / topology.clock if cycles and topology.clock else None
+    peak = peak_flops(topology.kind)
+    return Report(
+        name=program.name,
+        fits=fits,
+        arguments=arguments,
+        temporaries=temporaries,
+        total=total,
+        available=topology.memory,
+        flops=flops,
+        ideal_flops=ideal,
+        cycles=cycles,
+        seconds=seconds,
+        utilization=ideal / seconds / peak if seconds and peak else None,
+        collectives=collectives,
+        compile_seconds=compile_seconds,
+        unit=program.unit,
+        cycles_per_unit=cycles / program.units if cycles else None,
+    )
+
+
+def _memory(compiled: Compiled) -> tuple[int, int, int]:
+    """Bytes of arguments, of temporaries, and of all together."""
+    found = compiled.memory_analysis()
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    total = found.argument_size_in_bytes + found.temp_size_in_bytes + results + found.generated_code_size_in_bytes
+    return found.argument_size_in_bytes, found.temp_size_in_bytes, total
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that the compiler says it would need; None where the message is of something else."""
+    found = _USED.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
