@@ -6,21 +6,25 @@ prompt shared by many rows, a decode cache) come as further segments.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum
 from cft_jax.models.rope import rotate
+from cft_jax.models.tree_attention import EVERY, Keys, can_cut, tree_attention
 from cft_jax.sharding.rules import constrain
 
 # Added nowhere, put in place of masked logits: finite, so that a row that sees nothing stays finite too.
 MASKED = -1e30
+# Rows that the TPU kernel takes, in tokens: shorter ones do not fill it, longer ones not the memory of a core.
+MIN_QUERIES, MAX_KEYS = 64, 8192
 
 
 class Segment(NamedTuple):
@@ -42,6 +46,7 @@ class Surroundings(NamedTuple):
       window: how many keys back they see, by position; None for all.
       cos_sin: of the layer's rope at `positions`.
       positions: of the tokens.
+      subtree_end: of the tokens.
       visible: which of its row's own tokens each sees, the window aside.
       context: earlier segments with the positions of their keys.
     """
@@ -49,6 +54,7 @@ class Surroundings(NamedTuple):
     window: int | None
     cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
     positions: Int[Array, "B T"]
+    subtree_end: Int[Array, "B T"]
     visible: Bool[Array, "B T T"]
     context: tuple[tuple[Segment, Int[Array, "_ _"]], ...]
 
@@ -136,18 +142,63 @@ class Attention(nnx.Module):
 
         `key` is for the adapters' dropout, which None switches off.
         """
-        window, cos_sin, positions, visible, context = surroundings
         q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q, k = rotate(q, *surroundings.cos_sin), rotate(k, *surroundings.cos_sin)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), mesh)
         k = constrain(k, ("batch", "length", "kv_heads", "head_dim"), mesh)
         v = constrain(v, ("batch", "length", "kv_heads", "head_dim"), mesh)
-        own = Segment(k, v, visible & within_window(window, positions, positions))
-        earlier = tuple(
-            segment._replace(visible=segment.visible & within_window(window, positions, at)) for segment, at in context
-        )
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+        attention = _by_kernel if _suits_kernel(q, k, surroundings, mesh) else _by_einsum
         sinks = None if self.sinks is None else self.sinks[...]
-        out = attend(q, (*earlier, own), scale=self.scale, softcap=self.softcap, sinks=sinks)
+        out = attention(q, k, v, surroundings, scale=self.scale, softcap=self.softcap, sinks=sinks, mesh=mesh)
         return self.o_proj(out, key), (k, v)
+
+
+def _by_einsum(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    surroundings: Surroundings,
+    *,
+    mesh: Mesh | None,
+    **rule: Any,
+) -> Float[Array, "B T N H"]:
+    window, _, positions, _, visible, context = surroundings
+    own = Segment(k, v, visible & within_window(window, positions, positions))
+    earlier = tuple(
+        segment._replace(visible=segment.visible & within_window(window, positions, at)) for segment, at in context
+    )
+    return checkpoint_name(attend(q, (*earlier, own), **rule), "attn_out")
+
+
+def _by_kernel(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    surroundings: Surroundings,
+    *,
+    mesh: Mesh | None,
+    **rule: Any,
+) -> Float[Array, "B T N H"]:
+    window, _, positions, subtree_end, _, context = surroundings
+    segments = [Keys(keys, values, jnp.where(visible[:, 0], EVERY, 0), at) for (keys, values, visible), at in context]
+    segments.append(Keys(k, v, subtree_end, positions))
+    return tree_attention(q, tuple(segments), positions, window=window, mesh=mesh, **rule)
+
+
+def _suits_kernel(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], surroundings: Surroundings, mesh: Mesh | None
+) -> bool:
+    """Whether the kernel runs: on TPUs, for rows that are neither single tokens nor too long for a core's memory."""
+    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+        return False
+    segments = [segment for segment, _ in surroundings.context]
+    keys = k.shape[1] + sum(segment.keys.shape[1] for segment in segments)
+    return (
+        q.shape[1] >= MIN_QUERIES
+        and keys <= MAX_KEYS
+        and all(segment.visible.shape[1] == 1 for segment in segments)
+        and can_cut(q.shape[0], k.shape[2], tuple(segment.keys.shape[0] for segment in segments), mesh)
+    )

@@ -167,7 +167,9 @@ class Transformer(nnx.Module):
                         for (k, v), cache in zip(earlier, context, strict=True)
                     )
                     layer_key = None if seed is None else jax.random.fold_in(seed, p)
-                    surroundings = Surroundings(spec.window, ropes[spec.rope], positions, visible, segments)
+                    surroundings = Surroundings(
+                        spec.window, ropes[spec.rope], positions, subtree_end, visible, segments
+                    )
                     x, kv = block(x, surroundings, key=layer_key, mesh=self.mesh)
                     new.append(kv)
                 return x, new
