@@ -269,6 +269,20 @@ def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
     return record_of(Config, values.to_dict() if isinstance(values, ConfigDict) else values)
 
 
+def changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration with other values for some fields, nested as in a config file: {"train": {"epochs": 2}}.
+
+    Raises:
+      UserError: a field is unknown or of a wrong type.
+    """
+
+    def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        nested = {name for name, value in new.items() if isinstance(value, Mapping) and isinstance(old.get(name), dict)}
+        return {**old, **new, **{name: merged(old[name], new[name]) for name in nested}}
+
+    return from_config_dict(merged(dataclasses.asdict(config), settings))
+
+
 def validate(config: Config) -> None:
     """Checks values and combinations, before any device work.
 

@@ -60,7 +60,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     tasks, problems = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            tasks.append(_task(_parse(line), number))
+            tasks.append(task_of_row(_parse(line), number))
         except UserError as error:
             problems.append((number, error))
     if problems:
@@ -97,7 +97,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _task(row: _Row, number: int) -> Task:
+def task_of_row(row: Mapping[str, Any], number: int) -> Task:
+    """The task of one row, see `read_tasks`; its number names it.
+
+    Raises:
+      UserError: with every problem of the row.
+    """
     found: list[str] = []
     _collect(found, _check_keys, row)
     messages = _collect(found, _messages, row) or ()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Real
+from scipy import stats
 
 from cft_jax.common.errors import UserError
 from cft_jax.distributions.families import find_family
@@ -158,7 +159,45 @@ def number_space(
       UserError: bad parameters or settings, a range too wide for doubles, or kept integers without any probability.
     """
     family = find_family(spec.family_id)
-    distribution = family.frozen(spec.parameters)
+    return frozen_space(
+        family.frozen(spec.parameters),
+        named=f"{spec.family_id} with {dict(spec.parameters)}",
+        support=family.support(spec.parameters),
+        exact_quantiles=family.exact_quantiles,
+        num_decimals=num_decimals,
+        max_bins=max_bins,
+        quantile_low=quantile_low,
+        quantile_high=quantile_high,
+        tail_policy=tail_policy,
+    )
+
+
+def frozen_space(
+    distribution: Any,
+    *,
+    num_decimals: int,
+    max_bins: int,
+    quantile_low: float = 0.001,
+    quantile_high: float = 0.999,
+    tail_policy: str = "clip_to_edge_bin",
+    named: str = "",
+    support: tuple[float, float] | None = None,
+    exact_quantiles: bool = False,
+) -> NumberSpace:
+    """The paper's output space of a frozen distribution of `scipy.stats`, such as `scipy.stats.norm(0, 1)`.
+
+    The distribution is of one variable, of integers where it is discrete; `named` is its name in errors, `support` its
+    smallest and largest value (both SciPy's by default), `exact_quantiles` as in `Family`, and the settings are those
+    of `number_space`.
+
+    Raises:
+      UserError: it is no frozen distribution of one variable; or see `number_space`.
+    """
+    kind = getattr(distribution, "dist", None)
+    is_known = isinstance(kind, stats.rv_continuous | stats.rv_discrete)
+    if not is_known or any(map(np.ndim, (*distribution.args, *distribution.kwds.values()))):
+        raise UserError(f"{distribution!r} must be a frozen distribution of one variable, as scipy.stats.norm(0, 1)")
+    named, integer_only = named or kind.name, isinstance(kind, stats.rv_discrete)
     if not 0 < quantile_low < quantile_high < 1:
         raise UserError(
             f"quantile_low={quantile_low} and quantile_high={quantile_high} must satisfy 0 < low < high < 1"
@@ -167,20 +206,19 @@ def number_space(
         raise UserError(f"max_bins={max_bins} must be at least 2 and num_decimals={num_decimals} at least 0")
     if tail_policy not in TAIL_POLICIES:
         raise UserError(f"tail_policy={tail_policy!r} must be one of {', '.join(TAIL_POLICIES)}")
-    support = family.support(spec.parameters)
+    support = distribution.support() if support is None else support
     clip = tail_policy == "clip_to_edge_bin"
-    named = f"{spec.family_id} with {dict(spec.parameters)}"
     # SciPy meets infinities on its way to finite results, and to quantiles that are refused here.
     with np.errstate(over="ignore", divide="ignore"):
         # The smallest integer whose cdf reaches a quantile, also where the two are equal but for rounding.
-        nearly = 1 - _ROUNDING * family.integer_only
+        nearly = 1 - _ROUNDING * integer_only
         lower, upper = (float(cut) for cut in distribution.ppf([quantile_low * nearly, quantile_high * nearly]))
         if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
             raise UserError(
                 f"{named}: the quantiles at {quantile_low} and {quantile_high} are {lower} and {upper}, outside the "
                 "range of doubles; take milder parameters or quantiles"
             )
-        if family.integer_only:
+        if integer_only:
             start = math.floor(support[0] if math.isfinite(support[0]) else lower)
             stop = math.ceil(support[1] if math.isfinite(support[1]) else upper)
             clip = clip and math.isinf(support[1])
@@ -189,8 +227,9 @@ def number_space(
             bounds = first, first + size - 1
         else:
             bounds = max(lower, support[0]), min(upper, support[1])
-            exact = family.exact_quantiles
-            first, size, masses = _decimal_masses(named, distribution, bounds, num_decimals, exact, max_bins, clip)
+            first, size, masses = _decimal_masses(
+                named, distribution, bounds, num_decimals, exact_quantiles, max_bins, clip
+            )
             decimals, moved = num_decimals, 0.0
     total = float(masses.sum())
     probabilities = masses / total

@@ -13,6 +13,7 @@ from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.storage import Workdir, opened
 from cft_jax.config import Config, validate
 from cft_jax.evaluate.backends.load import load_measured_model
+from cft_jax.evaluate.backends.protocol import MeasuredModel
 from cft_jax.evaluate.report.overview import all_summary, headline_metrics
 from cft_jax.evaluate.report.page import render_page
 from cft_jax.evaluate.report.runs import read_runs
@@ -35,8 +36,8 @@ def start(config: Config, place: str) -> None:
     sys.stdout.write(f"{place}/{SUMMARY}\n{place}/report.html\n")
 
 
-def run(config: Config, place: Workdir) -> Mapping[str, Any]:
-    """Measures what `config` names and returns the summary, as written.
+def run(config: Config, place: Workdir, model: MeasuredModel | None = None) -> Mapping[str, Any]:
+    """Measures what `config` names, or a model that is loaded, and returns the summary, as written.
 
     Raises:
       UserError: a mistake of the user's; before anything is overwritten, unless it only shows after hours of work.
@@ -52,7 +53,7 @@ def run(config: Config, place: Workdir) -> Mapping[str, Any]:
         if alone:
             suites[alone].check(config, workdir)
         needed = any(suite.needs_model(config) for suite in suites.values())
-        model = load_measured_model(config) if needed else None
+        model = load_measured_model(config) if needed and model is None else model
     if alone:
         summary = run_suite(alone, config, model, workdir)
     else:

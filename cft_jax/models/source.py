@@ -28,3 +28,9 @@ class Source:
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
         return json.loads(self.config_json)
+
+    @property
+    def max_length(self) -> int | None:
+        """The tokens of the longest text that config.json promises; None where it is silent."""
+        raw = self.config
+        return raw.get("text_config", raw).get("max_position_embeddings")

@@ -25,16 +25,20 @@ def check_values(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]) -> N
     Raises:
       UserError: naming the first value that does not.
     """
-    rust = backend(tokenizer)
     for task in tasks:
-        values = () if task.space is None else task.space.values
-        answers = rust.decode_batch(encode_strings(tokenizer, values), skip_special_tokens=True)
-        for value, answer in zip(values, answers, strict=True):
-            if value != answer:
-                raise UserError(
-                    f"task {task.task_id}: the value {value!a} becomes {answer!a} in this tokenizer's tokens, "
-                    "so that no answer could be told to be it; write it as the tokenizer does, without special tokens"
-                )
+        if task.space is not None:
+            check_strings(tokenizer, task.space.values, f"task {task.task_id}")
+
+
+def check_strings(tokenizer: PreTrainedTokenizerBase, values: Sequence[str], name: str) -> None:
+    """`check_values` for values alone; `name` is for the message."""
+    answers = backend(tokenizer).decode_batch(encode_strings(tokenizer, values), skip_special_tokens=True)
+    for value, answer in zip(values, answers, strict=True):
+        if value != answer:
+            raise UserError(
+                f"{name}: the value {value!a} becomes {answer!a} in this tokenizer's tokens, "
+                "so that no answer could be told to be it; write it as the tokenizer does, without special tokens"
+            )
 
 
 class ValueEncoder:

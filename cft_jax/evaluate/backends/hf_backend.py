@@ -36,6 +36,7 @@ class HfBackend:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int]) -> None:
         self._model, self._tokenizer, self.stop_ids = model, tokenizer, tuple(sorted(stop_ids))
+        self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Checkpoints bring sampling settings of their own (top_k, top_p, penalties), which would be applied in silence.
         model.generation_config = GenerationConfig(eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0])
         self.fingerprint = _fingerprint(model, self.stop_ids)

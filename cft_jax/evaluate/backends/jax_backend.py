@@ -17,6 +17,7 @@ class JaxBackend:
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
         self._sampler = Sampler(model, tokenizer)
         self.stop_ids = self._sampler.stop_ids
+        self.max_length = None if model.source is None else model.source.max_length
         lora = model.lora_spec
         adapters = None if lora is None else (lora.rank, lora.alpha, sorted(lora.targets))
         settings = (model.config, adapters, model.dtype.name, self.stop_ids)

@@ -21,9 +21,11 @@ class Backend(Protocol):
 
     Attributes:
       fingerprint: identifies the model, its weights and all that decides its numbers: equal for the same model.
+      max_length: the tokens of the longest text it is made for; None where its files do not say.
     """
 
     fingerprint: str
+    max_length: int | None
 
     def sample(
         self,
