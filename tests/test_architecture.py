@@ -38,7 +38,9 @@ ORDER = (
 )
 # The commands: they import what they need, and nothing imports them.
 COMMANDS = (
+    "__main__",
     "main",
+    "sample",
     "prepare",
     "export",
     "compare",

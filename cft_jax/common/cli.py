@@ -39,8 +39,11 @@ _OVERRIDE = "override"
 Main = Callable[[flags.FlagValues], None]
 
 
-def new_flags(*, config: bool) -> flags.FlagValues:
-    """Flag values of one command, apart from absl's global ones: help, verbosity and, where wanted, `--config`."""
+def new_flags(*, config: bool, overrides: bool = False) -> flags.FlagValues:
+    """Flag values of one command, apart from absl's global ones: help, verbosity and, where wanted, `--config`.
+
+    With `overrides` alone, single fields can be set (`--config.a.b=value`), and no file is read.
+    """
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     flags.DEFINE_bool("quiet", False, "Print warnings and the final summary only.", flag_values=values)
@@ -49,6 +52,7 @@ def new_flags(*, config: bool) -> flags.FlagValues:
         file = "Config file, with an argument after a colon where it takes one (configs/llama.py:3b); "
         file += "override fields by --config.a.b=value."
         flags.DEFINE_string("config", None, file, flag_values=values)
+    if config or overrides:
         flags.DEFINE_multi_string(_OVERRIDE, [], "", flag_values=values)
     return values
 
@@ -94,7 +98,7 @@ def _end(message: str, code: int = UserError.exit_code) -> NoReturn:
 
 def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
     try:
-        rest = values(list(_with_overrides(argv)) if "config" in values else argv)
+        rest = values(list(_with_overrides(argv)) if _OVERRIDE in values else argv)
     except flags.Error as error:
         raise UserError(str(error)) from error
     if len(rest) > 1 and "args" not in values:
@@ -168,6 +172,6 @@ def _help(values: flags.FlagValues, description: str) -> str:
         # Words that follow the flags are a flag to absl alone.
         text = f"{flag.help}{default}" if name == "args" else f"--{name}: {flag.help}{default}"
         lines.append(textwrap.fill(text, _HELP_WIDTH, initial_indent="  ", subsequent_indent=" " * 6))
-    if "config" in values:
-        lines += ["", "docs/config.md explains every field of the configuration."]
+    if _OVERRIDE in values:
+        lines += ["", "--config.a.b=value sets a field of the configuration; docs/config.md explains them all."]
     return "\n".join([*lines, "", _EXIT_CODES]) + "\n"

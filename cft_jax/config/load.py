@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 
 from cft_jax.common.errors import UserError
 from cft_jax.config.records import read_override
-from cft_jax.config.run import Config, from_config_dict, validate
+from cft_jax.config.run import Config, changed, from_config_dict, validate
 
+# The configs of this package: in a wheel, and in a checkout.
+_SHIPPED = tuple(root / "configs" for root in (Path(__file__).parents[1], Path(__file__).parents[2]))
 # What a config file's own code may raise where it is wrong.
 _IN_CODE = (
     *(SyntaxError, ImportError, NameError, AttributeError, LookupError, ArithmeticError, AssertionError),
@@ -48,14 +50,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """What `get_config` of a file returns, with overrides; its values are not checked yet.
 
     Args:
-      name: `FILE.py`, or `FILE.py:argument` where its `get_config` takes one.
+      name: `FILE.py`, or the name of a shipped config (`demo`, `eval/structured`); `NAME:argument` where its
+        `get_config` takes one.
       overrides: such as `train.batch_size=64`; of two of one field the last counts.
 
     Raises:
       UserError: the file is absent or wrong, or an override names no field or has a value of another type.
     """
-    path, _, argument = name.partition(":")
-    _check_file(Path(path), name)
+    given, _, argument = name.partition(":")
+    path = str(_file_of(given, name))
     arguments = (argument,) if ":" in name else ()
     try:
         get_config = _module(path).get_config
@@ -71,23 +74,41 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config={name}: {_what_and_where(error, path)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config returns a {type(config).__name__}; it must return a ConfigDict")
+    return changed(from_config_dict(config), nested_overrides(overrides))
+
+
+def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides such as `train.batch_size=64` say, nested as `changed` takes it.
+
+    Raises:
+      UserError: one names no field or has a value of another type.
+    """
+    nested: dict[str, Any] = {}
     for assignment in overrides:
         (*parents, field), value = read_override(Config(), assignment)
-        record: Any = config
+        record: Any = nested
         for parent in parents:
-            record = record[parent]
-        with record.unlocked(), record.ignore_type():
-            record[field] = value
-    return from_config_dict(config)
+            record = record.setdefault(parent, {})
+        record[field] = value
+    return nested
 
 
-def _check_file(file: Path, name: str) -> None:
+def _file_of(given: str, name: str) -> Path:
+    """The config file that is named: a file, or one that is shipped, by its name or by its place in a checkout."""
+    file = Path(given)
     if file.is_file() and file.suffix == ".py":
-        return
+        return file
+    roots = [root for root in _SHIPPED if root.is_dir()]
+    shipped = given.removeprefix("configs/").removesuffix(".py")
+    if shipped and (given.startswith("configs/") or given == shipped):
+        for root in roots:
+            if (root / f"{shipped}.py").is_file():
+                return root / f"{shipped}.py"
     # Those beside it are what was meant, as a rule.
-    known = sorted(str(path) for path in file.parent.glob("*.py")) or ["configs/demo.py"]
+    known = sorted(str(path) for path in file.parent.glob("*.py")) if file.suffix == ".py" else []
+    known = known or sorted(str(path.relative_to(root))[:-3] for root in roots for path in root.rglob("*.py"))
     what = "is no config, a Python file" if file.is_file() else "there is no such file"
-    raise UserError(f"--config={name}: {what}; there are {', '.join(known[:12])}")
+    raise UserError(f"--config={name}: {what}; there are {', '.join(known[:15])}")
 
 
 def _module(path: str) -> ModuleType:

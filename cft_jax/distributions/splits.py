@@ -1,17 +1,24 @@
 """Prompts and splits: families and grids of parameters → the prompts to train on and the prompts to test."""
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cft_jax.common.errors import UserError
-from cft_jax.distributions.families import HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
+from cft_jax.distributions.families import FAMILIES, HELDOUT_FAMILIES, TRAIN_FAMILIES, Family, find_family
 from cft_jax.distributions.grids import GRIDS, Axis, between, resampled
 
 _T = TypeVar("_T")
 
+# What `prompt_text` writes.
+_PROMPT = re.compile(
+    r"Generate exactly ONE random number from a (?P<family>.+) distribution with parameters (?P<parameters>.+)\. "
+    r"Output ONLY the number\."
+)
+_PARAMETER = re.compile(r"(\w+)=([^,]+)")
 TRAIN, UNSEEN, OOD = "train", "test_unseen_params", "test_ood_family"
 SPLITS = (TRAIN, UNSEEN, OOD)
 # Of the small world alone (`world.py`).
@@ -107,6 +114,21 @@ def prompt_text(family: Family, parameters: Mapping[str, float | int], *, digits
         f"Generate exactly ONE random number from a {family.display_name} distribution with parameters {shown}. "
         "Output ONLY the number."
     )
+
+
+def spec_of_prompt(prompt: str) -> PromptSpec | None:
+    """The distribution that one of these messages names; None for other texts and for impossible parameters."""
+    found = _PROMPT.fullmatch(prompt.strip())
+    family = next((family for family in FAMILIES.values() if found and family.display_name == found["family"]), None)
+    if found is None or family is None:
+        return None
+    try:
+        given = {name: float(value) for name, value in _PARAMETER.findall(found["parameters"])}
+        family.validate(given)
+    except ValueError:  # a UserError among them
+        return None
+    parameters = {name: given[name] for name in family.parameter_names}
+    return PromptSpec("asked", family.family_id, distribution_id(family, parameters), parameters, prompt)
 
 
 def distribution_id(family: Family, parameters: Mapping[str, float | int]) -> str:
