@@ -1,8 +1,13 @@
 """Install metadata of cft_jax; the settings of the tools stand in pyproject.toml."""
 
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
 
 CORE = [
     "absl-py>=2.1",
@@ -39,19 +44,40 @@ TEST = [
     "torch==2.13.0",
 ]
 
+# mkdocstrings reads the docstrings of docs/reference.md.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/ into the wheel, where `--config=demo` finds it; in a checkout it stays where it is."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "configs", Path(self.build_lib) / "cft_jax" / "configs", dirs_exist_ok=True)
+
+
 setup(
     name="cft_jax",
-    version="0.1.0",
+    version=re.search('__version__ = "(.*)"', (HERE / "cft_jax" / "__init__.py").read_text(encoding="utf-8"))[1],
     description="Calibration Fine-Tuning in JAX: language models that sample honestly",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["cft-jax = cft_jax.__main__:main"]},
     packages=find_packages(include=["cft_jax", "cft_jax.*"]),
     package_data={"cft_jax": ["py.typed", "**/*.json", "**/*.txt", "**/*.html"]},
     install_requires=CORE,
     extras_require={
         "cuda": ["jax[cuda12]>=0.7.2"],
+        "docs": DOCS,
         # Workdirs on gs://.
         "gcs": ["gcsfs>=2024.6"],
         # The tokenizer of NoveltyBench's classifier is a file of sentencepiece's.

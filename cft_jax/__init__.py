@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 # Before transformers is imported anywhere: its advice to install PyTorch helps nobody here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from cft_jax.api import Model, Run, Task, calibrate, evaluate, load
     from cft_jax.common.errors import UserError
