@@ -164,7 +164,7 @@ def test_python_blocks_run(here, demo, capsys):
     if not (here / "exported").exists():
         run(["python", "-m", "cft_jax.export", f"--workdir={demo}", "--output=exported", "--format=merged"])
     free = [block for block in blocks() if block.language == "python" and not block.needs]
-    assert {block.page.name for block in free} == {"README.md", "export.md"}
+    assert {block.page.name for block in free} == {"README.md", "export.md", "python.md"}
     for block in free:
         exec(compile(block.text, str(block.page), "exec"), {})
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("[")  # export.md prints five answers
