@@ -1,6 +1,7 @@
 """Planning: every program of a configuration compiled for devices that need not be there."""
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from cft_jax.plan.compiled import compiled_report, estimated_report
 from cft_jax.plan.programs import Work, programs, work_of
 from cft_jax.plan.search import abstract_mesh, candidates, estimate, least_memory
 from cft_jax.plan.table import Plan, flags, lines, records
-from cft_jax.plan.topologies import Topology, compiler_devices, larger, libtpu_version, topology
+from cft_jax.plan.topologies import Topology, compiler_devices, larger, libtpu_version
 from cft_jax.runs.workdir import versions
 from cft_jax.sharding.mesh import make_mesh
 
@@ -27,29 +28,40 @@ _TRIES = 3
 _GIB = 2**30
 
 
-def start(config: Config, names: Sequence[str], *, output: str | None, kinds: tuple[str, ...]) -> None:
+def start(
+    config: Config,
+    topologies: Sequence[Topology],
+    *,
+    output: str | None,
+    kinds: tuple[str, ...],
+    rows_per_device: int | None,
+) -> None:
     """The command: compiles for each topology, prints the tables, writes the figures.
+
+    With `rows_per_device` the batch has so many rows for each device of a topology, else what the configuration says.
 
     Raises:
       UserError: see `plans_of`; nothing fits anywhere; or `output` exists or cannot be written.
     """
-    topologies = [topology(name) for name in names]
     if output and Path(output).exists():
         raise UserError(f"--output={output} exists; name a file that does not")
     if all(one.libtpu for one in topologies):
         # The compiler needs no TPU, and a TPU that is there may belong to another process.
         jax.config.update("jax_platforms", "cpu")
     use_compilation_cache()
-    work = work_of(config)
-    plans = [plan for one in topologies for plan in plans_of(work, config, one, kinds)]
+    work, plans = functools.cache(work_of), []
+    for one in topologies:
+        own = config
+        if rows_per_device:
+            batch_size = rows_per_device * one.devices
+            own = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
+        plans += plans_of(work(own), own, one, kinds)
     if not any(plan.fits for plan in plans):
-        raise UserError(_nowhere(work, config, topologies))
+        raise UserError(_nowhere(plans))
     if output:
         write_json(Path(output), _record(plans))
     for plan in plans:
         sys.stdout.write("\n".join([*lines(plan), "", ""]))
-    if work.assumed:
-        sys.stdout.write("the shapes are the paper's: the tokenizer is not to be had\n")
 
 
 def plans_of(work: Work, config: Config, where: Topology, kinds: tuple[str, ...]) -> Iterator[Plan]:
@@ -88,10 +100,11 @@ def _plan(work: Work, config: Config, where: Topology, devices: Sequence[Any] | 
             reports.append(estimated_report(program, where, arguments=arguments, temporaries=memory.total - arguments))
         else:
             logging.info("%s: compiling %s", where.name, program.name)
-            reports.append(compiled_report(program, where))
+            resident = memory.weights + (memory.optimizer if program.name.startswith("train") else 0)
+            reports.append(compiled_report(program, where, resident=resident))
         if not reports[-1].fits:
             break
-    return Plan(where, config, memory, tuple(reports))
+    return Plan(where, work, config, memory, tuple(reports))
 
 
 def _record(plans: Sequence[Plan]) -> dict[str, Any]:
@@ -101,16 +114,18 @@ def _record(plans: Sequence[Plan]) -> dict[str, Any]:
     return {"programs": own, "found": found, "versions": versions() | libtpu_version()}
 
 
-def _nowhere(work: Work, config: Config, topologies: Sequence[Topology]) -> str:
+def _nowhere(plans: Sequence[Plan]) -> str:
     """That a configuration fits nowhere, and where it would."""
-    sizes = []
-    for one in topologies:
-        least = least_memory(work, config, one)
-        sizes.append(f"{one.name} (at least {least / _GIB:.1f} of {one.memory / _GIB:.1f} GiB a device)")
-    other = next(
-        ((one, changed) for one in larger(topologies[-1]) for changed, _ in candidates(work, config, one)), None
+    last = plans[-1]
+    sizes = ", ".join(
+        f"{plan.topology.name} (at least {least_memory(plan.work, plan.config, plan.topology) / _GIB:.1f} of "
+        f"{plan.topology.memory / _GIB:.1f} GiB a device)"
+        for plan in plans
+        if not plan.found
     )
+    others = ((one, *found) for one in larger(last.topology) for found in candidates(last.work, last.config, one))
+    other = next(others, None)
     hint = "take a larger topology, LoRA or a smaller model"
     if other is not None:
-        hint = f"by the estimate it does on {other[0].name} with {flags(other[1])}"
-    return f"{config.model.checkpoint or 'the model'} fits into none of {', '.join(sizes)}; {hint}"
+        hint = f"by the estimate it fits on {other[0].name} with {flags(other[1])}"
+    return f"{last.config.model.checkpoint or 'the model'} fits into none of {sizes}; {hint}"

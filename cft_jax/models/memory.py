@@ -67,13 +67,13 @@ def estimate_memory(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     mesh: Mesh | AbstractMesh,
-    batch: Batch,
+    batch: Batch | None,
     remat: str,
 ) -> MemoryEstimate:
     """What training takes on each device of a mesh, for one forward and backward pass of the batch.
 
     Adapters are trained while the rest is frozen; `lora=None` trains every weight. `dtype` is that of activations,
-    `remat` as of `Transformer`.
+    `remat` as of `Transformer`; without a batch the activations are left out.
     """
     parameters = trainable = weights = trained = 0
     for variable in variables(config, lora, param_dtype):
@@ -91,7 +91,7 @@ def estimate_memory(
         weights=weights,
         gradients=_GRADIENT_ARRAYS * trained * _FLOAT32,
         optimizer=_OPTIMIZER_ARRAYS * trained * _FLOAT32,
-        activations=_activations(config, jnp.dtype(dtype).itemsize, mesh, batch, remat),
+        activations=0 if batch is None else _activations(config, jnp.dtype(dtype).itemsize, mesh, batch, remat),
     )
 
 

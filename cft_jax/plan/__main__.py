@@ -14,18 +14,28 @@ from absl import flags
 from cft_jax.common import cli
 from cft_jax.common.errors import UserError
 from cft_jax.config import config_of
-
-KINDS = ("train", "prefill", "decode", "score", "likelihood")
+from cft_jax.plan import KINDS
+from cft_jax.plan.topologies import topology
 
 
 def _main(values: flags.FlagValues) -> None:
     names = [name for name in (values["topology"].value or "").split(",") if name.strip()]
     if not names:
         raise UserError("--topology is missing; name one or more, such as --topology=v6e-8,v5litepod-16")
+    topologies = [topology(name) for name in names]
+    kinds = tuple(values["programs"].value) or KINDS
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"--programs={','.join(unknown)} is unknown; there are {', '.join(KINDS)}")
     config = config_of(values)
     from cft_jax.jobs import plan
 
-    plan.start(config, names, output=values["output"].value, kinds=tuple(values["programs"].value))
+    plan.start(
+        config,
+        topologies,
+        output=values["output"].value,
+        kinds=kinds,
+        rows_per_device=values["rows_per_device"].value,
+    )
 
 
 def main() -> None:
@@ -36,7 +46,12 @@ def main() -> None:
         "tpu7x-8, h100-8.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string("output", None, "JSON file for the figures; it must not exist yet.", flag_values=values)
-    flags.DEFINE_multi_enum("programs", list(KINDS), KINDS, "Programs to compile.", flag_values=values)
+    rows = (
+        "Rows of the batch for each device, in place of config.train.batch_size for all: how a run grows with devices."
+    )
+    flags.DEFINE_integer("rows_per_device", None, rows, lower_bound=1, flag_values=values)
+    some = "Programs to compile, with commas between; by default train, prefill, decode, score and likelihood."
+    flags.DEFINE_list("programs", [], some, flag_values=values)
     cli.run(_main, values, __doc__ or "")
 
 

@@ -54,8 +54,11 @@ class Report:
     cycles_per_unit: float | None
 
 
-def compiled_report(program: Program, topology: Topology) -> Report:
+def compiled_report(program: Program, topology: Topology, *, resident: int) -> Report:
     """Compiles a program and reads off what it takes.
+
+    `resident` are the bytes of its weights and optimizer on a device, for a program so large that the compiler ends
+    with the sum of all that it needs.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler fails for another reason than a lack of memory.
@@ -67,7 +70,15 @@ def compiled_report(program: Program, topology: Topology) -> Report:
         needed = _needed(str(error))
         if needed is None:
             raise
-        return _report(program, topology, total=needed, fits=False, compile_seconds=time.monotonic() - start)
+        return _report(
+            program,
+            topology,
+            total=needed,
+            fits=False,
+            arguments=resident,
+            temporaries=max(needed - resident, 0),
+            compile_seconds=time.monotonic() - start,
+        )
     seconds = time.monotonic() - start
     arguments, temporaries, total = _memory(compiled)
     cost = cost_of(compiled.as_text())

@@ -1,6 +1,7 @@
 """The programs that a configuration would run, lowered from shapes alone: no weights are downloaded, none allocated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from cft_jax.models.abstract import abstract_model
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.flops import Operations
 from cft_jax.models.transformer import Transformer
+from cft_jax.plan import KINDS
 from cft_jax.runs.base import architecture, model_options, run_tokenizer
 from cft_jax.runs.scratch import scratch_model
 from cft_jax.sharding.rules import num_shards
@@ -33,7 +35,6 @@ from cft_jax.train.prefetch import abstract_batch
 from cft_jax.train.state import abstract_state, split_model, state_shardings
 from cft_jax.train.step import make_train_step
 
-KINDS = ("train", "prefill", "decode", "score", "likelihood")
 # The paper's batch (tokens, target positions, target entries of its rows, tokens that all prompts share) with Qwen3's
 # tokenizer; taken where the tokenizer is not to be had. No run of the paper's has fewer steps.
 _TOKENS, _POSITIONS, _ENTRIES, _SHARED, _STEPS = 96, 12, 128, 20, 500
@@ -92,7 +93,7 @@ def work_of(config: Config) -> Work:
         if settings.scratch.enabled:
             raise
         logging.warning("the shapes are the paper's, as the tokenizer is not to be had (%s)", error)
-        return _papers_work(config)
+        return papers_work(config)
     model = (
         scratch_model(settings.scratch, vocab_size=len(tokenizer))
         if settings.scratch.enabled
@@ -100,6 +101,7 @@ def work_of(config: Config) -> Work:
     )
     dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=1, share_prefix=True)
 
+    @functools.cache
     def shapes(row_multiple: int) -> tuple[Shape, ...]:
         layout = dataclasses.replace(dataset.layout, row_multiple=row_multiple)
         return dataclasses.replace(dataset, layout=layout).shapes
@@ -108,7 +110,9 @@ def work_of(config: Config) -> Work:
     return Work(model, shapes, tuple(dataset.shared_prefix.tolist()), total, assumed=False)
 
 
-def _papers_work(config: Config) -> Work:
+def papers_work(config: Config) -> Work:
+    """The paper's shapes for a configuration's model and batch size; reads no tokenizer."""
+
     def shapes(row_multiple: int) -> tuple[Shape, ...]:
         rows = -(-config.train.batch_size // row_multiple) * row_multiple
         return ((rows, _TOKENS, _POSITIONS, _ENTRIES),)

@@ -57,16 +57,21 @@ def candidates(work: Work, config: Config, topology: Topology) -> Iterator[tuple
     # Of equal costs the one that keeps the most copies and recomputes the least.
     tried.sort(key=lambda item: (item[0], -item[1][0], [*_REMAT].index(item[2])))
     for _, sizes, _, changed in tried:
-        found = estimate(work, changed, AbstractMesh(sizes, AXES))
+        mesh = AbstractMesh(sizes, AXES)
+        if _without_activations(work, changed, mesh) > _USABLE * topology.memory:
+            continue
+        found = estimate(work, changed, mesh)
         if found.total <= _USABLE * topology.memory:
             yield changed, found
 
 
+def _without_activations(work: Work, config: Config, mesh: AbstractMesh) -> int:
+    return estimate_memory(work.model, batch=None, **model_options(config.model, mesh)).total
+
+
 def least_memory(work: Work, config: Config, topology: Topology) -> int:
-    """Bytes per device by the thriftiest settings there are, by the estimate."""
-    parts, remat = config.train.batch_size, min(REMAT, key=lambda name: -_REMAT[name])
-    changed = [with_settings(config, sizes, remat, parts) for sizes in _meshes(topology.devices, work.model.num_heads)]
-    return min(estimate(work, one, abstract_mesh(one, topology)).total for one in changed)
+    """Bytes per device before any activation, with the weights cut over all devices."""
+    return _without_activations(work, config, AbstractMesh((1, topology.devices, 1), AXES))
 
 
 def with_settings(config: Config, sizes: tuple[int, int, int], remat: str, micro_batches: int) -> Config:

@@ -7,6 +7,7 @@ from typing import Any
 from cft_jax.config import Config
 from cft_jax.models.memory import MemoryEstimate
 from cft_jax.plan.compiled import Report
+from cft_jax.plan.programs import Work
 from cft_jax.plan.topologies import Topology
 
 _GIB = 2**30
@@ -22,6 +23,7 @@ class Plan:
 
     Attributes:
       topology: the devices.
+      work: what is asked of the model.
       config: the settings that the programs were compiled with.
       memory: the estimate for the train step; its weights and optimizer are exact.
       reports: of the programs.
@@ -29,6 +31,7 @@ class Plan:
     """
 
     topology: Topology
+    work: Work
     config: Config
     memory: MemoryEstimate
     reports: tuple[Report, ...]
@@ -58,6 +61,8 @@ def lines(plan: Plan) -> Iterator[str]:
         f"on each device weights {memory.weights / _GIB:.2f} GiB, gradients {memory.gradients / _GIB:.2f}, optimizer "
         f"{memory.optimizer / _GIB:.2f}"
     )
+    if plan.work.assumed:
+        yield "the shapes are the paper's, as the tokenizer is not to be had"
     rows = [_HEADINGS, *(_cells(report) for report in plan.reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     for row in rows:

@@ -99,6 +99,7 @@ def topology(name: str) -> Topology:
         return _gpu(name, kind, int(count)) if kind in _GPUS else _tpu(name, kind, int(count))
     near = _nearest(kind, int(count)) if count.isdigit() else ""
     known = [f"{kind}-{count}" for kind, count in _known()]
+    known += [f"{alias}-{count}" for kind, count in _known() for alias, own in _ALIASES.items() if own == kind]
     near = near or difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]
     raise UserError(f"--topology={name} is unknown; the nearest is {near} (others: {', '.join(_EXAMPLES)})")
 

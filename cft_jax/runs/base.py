@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,14 @@ def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, leng
     """
     batch = Batch(-(-rows // config.train.grad_accum_steps), length)
     estimate = estimate_memory(architecture(config.model, checkpoint), batch=batch, **model_options(config.model, mesh))
-    require_memory(estimate, device_memory())
+    available = device_memory()
+    require_memory(estimate, available)
+    if available is not None and estimate.total > available:
+        logging.warning(
+            "by the estimate training takes %.1f GiB of each device, which has %.1f; python -m cft_jax.plan finds "
+            "settings that fit",
+            *(size / 2**30 for size in (estimate.total, available)),
+        )
     return estimate
 
 
