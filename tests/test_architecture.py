@@ -33,6 +33,7 @@ ORDER = (
     "evaluate.suites",
     "evaluate.report",
     "ask",
+    "serving",
     "jobs",
     "api",
 )
@@ -44,6 +45,7 @@ COMMANDS = (
     "prepare",
     "export",
     "compare",
+    "check",
     "evaluate.__main__",
     "plan.__main__",
     "evaluate.suites.retention.convert_items",

@@ -1,0 +1,264 @@
+"""Whether draws are those of a model, and if not, what is likely wrong. Pure.
+
+Two tests share the probability of a false alarm. The first is blind: chi-square tests of every prompt's frequencies
+given that the answer is one of the values, one over all prompts, and an exact one-sided test of the answers that are
+none; with Bonferroni's correction. The second looks for known mistakes: the likelihood ratio of each to the model,
+averaged with fixed weights, has expectation at most 1 for an honest server, so that by Markov's inequality it exceeds
+1/alpha with probability at most alpha, whatever the number of draws. Log-probabilities have no noise; they are held
+against a tolerance.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special, stats
+
+from cft_jax.evaluate.metrics.sound import pooled_chi_square
+from cft_jax.serving.draws import Draws, StepProbs
+from cft_jax.serving.mistakes import SETTINGS, Temperature, applied, maximum_likelihood, sampling_mistakes, unstopped
+
+# Probability, at most, that an honest server is called wrong: half of it for the known mistakes, four tenths for the
+# blind test, a tenth for repeated answers. Of small cells the chi-square exceeds its approximation so far out: of a
+# million simulated honest runs (8 prompts, 25 to 200 draws) 20 to 38 had a p-value below 1e-5.
+FALSE_ALARM = 1e-4
+_BLIND_LEVEL = 1e-5
+# KL from the model to the server's log-probabilities that rounding does not explain: bfloat16 logits of size 20 make
+# 0.001 nats per token.
+MOST_KL = 0.01
+# An explanation fits where the blind test of it has at least this p-value.
+_FITS = 1e-3
+STOP = "stop token"
+# Explanations whose fit is looked at, of each number of mistakes.
+_TRIED = 6
+# Temperatures below are told from greedy by nobody.
+_GREEDY = 0.1
+_COMBINED_TEMPERATURES = tuple(np.round(np.arange(0.3, 2.01, 0.05), 2))
+_LEAST_LOG, _LEAST_REST = -30.0, 1e-6
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """The blind test.
+
+    Attributes:
+      p_value: the smallest of all tests, times their number.
+      chi_square, degrees: over all prompts.
+      p_values: of every prompt; NaN where it has less than two cells.
+      num_left, expected_left: answers that are none of the prompt's values.
+    """
+
+    p_value: float
+    chi_square: float
+    degrees: int
+    p_values: tuple[float, ...]
+    num_left: int
+    expected_left: float
+
+
+@dataclass(frozen=True)
+class Cause:
+    """An explanation of the draws.
+
+    Attributes:
+      name: what is wrong; with settings where there are any.
+      kinds: the mistakes it is made of, for advice.
+      gain: log-likelihood ratio to the model as it is, nats.
+      p_value: of the blind test of this explanation; NaN where it was not asked for.
+      kl: from the explanation to the server's log-probabilities, nats per token; NaN where it gives none.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    gain: float
+    p_value: float = math.nan
+    kl: float = math.nan
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing that was seen speaks against it."""
+        return self.gain > 0 and self.p_value > _FITS and not self.kl > MOST_KL
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out.
+
+    Attributes:
+      calibrated: whether nothing speaks against it.
+      frequencies: the blind test.
+      log_evidence: logarithm of the average likelihood ratio of the known mistakes.
+      temperature: by maximum likelihood.
+      kl: from the model to the server's log-probabilities, nats per token; NaN where it gives none.
+      is_repeated: whether all requests for a prompt came back alike, which chance does not explain.
+    """
+
+    calibrated: bool
+    frequencies: Frequencies
+    log_evidence: float
+    temperature: Temperature
+    kl: float
+    is_repeated: bool
+
+
+def judge(
+    draws: Draws,
+    model: StepProbs,
+    variants: Mapping[str, StepProbs],
+    *,
+    reported: Float[np.ndarray, "C"] | None,
+    repetition: float | None,
+) -> Verdict:
+    """Compares draws with what the model says.
+
+    Args:
+      draws: of the server.
+      model: what it should draw from.
+      variants: what the model says under mistakes in the prompt, by their names.
+      reported: log-probabilities by the server, NaN where it says nothing; None where it gives none at all.
+      repetition: where all requests for a prompt came back alike, the log-probability of everything but the first.
+    """
+    frequencies = blind_test(draws, model)
+    evidence = _log_evidence(draws, model, variants)
+    kl = math.nan if reported is None else kl_to_server(draws, model, reported)
+    is_repeated = repetition is not None and repetition < math.log(FALSE_ALARM / 10)
+    calibrated = (
+        frequencies.p_value > _BLIND_LEVEL
+        and evidence < math.log(2 / FALSE_ALARM)
+        and not kl > MOST_KL
+        and not is_repeated
+    )
+    temperature = maximum_likelihood(draws, model)
+    return Verdict(calibrated, frequencies, evidence, temperature, kl, is_repeated)
+
+
+def blind_test(draws: Draws, probs: StepProbs, *, count_left: bool = True) -> Frequencies:
+    """The frequencies of the values against their probabilities, and, if asked to, of answers that are no values."""
+    layout, num, left = draws.layout, draws.num, draws.num_left
+    statistic, degrees, p_values, expected_left = 0.0, 0, [], 0.0
+    for index, cells in enumerate(probs.cells(layout)):
+        own = slice(*layout.child_starts[index : index + 2])
+        result = pooled_chi_square(draws.taken[own][layout.is_cell[own]], cells / cells.sum())
+        p_values.append(math.nan if result is None else result[1])
+        if result is not None:
+            statistic, degrees = statistic + result[0], degrees + result[2] - 1
+        expected_left += float(num[index] * max(1 - cells.sum(), 0))
+    tests = [p for p in p_values if not math.isnan(p)]
+    tests += [float(stats.chi2.sf(statistic, degrees))] if degrees else []
+    if count_left:
+        # The tail of a sum of unlike coin flips lies below that of as many like ones (Hoeffding, 1956).
+        total = int(num.sum())
+        tests.append(float(stats.binom.sf(left.sum() - 1, total, min(expected_left / total, 1.0))))
+    smallest = min([1.0, *(len(tests) * p for p in tests)])
+    return Frequencies(smallest, statistic, degrees, tuple(p_values), int(left.sum()), expected_left)
+
+
+def kl_to_server(draws: Draws, probs: StepProbs, reported: Float[np.ndarray, "C"]) -> float:
+    """KL from `probs` to what the server reports, nats per token drawn; tokens that it does not report count as one."""
+    layout, known = draws.layout, ~np.isnan(reported)
+    p = np.where(known, np.exp(probs.log_probs), 0.0)
+    log_q = np.where(known, np.maximum(reported, _LEAST_LOG), 0.0)
+    rest_p, rest_q = (
+        np.clip(1 - layout.sums(masses), _LEAST_REST, 1.0) for masses in (p, np.where(known, np.exp(log_q), 0.0))
+    )
+    per_prefix = layout.sums(p * (probs.log_probs - log_q)) + rest_p * np.log(rest_p / rest_q)
+    visits = (layout.sums(draws.taken) + draws.left) * (layout.sums(known.astype(np.float64)) > 0)
+    return float(visits @ per_prefix / visits.sum()) if visits.any() else math.nan
+
+
+def _log_evidence(draws: Draws, model: StepProbs, variants: Mapping[str, StepProbs]) -> float:
+    """Logarithm of the average likelihood ratio: kinds of mistakes weigh alike, and so do the settings of a kind."""
+    base = model.log_likelihood(draws)
+    kinds: dict[str, list[float]] = {kind: [] for kind in SETTINGS}
+    for kind, setting in sampling_mistakes():
+        kinds[kind].append(applied(draws.layout, model, kind, setting).log_likelihood(draws) - base)
+    kinds |= {name: [probs.log_likelihood(draws) - base] for name, probs in variants.items()}
+    kinds["stop"] = [unstopped(draws.layout, model).log_likelihood(draws) - base]
+    averages = [special.logsumexp(gains) - math.log(len(gains)) for gains in kinds.values()]
+    return float(special.logsumexp(averages)) - math.log(len(averages))
+
+
+def causes(
+    draws: Draws,
+    sources: Mapping[str, StepProbs],
+    *,
+    reported: Float[np.ndarray, "C"] | None,
+) -> list[Cause]:
+    """Explanations of draws that are not the model's, the likeliest first.
+
+    A single mistake that fits is preferred to two.
+
+    Args:
+      draws: of the server.
+      sources: "" for the model as it should be asked, and by name what else may answer: the base model, the model
+        asked in another way.
+      reported: see `judge`.
+
+    Returns:
+      The likeliest of those that fit, then what was tried; where none fits, all that were tried by their gain.
+    """
+    base = sources[""].log_likelihood(draws)
+    found: list[Cause] = []
+    for candidates in (_single(draws, sources), _combined(draws, sources)):
+        level = []
+        for name, kinds, source, probs in candidates:
+            gain = probs.log_likelihood(draws) - base
+            level.append((Cause(name, kinds, gain), source, probs))
+        level.sort(key=lambda item: -item[0].gain)
+        for cause, source, probs in level[:_TRIED]:
+            p_value = blind_test(draws, probs, count_left=cause.kinds[-1] not in SETTINGS).p_value
+            # Servers report what the model says, or what is left of it after temperature and cuts.
+            kls = [] if reported is None else [kl_to_server(draws, p, reported) for p in (probs, sources[source])]
+            full = Cause(cause.name, cause.kinds, cause.gain, p_value, min(kls, default=math.nan))
+            if full.fits:
+                others = [item for item in found if item.name != full.name]
+                return [full, *others]
+            found.append(full)
+        found.sort(key=lambda item: -item.gain)
+    return found
+
+
+def _single(draws: Draws, sources: Mapping[str, StepProbs]) -> Iterator[tuple[str, tuple[str, ...], str, StepProbs]]:
+    """Every source that is not the model itself, and every way to draw from the model: name, kinds, source, steps."""
+    model = sources[""]
+    yield from ((name, (name,), name, probs) for name, probs in sources.items() if name)
+    yield STOP, (STOP,), "", unstopped(draws.layout, model)
+    yield from ((name, (kind,), "", probs) for name, kind, probs in _ways(draws, model))
+
+
+def _ways(draws: Draws, source: StepProbs) -> Iterator[tuple[str, str, StepProbs]]:
+    """Ways to draw from a source, each kind with its likeliest setting: name, kind, steps."""
+    for kind, settings in SETTINGS.items():
+        if kind == "temperature":
+            best = maximum_likelihood(draws, source)
+            if best.value < _GREEDY:
+                continue
+            probs = applied(draws.layout, source, kind, best.value)
+            yield f"temperature {best.value:.3g} ± {best.error:.1g}", kind, probs
+            continue
+        tried = ((setting, applied(draws.layout, source, kind, setting)) for setting in settings)
+        setting, probs = max(tried, key=lambda item: item[1].log_likelihood(draws))
+        yield ("greedy" if (kind, setting) == ("top-k", 1) else f"{kind} {setting:g}"), kind, probs
+
+
+def _combined(draws: Draws, sources: Mapping[str, StepProbs]) -> Iterator[tuple[str, tuple[str, ...], str, StepProbs]]:
+    """Two mistakes: another source that is drawn from in another way; or a temperature, and then a cut."""
+    for name, source in sources.items():
+        if name:
+            yield from ((f"{name}, {way}", (name, kind), name, probs) for way, kind, probs in _ways(draws, source))
+    model = sources[""]
+    best = max(
+        (
+            (applied(draws.layout, tempered, kind, setting), temperature, kind, setting)
+            for temperature in _COMBINED_TEMPERATURES
+            for tempered in [applied(draws.layout, model, "temperature", temperature)]
+            for kind, settings in SETTINGS.items()
+            if kind != "temperature"
+            for setting in settings[:: 5 if kind == "top-p" else 1]
+        ),
+        key=lambda item: item[0].log_likelihood(draws),
+    )
+    probs, temperature, kind, setting = best
+    yield f"temperature {temperature:.3g}, {kind} {setting:g}", ("temperature", kind), "", probs
