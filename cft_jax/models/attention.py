@@ -18,13 +18,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum
 from cft_jax.models.rope import rotate
-from cft_jax.models.tree_attention import EVERY, Keys, can_cut, tree_attention
-from cft_jax.sharding.rules import constrain
+from cft_jax.sharding.rules import constrain, num_shards
 
 # Added nowhere, put in place of masked logits: finite, so that a row that sees nothing stays finite too.
 MASKED = -1e30
-# Rows that the TPU kernel takes, in tokens: shorter ones do not fill it, longer ones not the memory of a core.
-MIN_QUERIES, MAX_KEYS = 64, 8192
+# What the TPU kernels take: rows longer than decoding's single tokens, and whose keys a core's vector memory holds
+# (per head, in numbers); it is too small for them before the fifth generation.
+MIN_QUERIES, MAX_KEY_NUMBERS = 16, 8192 * 128
+_WITHOUT_KERNELS = ("TPU v2", "TPU v3", "TPU v4")
 
 
 class Segment(NamedTuple):
@@ -182,6 +183,9 @@ def _by_kernel(
     mesh: Mesh | None,
     **rule: Any,
 ) -> Float[Array, "B T N H"]:
+    # Pallas takes 0.3 s to import, which only those who compile for a TPU need spend.
+    from cft_jax.models.tree_attention import EVERY, Keys, tree_attention
+
     window, _, positions, subtree_end, _, context = surroundings
     segments = [Keys(keys, values, jnp.where(visible[:, 0], EVERY, 0), at) for (keys, values, visible), at in context]
     segments.append(Keys(k, v, subtree_end, positions))
@@ -191,14 +195,24 @@ def _by_kernel(
 def _suits_kernel(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], surroundings: Surroundings, mesh: Mesh | None
 ) -> bool:
-    """Whether the kernel runs: on TPUs, for rows that are neither single tokens nor too long for a core's memory."""
+    """Whether the TPU kernels run; the mesh's devices say what is compiled for, also where there is no TPU."""
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
+        return False
+    if mesh.devices.flat[0].device_kind.startswith(_WITHOUT_KERNELS):
         return False
     segments = [segment for segment, _ in surroundings.context]
     keys = k.shape[1] + sum(segment.keys.shape[1] for segment in segments)
     return (
         q.shape[1] >= MIN_QUERIES
-        and keys <= MAX_KEYS
+        and keys * max(k.shape[3], 128) <= MAX_KEY_NUMBERS
         and all(segment.visible.shape[1] == 1 for segment in segments)
         and can_cut(q.shape[0], k.shape[2], tuple(segment.keys.shape[0] for segment in segments), mesh)
+    )
+
+
+def can_cut(rows: int, kv_heads: int, segment_rows: tuple[int, ...], mesh: Mesh) -> bool:
+    """Whether each device of a mesh can run the kernels on its own rows and heads."""
+    batch = num_shards("batch", mesh)
+    return kv_heads % num_shards("kv_heads", mesh) == 0 and (
+        rows % batch != 0 or all(count == 1 or count % batch == 0 for count in segment_rows)
     )

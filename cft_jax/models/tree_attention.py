@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from cft_jax.models.tree_kernels import Inputs, Rule, Segment, backward, forward
-from cft_jax.sharding.rules import num_shards, partition_spec
+from cft_jax.sharding.rules import partition_spec
 
 # Lengths are padded to a multiple: sublanes of a bfloat16 tile.
 _TILE = 16
@@ -76,14 +76,6 @@ def tree_attention(
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(K, N // K)
     out = _attention(rule, mesh, Inputs(grouped, blocked, columns, sinks))
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, length, N, H)[:, :T]
-
-
-def can_cut(rows: int, kv_heads: int, segment_rows: tuple[int, ...], mesh: Mesh) -> bool:
-    """Whether each device of a mesh can run the kernels on its own rows and heads."""
-    batch = num_shards("batch", mesh)
-    return kv_heads % num_shards("kv_heads", mesh) == 0 and (
-        rows % batch != 0 or all(count == 1 or count % batch == 0 for count in segment_rows)
-    )
 
 
 def _padded(length: int, block: int) -> int:

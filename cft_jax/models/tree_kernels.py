@@ -26,7 +26,7 @@ _MASKED, _NOTHING = -1e30, -5e29
 _LANES = 128
 # Bytes of VMEM that the blocks of one program may take, and that the compiler may use for all of it.
 _BLOCK_BYTES = 12 * 2**20
-_VMEM_BYTES = 64 * 2**20
+_VMEM_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def forward(inputs: Inputs, rule: Rule) -> tuple[Float[Array, "B K G T H"], Floa
         out_shape=(out, jax.ShapeDtypeStruct((B, K, G, T), jnp.float32)),
         scratch_shapes=(state,),
         name="tree_attention",
-        **layout.options(products=2),
+        **layout.options(products=2, tensors=2),
     )(_flat(inputs))
 
 
@@ -127,7 +127,7 @@ def backward(
             (pltpu.VMEM((layout.group * rule.block, layout.width), jnp.float32),),
         ),
         name="tree_attention_backward",
-        **layout.options(products=5),
+        **layout.options(products=5, tensors=4),
     )(_flat(inputs), out, lse, d_out)
 
 
@@ -183,18 +183,23 @@ class _Layout:
             None if self.arrays.sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM),
         )
 
-    def options(self, *, products: int) -> dict[str, Any]:
+    def options(self, *, products: int, tensors: int) -> dict[str, Any]:
+        """What the compiler is told: so many matrix products, and arrays as large as the queries and the keys."""
         B, K, G, T, H = self.shape
-        keys = sum(segment.keys.shape[2] for segment in self.arrays.segments)
+        segments = [segment.keys for segment in self.arrays.segments]
+        # Of its own row a block of queries visits the blocks of keys up to its own.
+        blocks = self.arrays.segments[-1].end.shape[1]
+        keys = sum(x.shape[2] for x in segments) - segments[-1].shape[2] * (blocks - 1) // (2 * blocks)
         scores = B * K * G * T * keys
-        size = self.arrays.queries.dtype.itemsize
-        arrays = self.arrays.queries.size + 2 * sum(segment.keys.size for segment in self.arrays.segments)
+        size = self.arrays.queries.size + sum(x.size for x in segments)
         return {
             "compiler_params": pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
             ),
             "cost_estimate": pl.CostEstimate(
-                flops=2 * products * scores * H, transcendentals=scores, bytes_accessed=products * arrays * size
+                flops=2 * products * scores * H,
+                transcendentals=scores,
+                bytes_accessed=tensors * size * segments[-1].dtype.itemsize,
             ),
             "interpret": self.rule.interpret,
         }

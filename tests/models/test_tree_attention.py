@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cft_jax.models.attention import Segment, attend, tree_visible, within_window
-from cft_jax.models.tree_attention import EVERY, Keys, can_cut, tree_attention
+from cft_jax.models.attention import Segment, attend, can_cut, tree_visible, within_window
+from cft_jax.models.tree_attention import EVERY, Keys, tree_attention
+from cft_jax.plan.topologies import compiler_devices, topology
 from cft_jax.sharding.mesh import make_mesh
+from cft_jax.sharding.rules import sharding
 
 B, T, N, K, H = 4, 21, 6, 3, 8
 SCALE = 0.7
@@ -102,3 +104,35 @@ def test_what_a_mesh_cannot_cut():
     assert can_cut(8, 2, (1, 4, 8), mesh) and can_cut(6, 2, (2,), mesh)
     assert not can_cut(8, 3, (1,), mesh)
     assert not can_cut(8, 2, (2,), mesh)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["v5e-4", "v6e-4", "v5p-8"])
+def test_tpu_compilers_take_the_kernels_without_gathering(name):
+    """Short and long rows, over a mesh of rows and heads; only the gradient of what rows share is summed."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+    mesh = make_mesh(2, 1, 2, devices=compiler_devices(topology(name)))
+
+    def array(dtype, *shape_and_axes):
+        shape, axes = zip(*shape_and_axes, strict=True)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(shape, axes, mesh))
+
+    def arrays(length):
+        q = array(jnp.bfloat16, (4, "batch"), (length, None), (8, "heads"), (64, None))
+        k, shared = (
+            array(jnp.bfloat16, row, (length, None), (2, "kv_heads"), (64, None)) for row in ((4, "batch"), (1, None))
+        )
+        ends, at = (array(jnp.int32, row, (length, None)) for row in ((4, "batch"), (1, None)))
+        return q, (Keys(shared, shared, at, at), Keys(k, k, ends, ends)), ends
+
+    def total(q, segments, positions, block):
+        rule = {"scale": SCALE, "softcap": 1.3, "window": 9, "sinks": jnp.ones(8), "mesh": mesh}
+        return jnp.sum(tree_attention(q, segments, positions, block=block, **rule).astype(jnp.float32) ** 2)
+
+    def gradients(short, long):
+        grad = jax.grad(total, argnums=(0, 1), allow_int=True)
+        return grad(*short, block=512), grad(*long, block=128)
+
+    text = jax.jit(gradients).trace(arrays(96), arrays(256)).lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 4
+    assert "all-reduce" in text and "all-gather" not in text
