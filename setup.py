@@ -45,7 +45,7 @@ TEST = [
 ]
 
 # mkdocstrings reads the docstrings of docs/reference.md.
-DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.26"]
 
 
 class BuildWithConfigs(build_py):

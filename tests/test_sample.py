@@ -37,10 +37,10 @@ def ask(tiny_run, monkeypatch, capsys):
 
 
 def test_prompts_name_their_distribution():
-    """Every prompt of the paper, and in readable numbers."""
+    """Prompts of all families, as the paper prints numbers and in readable ones."""
     for readable in (False, True):
-        for specs in build_splits(readable_parameters=readable).values():
-            for spec in specs:
+        for specs in build_splits(readable_parameters=readable, grid_points=2).values():
+            for spec in specs[::7]:
                 found = spec_of_prompt(spec.prompt)
                 assert found is not None and found.family_id == spec.family_id
                 assert dict(found.parameters) == dict(spec.parameters)

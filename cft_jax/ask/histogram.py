@@ -34,7 +34,7 @@ def table(samples: Sequence[str], exact: Exact | None) -> list[str]:
         names, groups = [exact.values[i] for i in order], np.full(len(exact.values), len(order))
         groups[order] = np.arange(len(order))
     rows = len(names)
-    drawn = np.bincount(_group_of(samples, exact, groups), minlength=rows + 1)[: rows + 1]
+    drawn = np.bincount(_group_of(samples, exact, groups, rest=rows), minlength=rows + 1)
     columns = {"exact": np.bincount(groups, exact.model, minlength=rows + 1)}
     columns["exact"][rows] += max(1 - float(exact.model.sum()), 0.0)
     if exact.target is not None:
@@ -79,9 +79,8 @@ def _bins(numbers: Float64[np.ndarray, "N"], weights: Float64[np.ndarray, "N"]) 
     return [f"{start:.4g} to {stop:.4g}" for start, stop in itertools.pairwise(edges)], groups
 
 
-def _group_of(samples: Sequence[str], exact: Exact, groups: np.ndarray) -> np.ndarray:
-    """The row of each sample; the last for what is no answer of the space."""
-    rest = int(groups.max(initial=0)) + 1 if groups.size else 0
+def _group_of(samples: Sequence[str], exact: Exact, groups: np.ndarray, *, rest: int) -> np.ndarray:
+    """The row of each sample; `rest` for what is no answer of the space."""
     by_value = dict(zip(exact.values, groups.tolist(), strict=True))
     if exact.is_listed:
         return np.array([by_value.get(sample, rest) for sample in samples], np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float64
 
+from cft_jax.ask.tasks import Prompt
 from cft_jax.checkpoints.hf_checkpoint import read_config as read_hf_config
 from cft_jax.common import hub
 from cft_jax.common.compilation import use_compilation_cache
@@ -21,7 +22,6 @@ from cft_jax.evaluate.backends.protocol import MeasuredModel
 from cft_jax.evaluate.suites.structured.settings import prompt_codec
 from cft_jax.text.values import check_strings
 
-Prompt = str | Sequence[Mapping[str, str]]
 _DTYPES = ("bfloat16", "float32", "float16")
 _LARGEST_SEED = 2**31
 
@@ -121,7 +121,12 @@ class Model:
         Raises:
           UserError: the prompt is longer than the model's context, or an argument is out of its range.
         """
-        options = {"seed": seed, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
         return self.sample_each([prompt], n, **options)[0]
 
     def sample_each(

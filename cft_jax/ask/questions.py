@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from cft_jax.ask.model import Model, Prompt, messages_of
+from cft_jax.ask.model import Model, messages_of
+from cft_jax.ask.tasks import Prompt
 from cft_jax.common.errors import UserError
 from cft_jax.distributions import OutputSpace, Task, read_tasks, task_from_spec
 from cft_jax.distributions.splits import spec_of_prompt
 from cft_jax.evaluate.metrics.exact import as_numbers, distances
 from cft_jax.evaluate.suites.structured.exact_metrics import ListedPlan
 from cft_jax.evaluate.suites.structured.plan import plan_of
+from cft_jax.evaluate.suites.structured.prompt_metrics import finite
 from cft_jax.evaluate.suites.structured.settings import structured_settings
 from cft_jax.text.values import check_values
 
@@ -97,11 +99,10 @@ def exact_answers(model: Model, questions: Sequence[Question]) -> list[Exact | N
     scores = model.measured.backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
     found: list[Exact | None] = [None] * len(questions)
     for (index, _), plan, score, length in zip(known, plans, scores, longest, strict=True):
-        is_listed = isinstance(plan, ListedPlan)
-        if is_listed:
+        if isinstance(plan, ListedPlan):
             log_probs = np.logaddexp(score.string_log_probs, score.other_stop_log_probs)
             values, probabilities, target = plan.space.values, np.exp(log_probs), plan.space.probabilities
-            metrics = distances(target, log_probs, as_numbers(values))
+            metrics = finite(distances(target, log_probs, as_numbers(values)))
         else:
             sections = plan.sections(score, keep_distribution=True)
             values, probabilities, target = (sections["distribution"][name] for name in ("values", "model", "target"))
@@ -109,5 +110,5 @@ def exact_answers(model: Model, questions: Sequence[Question]) -> list[Exact | N
         if not questions[index].has_target:
             target, metrics = None, {}
         arrays = np.array(probabilities), None if target is None else np.array(target)
-        found[index] = Exact(tuple(values), is_listed, *arrays, metrics, length)
+        found[index] = Exact(tuple(values), isinstance(plan, ListedPlan), *arrays, metrics, length)
     return found

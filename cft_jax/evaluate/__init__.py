@@ -14,4 +14,4 @@ class _Callable(ModuleType):
         return api.evaluate(*args, **settings)
 
 
-sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__class__ = _Callable  # type: ignore[assignment]

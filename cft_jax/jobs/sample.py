@@ -13,8 +13,9 @@ from absl import logging
 
 from cft_jax.ask import Model, load
 from cft_jax.ask.histogram import chi_square_pvalue, table
-from cft_jax.ask.model import Prompt, messages_of, new_seed
+from cft_jax.ask.model import messages_of, new_seed
 from cft_jax.ask.questions import Catalogue, Exact, Question, exact_answers, listed_question
+from cft_jax.ask.tasks import Prompt
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 from cft_jax.common.progress import Progress
