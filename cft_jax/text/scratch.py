@@ -59,6 +59,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     settings = {
         "clean_up_tokenization_spaces": False,
         "eos_token": END,
+        # transformers 4 would add token types, which its `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

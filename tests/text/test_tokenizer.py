@@ -25,6 +25,8 @@ def test_a_tokenizer_of_our_own_names_a_class_that_transformers_4_has(tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # Else transformers 4.57 adds token_type_ids, which `generate(**inputs)` refuses.
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
     loaded = load(tmp_path)
     assert fingerprint(loaded) == fingerprint(tokenizer)
     assert (loaded.eos_token, loaded.pad_token, len(loaded)) == (END, PAD, len(tokenizer))
