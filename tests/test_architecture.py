@@ -46,6 +46,7 @@ COMMANDS = (
     "export",
     "compare",
     "check",
+    "frontier",
     "evaluate.__main__",
     "plan.__main__",
     "evaluate.suites.retention.convert_items",

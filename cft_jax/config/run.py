@@ -35,13 +35,17 @@ def profile_window(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters; with `enabled=False` every weight is trained."""
+    """Low-rank adapters; with `enabled=False` every weight is trained.
+
+    `strength` multiplies what trained adapters add, in evaluations and exports.
+    """
 
     enabled: bool = True
     rank: int = at_least(1, 16)
     alpha: float = positive(32.0)
     dropout: float = fraction(0.05)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    strength: float = ruled(1.0, lambda value: 0 <= value <= 1.5, "from 0 to 1.5")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """What training keeps of what the base model does elsewhere; with `weight=0` nothing.
+
+    `source` is `self`, the base's own answers to `prompts` (a JSONL file; empty for the package's own), or a file of
+    texts; a step takes `rows` of them, each `data.max_length` tokens long.
+    """
+
+    weight: float = at_least(0, 0.0)
+    source: str = ruled("self", bool, "self or a file")
+    kind: str = one_of("kl", "off_support", "replay")
+    rows: int = at_least(0, 4)
+    prompts: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Objective, optimizer and schedule.
 
@@ -136,6 +155,7 @@ class TrainConfig:
     tau: float = positive(1.0)
     epsilon_smoothing: float = fraction(1e-8)
     on_nonfinite: str = one_of("stop", "skip")
+    keep: KeepConfig = field(default_factory=KeepConfig)
 
 
 @dataclass(frozen=True)
@@ -289,7 +309,7 @@ def validate(config: Config) -> None:
     Raises:
       UserError: with every problem found, separated by semicolons.
     """
-    problems = [*broken_rules(config), *_of_model(config), *_of_the_rest(config), *_ignored(config)]
+    problems = [*broken_rules(config), *_of_model(config), *_of_keep(config), *_of_the_rest(config), *_ignored(config)]
     if problems:
         raise UserError("; ".join(problems))
 
@@ -305,6 +325,21 @@ def _of_model(config: Config) -> Iterator[str]:
     for name in ("checkpoint", "tokenizer", "adapter") if model.scratch.enabled else ():
         if getattr(model, name):
             yield f"config.model.scratch.enabled makes a model and a tokenizer; leave config.model.{name} empty"
+
+
+def _of_keep(config: Config) -> Iterator[str]:
+    keep = config.train.keep
+    if keep.weight == 0:
+        return
+    named = f"config.train.keep.weight={keep.weight}"
+    if config.model.scratch.enabled:
+        yield "config.train.keep: a randomly initialised model has nothing to keep; set config.train.keep.weight=0"
+    if keep.kind != "off_support" and keep.rows == 0:
+        yield f"{named} with config.train.keep.rows=0 keeps nothing; take at least one row a step"
+    if keep.kind == "off_support" and not config.model.lora.enabled:
+        yield "config.train.keep.kind=off_support needs the model without adapters; set config.model.lora.enabled=True"
+    if keep.kind == "off_support" and config.data.target == "hard":
+        yield "config.train.keep.kind=off_support needs all answers of a prompt; set config.data.target=soft"
 
 
 def _of_the_rest(config: Config) -> Iterator[str]:
@@ -342,6 +377,14 @@ def _ignored(config: Config) -> Iterator[str]:
         "train.samples_per_prompt_per_epoch": (not exact[0], "config.train.objective=path or paths"),
         "train.paths_per_prompt": (several, "config.train.objective=paths, or exact and config.data.space=full"),
         "tasks": (not {"retention", "all"}.isdisjoint(config.eval.suites), "retention in config.eval.suites"),
+    }
+    keep = train.keep
+    on = (keep.weight > 0, "config.train.keep.weight above 0")
+    texts = (keep.weight > 0 and keep.kind != "off_support", f"{on[1]} and config.train.keep.kind=kl or replay")
+    asked = (texts[0] and keep.source == "self", f"{texts[1]} and config.train.keep.source=self")
+    counts |= {
+        f"train.keep.{name}": where
+        for name, where in (("kind", on), ("source", texts), ("rows", texts), ("prompts", asked))
     }
     grids = ("grid_points", "unseen", "readable_parameters", "eval_prompt_selection")
     counts |= {f"data.{name}": (data.world == "none", "config.data.world=none") for name in grids}

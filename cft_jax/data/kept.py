@@ -51,9 +51,11 @@ class KeptTexts:
 
     def batch(self, step: int) -> KeptBatch:
         """The rows of a step, counted from 0: a function of the step alone."""
-        chosen = self._chosen(step)
-        padding = -self.per_step % self.row_multiple
-        return KeptBatch(*(_padded(x, chosen, padding) for x in self.rows))
+        return self.chosen(self._chosen(step), self.per_step + -self.per_step % self.row_multiple)
+
+    def chosen(self, numbers: Int64[np.ndarray, "_"], count: int) -> KeptBatch:
+        """The rows of these numbers, and padding up to so many."""
+        return KeptBatch(*(None if x is None else _padded(x[numbers], count) for x in self.rows))  # type: ignore[arg-type]
 
     def with_base(self, hidden: Float[np.ndarray, "N T D"]) -> "KeptTexts":
         """The same with hidden states of the base, of all rows."""
@@ -71,11 +73,8 @@ class KeptTexts:
         return np.concatenate(order)[first - rounds[0] * count :][: self.per_step]
 
 
-def _padded(x: np.ndarray | None, chosen: Int64[np.ndarray, "_"], padding: int) -> np.ndarray | None:
-    if x is None:
-        return None
-    taken = x[chosen]
-    return np.concatenate([taken, np.zeros((padding, *x.shape[1:]), x.dtype)]) if padding else taken
+def _padded(x: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([x, np.zeros((count - len(x), *x.shape[1:]), x.dtype)]) if len(x) < count else x
 
 
 def kept_texts(

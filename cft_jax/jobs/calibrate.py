@@ -33,6 +33,7 @@ from cft_jax.evaluate.suites.structured.suite import SUITE
 from cft_jax.generate.stops import end_at
 from cft_jax.models.transformer import Transformer
 from cft_jax.runs.base import base_checkpoint, base_tokenizer, check_memory, check_vocabulary, load_model
+from cft_jax.runs.kept import load_kept, read_kept
 from cft_jax.runs.workdir import check_workdir, setting_up
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh
@@ -59,6 +60,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
     """
     start = time.monotonic()
     validate(config)
+    _check_trains(config)
     if config.eval.enabled:
         check_stages(config, workdir.path)
     check_workdir(workdir, config)
@@ -77,8 +79,9 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         base = base_checkpoint(config, tasks, workdir)
         tokenizer = base_tokenizer(config.model, base)
         _announce(config, workdir, mesh, base, tasks)
-        rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
-        dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=rows, share_prefix=True)
+        row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+        read = read_kept(config, tokenizer)
+        dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=row_multiple, share_prefix=True)
         batch = dataset.batch(0)
         highest = max(int(ids.max(initial=0)) for ids in (dataset.shared_prefix, batch.tokens, batch.target_ids))
         check_vocabulary(config.model, base, highest_id=highest)
@@ -86,6 +89,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
         logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
         model = load_model(config, base, mesh)
+        kept = load_kept(config, read, model, tokenizer, workdir, row_multiple=row_multiple)
         end_at(model, tokenizer, config.data.terminator)
     summaries: dict[str, Any] = {}
     if config.eval.enabled:
@@ -100,6 +104,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         log=config.log,
         workdir=workdir,
         identity={"seed": config.seed, "lora": str(model.lora_spec), "tasks": trained},
+        kept=kept,
     )
     if result.preempted:
         logging.warning("stopped after step %d of %d; the same command resumes there", result.step, result.stop)
@@ -123,6 +128,19 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         write_json(workdir.path / "summary.json", summary)
         sys.stdout.write(last_words(str(workdir), summary["evaluations"], exported=config.export.enabled))
     return summary
+
+
+def _check_trains(config: Config) -> None:
+    """Refuses what is no setting of a training.
+
+    Raises:
+      UserError: there is such a one.
+    """
+    if (strength := config.model.lora.strength) != 1:
+        raise UserError(
+            f"config.model.lora.strength={strength} is of trained adapters, for cft_jax.evaluate and cft_jax.export; "
+            "set config.model.lora.alpha to train with another scale"
+        )
 
 
 def _announce(config: Config, workdir: Workdir, mesh: Mesh, base: str, tasks: Mapping[str, Sequence[Task]]) -> None:

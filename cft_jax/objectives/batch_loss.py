@@ -36,12 +36,20 @@ def batch_loss(
     gathered before the head, so logits exist at the target positions alone. Those of weight 0 reach neither value nor
     gradient, whatever stands there.
     """
+    losses = position_losses(states_at_targets(hidden, batch), kernel, targets_of(batch), options)
     real = batch.target_weight > 0
-    at_targets = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
-    at_targets = jnp.where(real[..., None], at_targets, jnp.zeros((), hidden.dtype))
-    targets = Targets(batch.target_position, batch.target_ids, batch.target_probs)
-    losses = position_losses(at_targets, kernel, targets, options)
     return jnp.sum(jnp.where(real, batch.target_weight * losses, 0.0)), jnp.sum(batch.row_weight)
+
+
+def states_at_targets(hidden: Float[Array, "B T D"], batch: DeviceBatch) -> Float[Array, "B P D"]:
+    """The hidden states of the target positions; zeros at padding."""
+    at_targets = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
+    return jnp.where(batch.target_weight[..., None] > 0, at_targets, jnp.zeros((), hidden.dtype))
+
+
+def targets_of(batch: DeviceBatch) -> Targets:
+    """The target distributions of a batch."""
+    return Targets(batch.target_position, batch.target_ids, batch.target_probs)
 
 
 def head_options(kind: str, *, tau: float, softcap: float | None, mesh: jax.sharding.Mesh | None) -> HeadOptions:

@@ -32,6 +32,7 @@ from cft_jax.sharding.rules import num_shards
 from cft_jax.text.tree_rows import bucket
 from cft_jax.train.loop import step_options
 from cft_jax.train.prefetch import abstract_batch
+from cft_jax.train.remembered import abstract_kept
 from cft_jax.train.state import abstract_state, split_model, state_shardings
 from cft_jax.train.step import make_train_step
 
@@ -154,7 +155,11 @@ def train_program(work: Work, config: Config, model: Transformer, shape: Shape) 
         )
         step = make_train_step(parts, options, state_shardings(weights, options.optimizer))
         state = abstract_state(weights, options.optimizer)
-        return step.lower(state, frozen, abstract_batch(shape, mesh))  # type: ignore[attr-defined]
+        parts_of_rows = num_shards("batch", mesh) * config.train.grad_accum_steps
+        kept_rows = -(-config.train.keep.rows // parts_of_rows) * parts_of_rows
+        sizes = {"rows": kept_rows, "length": config.data.max_length}
+        frozen, kept = abstract_kept(model, frozen, options.keep, **sizes)
+        return step.lower(state, frozen, abstract_batch(shape, mesh), kept)  # type: ignore[attr-defined]
 
     operations = Operations.of(work.model, lora=config.model.lora.enabled)
     ideal = operations.count(tokens=B * T + len(work.shared_prefix), steps=B * P)

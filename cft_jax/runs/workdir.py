@@ -105,8 +105,11 @@ def _record(workdir: Workdir, record: Mapping[str, Any]) -> None:
 
 def _check_same_run(workdir: Workdir, config: Any) -> None:
     """Refuses to resume a run whose configuration differs where it may not, naming each field with both values."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))  # JSON has no tuples
-    before, after = (flatten_dict(values, sep=".") for values in (read_config(workdir.path), now))
+    # JSON has no tuples; a record of an earlier version lacks fields that came since, whose defaults it followed.
+    defaults, now = (json.loads(json.dumps(dataclasses.asdict(it))) for it in (type(config)(), config))
+    recorded = read_config(workdir.path)
+    before, unset, after = (flatten_dict(values, sep=".") for values in (recorded, defaults, now))
+    before = unset | before
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())

@@ -107,6 +107,7 @@ class Ledger:
         row = {
             "epoch": step / self.steps_per_epoch,
             "loss": float(metrics.loss),
+            **({} if metrics.keep_loss is None else {"keep_loss": float(metrics.keep_loss)}),
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": float(metrics.grad_norm),
             "examples_per_second": self.examples_per_step / max(seconds, 1e-9),

@@ -20,15 +20,18 @@ from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import MetricsWriter
 from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
+from cft_jax.data.kept import KeptTexts
 from cft_jax.models.flops import Operations, all_devices_peak
 from cft_jax.models.transformer import Transformer
-from cft_jax.objectives.batch_loss import head_options
+from cft_jax.objectives.batch_loss import DeviceBatch, head_options
 from cft_jax.train.dashboards import Dashboards
+from cft_jax.train.keep import DeviceKept, keep_options
 from cft_jax.train.ledger import Ledger, NotFiniteError
 from cft_jax.train.optimizer import adamw, warmup_cosine
 from cft_jax.train.preemption import preemption_watch
-from cft_jax.train.prefetch import prefetched
+from cft_jax.train.prefetch import prefetched, put_batch, put_kept
 from cft_jax.train.profile import ProfileWindow
+from cft_jax.train.remembered import remember_base
 from cft_jax.train.state import abstract_state, initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step
 
@@ -90,6 +93,7 @@ def train(
     log: LogConfig,
     workdir: Workdir,
     identity: Mapping[str, Any],
+    kept: KeptTexts | None = None,
 ) -> TrainResult:
     """Trains the model's adapters, or all its weights if it has none, and leaves it with the trained weights.
 
@@ -107,13 +111,14 @@ def train(
       log: when to log.
       workdir: of the run; gets `checkpoints/` and `metrics.jsonl`.
       identity: whatever else tells this run from others (JSON); a checkpoint that records something else is refused.
+      kept: the texts of a run that keeps some.
 
     Raises:
       UserError: the checkpoints belong to another run or other base weights, or all are damaged; the disk is full;
         the devices' memory is.
       NonFiniteLossError: the loss or its gradient was not finite and `train.on_nonfinite` is "stop".
     """
-    if model.mesh is None:
+    if (mesh := model.mesh) is None:
         raise ValueError("the model must lie on a mesh")
     per_epoch = dataset.steps_per_epoch
     total = per_epoch * train.epochs
@@ -127,6 +132,14 @@ def train(
     optimizer = options.optimizer
     train_step = make_train_step(parts, options, state_shardings(weights, optimizer))
     record = {**identity, "steps_per_epoch": per_epoch, **base_identity(model, frozen)}
+    if kept is not None:
+        record["kept"] = kept.digest()
+        frozen, kept = remember_base(model, frozen, kept, options.keep)
+
+    def load(step: int) -> tuple[DeviceBatch, DeviceKept | None]:
+        rows = put_batch(dataset.batch(step), mesh)
+        return rows, None if kept is None else put_kept(kept.batch(step), mesh)
+
     with (
         _clear_memory_errors(),
         preemption_watch(enabled=checkpoint.on_preemption) as asked_to_stop,
@@ -156,13 +169,13 @@ def train(
                 stop_on_nonfinite=train.on_nonfinite == "stop",
             ) as ledger,
             profile,
-            contextlib.closing(prefetched(dataset.batch, model.mesh, start=done, stop=stop)) as batches,
+            contextlib.closing(prefetched(load, start=done, stop=stop)) as batches,
         ):
-            for batch in batches:
+            for batch, kept_rows in batches:
                 done += 1
                 profile.before(done)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, frozen, batch)
+                    state, metrics = train_step(state, frozen, batch, kept_rows)
                 ledger.add(done, metrics)
                 profile.after(done, metrics)
                 stopping = asked_to_stop(done)
@@ -191,6 +204,7 @@ def step_options(
         learning_rate=functools.partial(
             warmup_cosine, peak=train.learning_rate, warmup_ratio=train.warmup_ratio, total_steps=total_steps
         ),
+        keep=keep_options(model, train.keep),
     )
 
 

@@ -4,15 +4,19 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cft_jax.data.batch import Shape, TargetBatch
+from cft_jax.data.kept import KeptBatch
 from cft_jax.objectives.batch_loss import DeviceBatch
 from cft_jax.sharding.rules import sharding
+from cft_jax.train.keep import DeviceKept
 
+_T = TypeVar("_T")
 # Batches that are made, or wait on the devices, before their turn.
 AHEAD = 3
 
@@ -23,12 +27,7 @@ def put_batch(batch: TargetBatch, mesh: Mesh) -> DeviceBatch:
     Every process is given the whole batch and puts the rows of its own devices, so that the global batch is the same
     whatever the number of processes.
     """
-
-    def put(x: np.ndarray) -> jax.Array:
-        where = sharding(x.shape, ("batch", *[None] * (x.ndim - 1)), mesh)
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
-
-    return DeviceBatch(*map(put, batch))
+    return DeviceBatch(*(_put(x, mesh) for x in batch))
 
 
 def abstract_batch(shape: Shape, mesh: Mesh) -> DeviceBatch:
@@ -46,17 +45,21 @@ def abstract_batch(shape: Shape, mesh: Mesh) -> DeviceBatch:
     return DeviceBatch(*map(abstract, DeviceBatch._fields))  # type: ignore[arg-type]
 
 
-def prefetched(
-    make: Callable[[int], TargetBatch], mesh: Mesh, *, start: int, stop: int
-) -> Generator[DeviceBatch, None, None]:
-    """The batches of steps `start` to `stop`, in order; what `make` raises is raised in its batch's place.
+def put_kept(kept: KeptBatch, mesh: Mesh) -> DeviceKept:
+    """As `put_batch`, the rows of kept texts."""
+    return DeviceKept(*(None if x is None else _put(x, mesh) for x in kept))  # type: ignore[arg-type]
 
-    Only the thread calls `make`. Close the iterator (`contextlib.closing`): afterwards others may call it.
+
+def _put(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    where = sharding(x.shape, ("batch", *[None] * (x.ndim - 1)), mesh)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def prefetched(load: Callable[[int], _T], *, start: int, stop: int) -> Generator[_T, None, None]:
+    """What `load` makes of steps `start` to `stop`, in order; what it raises is raised in that step's place.
+
+    Only the thread calls `load`. Close the iterator (`contextlib.closing`): afterwards others may call it.
     """
-
-    def load(step: int) -> DeviceBatch:
-        return put_batch(make(step), mesh)
-
     steps = iter(range(start, stop))
     pool = ThreadPoolExecutor(1, "batches")
     ahead = deque(pool.submit(load, step) for step in itertools.islice(steps, AHEAD))

@@ -1,5 +1,6 @@
 """What training changes and what it leaves alone: the model split once into graph, trained and frozen weights."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class _Layout:
     dtypes: dict[str, Any]
     tree: Any
 
-    def state(self, arrays: dict[str, Array]) -> Any:
+    def state(self, arrays: Mapping[str, Array]) -> Any:
         return jax.tree.unflatten(self.tree, [arrays[name].astype(dtype) for name, dtype in self.dtypes.items()])
 
 
@@ -72,6 +73,27 @@ def split_model(model: Transformer) -> tuple[ModelParts, Weights, dict[str, Arra
     # Shapes alone (`abstract_model`) have no `astype`; what is trained is float32 there.
     weights = {name: x if x.dtype == jnp.float32 else x.astype(jnp.float32) for name, x in weights.items()}
     return ModelParts(graphdef, trained, rest), weights, frozen
+
+
+def base_of(model: Transformer) -> Callable[[Mapping[str, Array]], Transformer]:
+    """How to make the model without its adapters from its frozen weights: another graph, no copy of the weights."""
+
+    def bare() -> Transformer:
+        dtypes = {"dtype": model.dtype, "param_dtype": model.param_dtype}
+        return Transformer(model.config, **dtypes, mesh=model.mesh, rngs=nnx.Rngs(0))
+
+    graphdef, state = nnx.split(nnx.eval_shape(bare))
+    layout, _ = _named(state)
+    return lambda frozen: nnx.merge(graphdef, layout.state(frozen))
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """The model without its adapters, sharing its weights; itself where it has none."""
+    if model.lora_spec is None:
+        return model
+    base = base_of(model)(split_model(model)[2])
+    base.source = model.source
+    return base
 
 
 def _named(state: Any) -> tuple[_Layout, dict[str, Array]]:

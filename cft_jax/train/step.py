@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,17 @@ from cft_jax.models.transformer import KVCache, Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, batch_loss
 from cft_jax.objectives.head import HeadOptions
 from cft_jax.sharding.rules import constrain
+from cft_jax.train.keep import DeviceKept, KeepOptions, kept_texts_loss, off_support_loss
 from cft_jax.train.state import ModelParts, TrainState, Weights
+
+_Rows = TypeVar("_Rows")
 
 
 class StepMetrics(NamedTuple):
     """What a step measured; scalars on the devices.
 
     Attributes:
-      loss: of the whole global batch, before the update.
+      loss: of the whole global batch, before the update; what is kept of the base counts apart.
       grad_norm: global norm of the gradient, before clipping.
       learning_rate: of this update.
       finite: whether loss and gradient were; if not, the update was left out.
@@ -29,6 +32,7 @@ class StepMetrics(NamedTuple):
       padding_fraction: share of token places that are padding.
       tokens: that went through the model, padding aside; what all rows begin with counts once.
       steps: whose loss was taken.
+      keep_loss: of what is kept, before its weight; None where nothing is.
     """
 
     loss: Float[Array, ""]
@@ -39,6 +43,7 @@ class StepMetrics(NamedTuple):
     padding_fraction: Float[Array, ""]
     tokens: Int[Array, ""]
     steps: Int[Array, ""]
+    keep_loss: Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class StepOptions:
       seed: of the dropout.
       optimizer: up to the learning rate.
       learning_rate: of an update, by the number of updates before it.
+      keep: what is kept of the base; None for nothing.
     """
 
     loss: HeadOptions
@@ -60,9 +66,15 @@ class StepOptions:
     seed: int
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+    keep: KeepOptions | None = None
 
 
-TrainStep = Callable[[TrainState, dict[str, Array], DeviceBatch], tuple[TrainState, StepMetrics]]
+class TrainStep(Protocol):
+    """A step: state, frozen weights, the batch, and the kept texts of a run that keeps some."""
+
+    def __call__(
+        self, state: TrainState, frozen: dict[str, Array], batch: DeviceBatch, kept: DeviceKept | None = None
+    ) -> tuple[TrainState, StepMetrics]: ...
 
 
 def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainState) -> TrainStep:
@@ -72,9 +84,11 @@ def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainSta
     whose loss or gradient is not finite is left out; the step still counts. `shardings` are those of the state.
     """
 
-    def train_step(state: TrainState, frozen: dict[str, Array], batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, frozen: dict[str, Array], batch: DeviceBatch, kept: DeviceKept | None = None
+    ) -> tuple[TrainState, StepMetrics]:
         key = make_key(options.seed, "dropout", state.step)
-        loss, gradient = _loss_and_gradient(parts, options, state.weights, frozen, batch, key)
+        (loss, keep_loss), gradient = _losses_and_gradient(parts, options, state.weights, frozen, (batch, kept), key)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         rate = options.learning_rate(state.step)
@@ -87,42 +101,63 @@ def make_train_step(parts: ModelParts, options: StepOptions, shardings: TrainSta
         padding = jnp.mean(batch.subtree_end == 0, dtype=jnp.float32)
         tokens = jnp.sum(batch.subtree_end > 0) + len(options.shared_prefix)
         steps = jnp.sum(batch.target_weight > 0)
-        metrics = StepMetrics(loss, grad_norm, rate, finite, skipped, padding, tokens, steps)
+        if kept is not None:
+            tokens, steps = tokens + jnp.sum(kept.subtree_end > 0), steps + jnp.sum(kept.weight > 0)
+        metrics = StepMetrics(loss, grad_norm, rate, finite, skipped, padding, tokens, steps, keep_loss)
         return TrainState(state.step + 1, skipped, weights, moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def _loss_and_gradient(
+def _losses_and_gradient(
     parts: ModelParts,
     options: StepOptions,
     weights: Weights,
     frozen: dict[str, Array],
-    batch: DeviceBatch,
+    batch: tuple[DeviceBatch, DeviceKept | None],
     key: Key[Array, ""],
-) -> tuple[Float[Array, ""], Weights]:
-    total = jnp.sum(batch.row_weight)
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""] | None], Weights]:
+    """The mean losses of the answers and of what is kept, and the gradient of their weighted sum."""
+    total = jnp.sum(batch[0].row_weight)
+    total_kept = None if batch[1] is None else jnp.sum(batch[1].weight)
+    keep = options.keep
 
-    def share_of_loss(weights: Weights, rows: DeviceBatch, key: Key[Array, ""]) -> Float[Array, ""]:
+    def share_of_losses(weights: Weights, part: tuple[DeviceBatch, DeviceKept | None], key: Key[Array, ""]):
+        rows, kept = part
         model = parts.merge(weights, frozen)
         context = _shared_context(model, options.shared_prefix, fold_in(key, 0))
-        hidden, _ = model.hidden(rows.tokens, rows.positions, rows.subtree_end, context=context, key=fold_in(key, 1))
-        return batch_loss(hidden, model.head_kernel(), rows, options.loss)[0] / total
+        places = rows.tokens, rows.positions, rows.subtree_end
+        hidden, _ = model.hidden(*places, context=context, key=fold_in(key, 1))
+        loss = batch_loss(hidden, model.head_kernel(), rows, options.loss)[0] / total
+        if keep is None:
+            return loss, (loss, None)
+        if keep.kind != "off_support":
+            assert kept is not None
+            kept_loss = kept_texts_loss(model, frozen, kept, keep, fold_in(key, 2)) / total_kept
+        else:
+            assert keep.base is not None
+            base = keep.base(frozen)
+            base_hidden, _ = base.hidden(*places, context=_shared_context(base, options.shared_prefix, None))
+            kept_loss = off_support_loss(model, hidden, base_hidden, base.head_kernel(), rows, keep) / total
+        return loss + keep.weight * kept_loss, (loss, kept_loss)
 
-    differentiate = jax.value_and_grad(share_of_loss)
+    differentiate = jax.value_and_grad(share_of_losses, has_aux=True)
     if options.micro_batches == 1:
-        return differentiate(weights, batch, key)
+        (_, losses), gradient = differentiate(weights, batch, key)
+        return losses, gradient
 
     def add(sums, part):
         index, rows = part
-        return jax.tree.map(jnp.add, sums, differentiate(weights, rows, fold_in(key, index))), None
+        (_, losses), gradient = differentiate(weights, rows, fold_in(key, index))
+        return jax.tree.map(jnp.add, sums, (losses, gradient)), None
 
     parts_of_batch = (jnp.arange(options.micro_batches), _microbatches(batch, options))
-    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
+    zero = jnp.zeros((), jnp.float32)
+    nothing = (zero, None if keep is None else zero), jax.tree.map(jnp.zeros_like, weights)
     return jax.lax.scan(add, nothing, parts_of_batch)[0]
 
 
-def _shared_context(model: Transformer, tokens: tuple[int, ...], key: Key[Array, ""]) -> tuple[KVCache, ...]:
+def _shared_context(model: Transformer, tokens: tuple[int, ...], key: Key[Array, ""] | None) -> tuple[KVCache, ...]:
     """Keys and values of the tokens that all rows share, computed once, gradients included."""
     if not tokens:
         return ()
@@ -130,7 +165,7 @@ def _shared_context(model: Transformer, tokens: tuple[int, ...], key: Key[Array,
     return (model.hidden(jnp.asarray(tokens)[None], places, jnp.full_like(places, len(tokens)), key=key)[1],)
 
 
-def _microbatches(batch: DeviceBatch, options: StepOptions) -> DeviceBatch:
+def _microbatches(batch: _Rows, options: StepOptions) -> _Rows:
     """The batch with a leading axis of microbatches; each takes every n-th row, so that no row changes its device."""
     count = options.micro_batches
 

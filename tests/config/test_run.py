@@ -85,12 +85,40 @@ def test_unknown_fields_and_types(values, words):
         ("mesh__fsdp", -1, "at most one -1"),
         ("data__tail_policy", "clip_to_edge_bins", "must be one of clip_to_edge_bin, drop"),
         ("suite__perplexity__stride", 4096, "stride=4096 must be at most context_length"),
+        ("train__keep__weight", -0.1, "at least 0"),
+        ("train__keep__source", "", "must be self or a file"),
+        ("model__lora__strength", 1.6, "from 0 to 1.5"),
         ("suite__noveltybench__stages", (), "must be some of generate, partition, score"),
     ],
 )
 def test_impossible_values_are_named(path, value, words):
     with pytest.raises(UserError) as error:
         validate(config(**{path: value}))
+    assert words in str(error.value)
+
+
+KEPT = {"train__keep__weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (KEPT | {"train__keep__rows": 0}, "config.train.keep.rows=0 keeps nothing; take at least one"),
+        (
+            KEPT | {"train__keep__kind": "off_support", "model__lora__enabled": False, "export__format": "merged"},
+            "set config.model.lora.enabled=True",
+        ),
+        (KEPT | {"train__keep__kind": "off_support", "data__target": "hard"}, "set config.data.target=soft"),
+        (
+            KEPT | {"model__scratch__enabled": True, "model__lora__enabled": False, "export__format": "merged"},
+            "a randomly initialised model has nothing to keep",
+        ),
+        ({"data__world": "fair", "data__custom": "rows.jsonl"}, "two sources of prompts; give one of them"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(fields, words):
+    with pytest.raises(UserError) as error:
+        validate(config(**fields))
     assert words in str(error.value)
 
 
@@ -104,6 +132,14 @@ def test_impossible_values_are_named(path, value, words):
         ({"train__exact_max_nodes": 99}, "config.train.objective=exact"),
         ({"train__samples_per_prompt_per_epoch": 4, "train__objective": "exact"}, "config.train.objective=path or"),
         ({"data__full_quantile": 1e-4}, "config.data.space=full"),
+        ({"data__grid_points": 5, "data__world": "fair"}, "config.data.world=none"),
+        ({"train__keep__rows": 8}, "config.train.keep.weight above 0"),
+        ({"train__keep__kind": "replay"}, "config.train.keep.weight above 0"),
+        (
+            {"train__keep__source": "a.txt", **KEPT, "train__keep__kind": "off_support"},
+            "config.train.keep.weight above",
+        ),
+        ({"train__keep__prompts": "p", **KEPT, "train__keep__source": "a.txt"}, "config.train.keep.weight above 0 and"),
         ({"data__parameter_digits": 3}, "config.data.readable_parameters=True"),
         ({"tasks": ("arc_easy",)}, "retention in config.eval.suites"),
         ({"suite__lm_eval__limit": 10, "eval__suites": ("retention",)}, "config.tasks"),

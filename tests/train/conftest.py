@@ -11,15 +11,18 @@ import pytest
 from flax import nnx
 
 from cft_jax.common.storage import Workdir
-from cft_jax.config import CheckpointConfig, LogConfig, TrainConfig
+from cft_jax.config import CheckpointConfig, KeepConfig, LogConfig, TrainConfig
 from cft_jax.data.batch import TargetBatch
+from cft_jax.data.kept import KeptTexts, kept_texts
 from cft_jax.models.config import GatedMlp, LayerSpec, LoraSpec, ModelConfig, Rope
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, head_options
 from cft_jax.sharding.mesh import make_mesh
 from cft_jax.sharding.rules import sharding
+from cft_jax.train.keep import keep_options
 from cft_jax.train.loop import train
 from cft_jax.train.optimizer import adamw, warmup_cosine
+from cft_jax.train.prefetch import put_kept
 from cft_jax.train.state import initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step
 
@@ -93,7 +96,7 @@ def on_devices(batch: TargetBatch, mesh=None) -> DeviceBatch:
 
 
 @functools.cache
-def compiled(model_options, mesh_shape, kind, shared_prefix, micro_batches, seed, rate):
+def compiled(model_options, mesh_shape, kind, shared_prefix, micro_batches, seed, rate, keep):
     """Model, parts, start and step, shared by the tests that need the same."""
     mesh = make_mesh(*mesh_shape, devices=jax.devices()[: math.prod(mesh_shape)])
     model = tiny_model(mesh=mesh, **dict(model_options))
@@ -104,7 +107,8 @@ def compiled(model_options, mesh_shape, kind, shared_prefix, micro_batches, seed
         schedule = lambda step: jnp.float32(rate)  # noqa: E731
     parts, weights, frozen = split_model(model)
     loss = head_options(kind, tau=1.0, softcap=None, mesh=mesh)
-    options = StepOptions(loss, shared_prefix, micro_batches, seed, optimizer, schedule)
+    kept = None if keep is None else keep_options(model, keep)
+    options = StepOptions(loss, shared_prefix, micro_batches, seed, optimizer, schedule, kept)
     step = make_train_step(parts, options, state_shardings(weights, optimizer))
     return model, parts, optimizer, weights, frozen, step
 
@@ -113,16 +117,26 @@ class Trainer:
     """A fresh state of a tiny model, and its step."""
 
     def __init__(
-        self, *, mesh=(1, 1, 1), kind="soft", shared_prefix=(), micro_batches=1, seed=11, rate=None, **model_options
+        self,
+        *,
+        mesh=(1, 1, 1),
+        kind="soft",
+        shared_prefix=(),
+        micro_batches=1,
+        seed=11,
+        rate=None,
+        keep=None,
+        **model_options,
     ):
         self.model, self.parts, optimizer, weights, self.frozen, self.step = compiled(
-            tuple(sorted(model_options.items())), mesh, kind, shared_prefix, micro_batches, seed, rate
+            tuple(sorted(model_options.items())), mesh, kind, shared_prefix, micro_batches, seed, rate, keep
         )
         self.mesh = self.model.mesh
         self.state = initial_state(jax.tree.map(jnp.copy, weights), optimizer)
 
-    def run(self, batch):
-        self.state, metrics = self.step(self.state, self.frozen, on_devices(batch, self.mesh))
+    def run(self, batch, kept=None):
+        rows = None if kept is None else put_kept(kept, self.mesh)
+        self.state, metrics = self.step(self.state, self.frozen, on_devices(batch, self.mesh), rows)
         return jax.device_get(metrics)
 
     @property
@@ -146,7 +160,26 @@ class TinyBatches:
         return [f"task-{step}-{row}" for row in range(10)]
 
 
-def run_training(workdir, dataset=None, *, mesh=(1, 1, 1), seed=11, identity=None, model_seed=0, **fields):
+def tiny_texts(row_multiple=1, per_step=3) -> KeptTexts:
+    """Fourteen texts of 2 to 9 tokens in rows of 12."""
+    rng = np.random.default_rng(5)
+    texts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(2, 10, 14)]
+    return kept_texts(texts, length=12, per_step=per_step, row_multiple=row_multiple, seed=3)
+
+
+def run_training(
+    workdir,
+    dataset=None,
+    *,
+    mesh=(1, 1, 1),
+    seed=11,
+    identity=None,
+    model_seed=0,
+    lora=True,
+    kept=None,
+    keep_weight=0.0,
+    **fields,
+):
     """Trains a fresh tiny model with adapters for three epochs of five steps; returns result and weights.
 
     `fields` go to the records that have them: TrainConfig, CheckpointConfig, LogConfig.
@@ -157,17 +190,18 @@ def run_training(workdir, dataset=None, *, mesh=(1, 1, 1), seed=11, identity=Non
         names = {field.name for field in dataclasses.fields(record)}
         records.append(record(**{name: value for name, value in settings.items() if name in names}))
     mesh = make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
-    model = tiny_model(mesh=mesh, dropout=0.1, seed=model_seed)
+    model = tiny_model(mesh=mesh, dropout=0.1, seed=model_seed, lora=lora)
     result = train(
         model,
         dataset or TinyBatches(),
         target="soft",
         seed=seed,
-        train=records[0],
+        train=dataclasses.replace(records[0], keep=KeepConfig(weight=keep_weight)),
         checkpoint=records[1],
         log=LogConfig(every_steps=3, profile=settings.get("profile", "")),
         workdir=workdir if isinstance(workdir, Workdir) else Workdir(workdir),
         identity=identity or {"config": "abc"},
+        kept=kept,
     )
     return result, jax.device_get(split_model(model)[1])
 
@@ -205,6 +239,12 @@ def new_trainer():
 def tiny_batches():
     """`TinyBatches`."""
     return TinyBatches
+
+
+@pytest.fixture(scope="session")
+def make_texts():
+    """`tiny_texts`."""
+    return tiny_texts
 
 
 @pytest.fixture(scope="session")

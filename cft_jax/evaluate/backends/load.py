@@ -12,6 +12,7 @@ from cft_jax.config import Config, from_config_dict, read_config
 from cft_jax.evaluate.backends.jax_backend import JaxBackend
 from cft_jax.evaluate.backends.protocol import Backend, MeasuredModel
 from cft_jax.generate.stops import all_stop_ids, end_at
+from cft_jax.models.strength import set_strength
 from cft_jax.runs.base import base_tokenizer
 from cft_jax.runs.trained import load_trained
 from cft_jax.sharding.mesh import make_mesh
@@ -51,6 +52,7 @@ def load_measured_model(config: Config) -> MeasuredModel:
             revision=settings.revision,
             local_files_only=settings.local_files_only,
         )
+    set_strength(model, settings.lora.strength, name=what)
     if config.data.terminator != _OF_TEMPLATE:
         end_at(model, tokenizer, config.data.terminator)
     return MeasuredModel(JaxBackend(model, tokenizer), tokenizer, what)
@@ -70,6 +72,8 @@ def _tokenizer_place(what: str, config: Config) -> str:
 def _hf_backend(what: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backend:
     if config.model.adapter:
         raise UserError("with backend=hf give the adapter's own directory as config.model.checkpoint")
+    if config.model.lora.strength != 1:
+        raise UserError("config.model.lora.strength is not for backend=hf; measure what cft_jax.export writes with it")
     try:
         from cft_jax.evaluate.backends.hf_backend import HfBackend, load_hf_model
     except ImportError as error:

@@ -44,7 +44,7 @@ def test_those_that_lack_something_are_named(measured):
     summary = json.loads((measured / "base/summary.json").read_text())
     assert summary["suite"] == "all" and set(summary["suites"]) == set(SUITES)
     there = {name for name, found in summary["suites"].items() if "figures" in found}
-    assert there == {"structured", "open_random", "mcq"}
+    assert there == {"structured", "open_random", "mcq", "questions"}
     for name in set(SUITES) - there:
         assert not (measured / "base" / name / "summary.json").exists()
     assert "suite.perplexity.data" in summary["suites"]["perplexity"]["missing"]
@@ -59,7 +59,7 @@ def test_those_that_lack_something_are_named(measured):
 def test_compared(measured):
     page = render_page(read_runs([measured / "base", measured / "soft"]))
     table = page[page.index("All suites") :].partition("</table>")[0]
-    assert table.count('<tr class="head">') == 6 and table.count(">missing</td>") == 6
+    assert table.count('<tr class="head">') == 7 and table.count(">missing</td>") == 6
     assert table.count(">base</th>") == table.count(">soft</th>") == 1
     # A reason is given once, for both.
     assert page.count("config.suite.perplexity.data is empty") == 1 and "(base, soft)" in page
