@@ -195,7 +195,13 @@ def character_model() -> type[CharacterModel]:
 
 @pytest.fixture(scope="session")
 def character_codec() -> PromptCodec:
-    return PromptCodec(encode_characters, character_trie, lambda space: AnalyticTrie(space, NUMBERS), "characters")
+    return PromptCodec(
+        encode_characters,
+        character_trie,
+        lambda space: AnalyticTrie(space, NUMBERS),
+        lambda tokens: "".join(map(chr, tokens)),
+        "characters",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from cft_jax.evaluate.report.runs import Run
 from cft_jax.evaluate.store import Record
 
-_GREEK = {
+GREEK = {
     "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "mu": "μ", "mu1": "μ₁", "mu2": "μ₂", "nu": "ν",
     "sigma": "σ", "x0": "x₀", "xm": "xₘ", "d1": "d₁", "d2": "d₂",
 }  # fmt: skip
@@ -70,7 +70,7 @@ def _panel(records: Mapping[int, Record]) -> Panel:
     title = shown["title"].strip()
     return Panel(
         title=title if len(title) <= _TITLE_LENGTH else title[: _TITLE_LENGTH - 1].rstrip() + "…",
-        subtitle=", ".join(f"{_GREEK.get(name, name)} = {value:.4g}" for name, value in shown["parameters"].items()),
+        subtitle=", ".join(f"{GREEK.get(name, name)} = {value:.4g}" for name, value in shown["parameters"].items()),
         kind=shown["kind"],
         values=tuple(shown["values"]),
         target=np.array(shown["target"], np.float64),

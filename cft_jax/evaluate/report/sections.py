@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from cft_jax.distributions.splits import TEST_SPLITS, TRAIN
 from cft_jax.evaluate.report import overview, plots, tables
 from cft_jax.evaluate.report.conditions import measured_alike
+from cft_jax.evaluate.report.gallery import gallery_of
 from cft_jax.evaluate.report.overview import models_of, suite_title, suites_of
 from cft_jax.evaluate.report.panels import choose_panels, record_key
 from cft_jax.evaluate.report.runs import Run, Training, flat, section_at, value_at
@@ -78,6 +79,7 @@ def page_sections(runs: Sequence[Run], training: Training | None) -> dict[str, A
         "family_tables": {split: tables.families_table(structured, split) for split in splits},
         "curves": _curves(structured, splits, training),
         "tests": tables.tests_table(structured, splits),
+        "gallery": gallery_of(structured, splits),
         "suites": [_suite(measured, suite) for suite in suites_of(measured) if suite != SUITE],
         "left_out": [line for run in structured for line in _left_out(run, splits)],
         "configuration": {".".join(path): value for path, value in flat(training.config).items()} if training else {},

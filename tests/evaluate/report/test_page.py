@@ -85,7 +85,9 @@ def workdir(tmp_path_factory, character_model, character_codec):
 def test_the_page_is_whole(workdir):
     page = checked(write_report(workdir).read_text(encoding="utf-8"))
     text = " ".join(page.text)
-    assert page.tags.count("svg") == 6 + 3
+    prompts = len(read_training(workdir)[0][0].records)
+    # Distributions, curves, and an outline of every prompt but the one of texts.
+    assert page.tags.count("svg") == 6 + 3 + prompts - 1
     assert "org/<model>" in text
     for heading in ("What the model would answer", "Metrics", "By family", "Calibration and training"):
         assert heading in text

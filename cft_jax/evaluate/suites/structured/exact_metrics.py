@@ -7,6 +7,7 @@ probability of a cell is known. The KL is a sum over prefixes (the chain rule), 
 estimated without bias below them from the drawn strings.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.tasks import Task
 from cft_jax.evaluate.metrics import exact, paths
 from cft_jax.evaluate.metrics.target import Target
+from cft_jax.evaluate.suites.structured.outline import binned, outline, wrong_prefixes
 from cft_jax.evaluate.suites.structured.prompt_metrics import Metrics, finite, scaled_distance, target_of_task
 from cft_jax.evaluate.suites.structured.settings import Resolution
 from cft_jax.generate import TrieScore
@@ -24,9 +26,10 @@ from cft_jax.text.analytic_trie import AnalyticTrie, Expansion
 from cft_jax.text.paths import sum_from_root
 from cft_jax.text.trie import Trie
 
-# A plot's resolution, and the share of the target that it leaves out on each side.
+# A plot's resolution.
 _PLOT_BINS = 120
-_PLOT_TAIL = 0.002
+_LONGEST_PROMPT = 400
+TextOf = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +41,14 @@ class ListedPlan:
     trie: Trie
     resolution: Resolution
 
-    def sections(self, score: TrieScore, *, keep_distribution: bool) -> Metrics:
-        """Sections of the prompt's record.
+    def sections(self, score: TrieScore, text_of: TextOf, *, keep_distribution: bool) -> Metrics:
+        """Sections of the prompt's record; `text_of` is the text of tokens.
 
         Returns:
           `exact` (see `metrics.exact`), `exact_scaled` (Wasserstein-1 in interquartile ranges), `calibration` (the
           model's mass in bins of equal target mass), `other_stops`, the mass that ends a value by another stop token,
-          `path` with `logit_kl_as_trained`, the expectation of the path KL over strings drawn from the target, and
-          where it is to be kept `distribution`, what plots need.
+          `path` with `logit_kl_as_trained`, the expectation of the path KL over strings drawn from the target,
+          `outline` and `wrong_prefixes` (see `outline`), and where it is to be kept `distribution`, what plots need.
         """
         target, log_probs = self.space.probabilities, score.string_log_probs
         numbers = exact.as_numbers(self.space.values)
@@ -55,6 +58,8 @@ class ListedPlan:
         drawn = target > 0
         expected = target[drawn] @ path_kl(self.trie, score, self.resolution.epsilon)[drawn]
         sections["path"] = finite({"logit_kl_as_trained": float(expected)})
+        sections["outline"] = _text(self.task) | outline(self.space.values, numbers, target, np.exp(log_probs))
+        sections["wrong_prefixes"] = wrong_prefixes(self.trie, score.child_log_probs, text_of)
         if keep_distribution:
             kind = "text" if numbers is None else "discrete"
             if self.task.spec is not None:
@@ -77,14 +82,14 @@ class AnalyticPlan:
     def trie(self) -> Trie:
         return self.expansion.trie
 
-    def sections(self, score: TrieScore, *, keep_distribution: bool) -> Metrics:
-        """Sections of the prompt's record.
+    def sections(self, score: TrieScore, text_of: TextOf, *, keep_distribution: bool) -> Metrics:
+        """Sections of the prompt's record; `text_of` is the text of tokens.
 
         Returns:
           `exact` with `kl` over whole strings; `estimate` with `kl_standard_error` of its estimated part; `exact_cells`
           with the metrics of `ListedPlan`'s `exact` over the cells, where `kl` and `total_variation` are at most those
           over strings and `support_mass` is at least theirs; `exact_cells_scaled`; `path` with `logit_kl_as_trained`;
-          `calibration`; and where it is to be kept `distribution`, what plots need.
+          `calibration`; `outline` and `wrong_prefixes`; and where it is to be kept `distribution`, what plots need.
         """
         trie, is_exact = self.trie, self.expansion.exact
         kl, error = self._over_strings(paths.step_kl(trie, score.child_log_probs, 0.0), per_step=False)
@@ -101,6 +106,8 @@ class AnalyticPlan:
         sections = {"exact": finite({"kl": kl}), "estimate": finite({"kl_standard_error": error})}
         sections |= _distances("exact_cells", masses, log_probs, numbers, target_of_task(self.task, num_decimals))
         sections["path"] = finite({"logit_kl_as_trained": path})
+        sections["outline"] = _text(self.task) | outline(None, numbers, masses, np.exp(log_probs))
+        sections["wrong_prefixes"] = wrong_prefixes(trie, score.child_log_probs, text_of)
         if keep_distribution:
             plot = _distribution(masses, np.exp(log_probs), numbers, num_decimals)
             sections["distribution"] = _named(self.task) | plot
@@ -138,12 +145,7 @@ def _distribution(
     target: Float[np.ndarray, "C"], model: Float[np.ndarray, "C"], numbers: Float[np.ndarray, "C"], num_decimals: int
 ) -> Metrics:
     """The cells' masses in bins of equal width around the middle of the target."""
-    order = np.argsort(numbers)
-    cumulative = np.cumsum(target[order])
-    low, high = numbers[order][np.minimum(np.searchsorted(cumulative, [_PLOT_TAIL, 1 - _PLOT_TAIL]), numbers.size - 1)]
-    bins, within = _PLOT_BINS if high > low else 1, (float(low), float(high))
-    shown, edges = np.histogram(numbers, bins, within, weights=target)
-    answered, _ = np.histogram(numbers, bins, within, weights=model)
+    edges, (shown, answered) = binned(numbers, target, model, _PLOT_BINS)
     middles = (edges[1:] + edges[:-1]) / 2
     return {
         "kind": "continuous",
@@ -158,6 +160,11 @@ def _named(task: Task) -> Metrics:
     if task.spec is None:
         return {"title": task.messages[-1]["content"], "parameters": {}}
     return {"title": find_family(task.spec.family_id).display_name, "parameters": dict(task.spec.parameters)}
+
+
+def _text(task: Task) -> Metrics:
+    """A prompt's name, and `prompt`, the beginning of its text."""
+    return _named(task) | {"prompt": task.messages[-1]["content"][:_LONGEST_PROMPT]}
 
 
 def _rounded(values: Float[np.ndarray, "N"]) -> list[float]:

@@ -15,7 +15,7 @@ from cft_jax.text import ChatOptions, Trie, build_trie, encode_chats, terminator
 from cft_jax.text.analytic_trie import AnalyticTrie
 from cft_jax.text.digits import digit_tokens
 from cft_jax.text.number_grammar import NumberTokens
-from cft_jax.text.tokenizer import fingerprint
+from cft_jax.text.tokenizer import backend, fingerprint
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -28,12 +28,14 @@ class PromptCodec:
       encode: messages → token ids of the prompt.
       build_trie: output space → trie, in the model's tokens with the trained terminator.
       analytic_trie: the same for a space at full resolution.
+      text_of: the text of tokens, special ones as they are written.
       name: identifies all of them: part of a result's fingerprint.
     """
 
     encode: Callable[[Messages], list[int]]
     build_trie: Callable[[OutputSpace], Trie]
     analytic_trie: Callable[[AnalyticSpace], AnalyticTrie]
+    text_of: Callable[[Sequence[int]], str]
     name: str
 
 
@@ -101,5 +103,6 @@ def prompt_codec(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Prompt
         encode=lambda messages: encode_chats(tokenizer, [messages], options)[0],
         build_trie=lambda space: build_trie(tokenizer, space, end),
         analytic_trie=lambda space: AnalyticTrie(space, NumberTokens(digit_tokens(tokenizer), end)),
+        text_of=lambda tokens: backend(tokenizer).decode(list(tokens), skip_special_tokens=False),
         name=f"{fingerprint(tokenizer)} {options} {end}",
     )

@@ -35,7 +35,7 @@ from cft_jax.evaluate.suites.structured.settings import (
 from cft_jax.text.values import check_values
 
 SUITE = "structured"
-VERSION = 2  # part of every fingerprint: raise it when the same inputs come to other records
+VERSION = 3  # part of every fingerprint: raise it when the same inputs come to other records
 # Prompts handed to the backend at once; a killed run repeats at most these.
 _PROMPTS_AT_ONCE = 8
 
@@ -150,7 +150,8 @@ def _measure(
         plans = [plan_of(task, codec, resolution, seed) for task in tasks]
         scores = backend.score(prompts, [plan.trie for plan in plans], prefixes=None)
         for record, plan, score in zip(records, plans, scores, strict=True):
-            record |= plan.sections(score, keep_distribution=(record["split"], record["task_id"]) in shown)
+            is_shown = (record["split"], record["task_id"]) in shown
+            record |= plan.sections(score, codec.text_of, keep_distribution=is_shown)
         for i, path_kl in paper_path_kl(backend, prompts, tasks, codec, resolution, seed).items():
             records[i]["path"] = prompt_metrics.finite({"logit_kl": path_kl}) | records[i]["path"]
     if not settings.num_samples:

@@ -29,7 +29,8 @@ def case(request, character_model, character_codec):
 
 def sections(plan, case):
     _, model, prompt = case
-    return plan.sections(model.score([prompt], [plan.trie], prefixes=None)[0], keep_distribution=True)
+    (score,) = model.score([prompt], [plan.trie], prefixes=None)
+    return plan.sections(score, lambda tokens: "".join(map(chr, tokens)), keep_distribution=True)
 
 
 @pytest.fixture
