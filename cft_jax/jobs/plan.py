@@ -48,7 +48,8 @@ def start(
     if all(one.libtpu for one in topologies):
         # The compiler needs no TPU, and a TPU that is there may belong to another process.
         jax.config.update("jax_platforms", "cpu")
-    use_compilation_cache()
+    else:
+        use_compilation_cache()
     work, plans = functools.cache(work_of), []
     for one in topologies:
         own = config

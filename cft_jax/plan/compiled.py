@@ -1,17 +1,25 @@
 """One program compiled for a topology: whether it fits, what it takes and how long it would run."""
 
+import dataclasses
+import hashlib
+import json
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
+from cft_jax.common.files import user_cache, write_json
 from cft_jax.models.flops import peak_flops
-from cft_jax.plan.hlo import Traffic, cost_of
+from cft_jax.plan import hlo
+from cft_jax.plan.hlo import Traffic
 from cft_jax.plan.programs import Program
-from cft_jax.plan.topologies import Topology
+from cft_jax.plan.topologies import Topology, libtpu_version
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Of the compiler's several ways to say that memory is short.
@@ -55,7 +63,7 @@ class Report:
 
 
 def compiled_report(program: Program, topology: Topology, *, resident: int) -> Report:
-    """Compiles a program and reads off what it takes.
+    """Compiles a program and reads off what it takes; what was compiled before is remembered in the user's cache.
 
     `resident` are the bytes of its weights and optimizer on a device, for a program so large that the compiler ends
     with the sum of all that it needs.
@@ -63,44 +71,51 @@ def compiled_report(program: Program, topology: Topology, *, resident: int) -> R
     Raises:
       jax.errors.JaxRuntimeError: the compiler fails for another reason than a lack of memory.
     """
-    lowered, start = program.lower(), time.monotonic()
+    lowered = program.lower()
+    kept = user_cache("plan") / f"{_digest(lowered, topology)}.json"
+    if kept.exists():
+        figures = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        figures = _compiled(lowered, resident)
+        write_json(kept, figures)
+    collectives = {kind: Traffic(**traffic) for kind, traffic in figures.pop("collectives", {}).items()}
+    return _report(program, topology, **figures, collectives=collectives)
+
+
+def _digest(lowered: Lowered, topology: Topology) -> str:
+    """Identifies a program, its devices and the compiler."""
+    content = {"program": lowered.as_text(), "devices": (topology.libtpu or topology.kind, topology.devices)}
+    content |= {"versions": (jax.__version__, libtpu_version()), "code": Path(hlo.__file__).read_text(encoding="utf-8")}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _compiled(lowered: Lowered, resident: int) -> dict[str, Any]:
+    """What the compiler says, as JSON."""
+    start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():
+            # JAX keeps programs for devices that are not there, and cannot read them again.
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
-        return _report(
-            program,
-            topology,
-            total=needed,
-            fits=False,
-            arguments=resident,
-            temporaries=max(needed - resident, 0),
-            compile_seconds=time.monotonic() - start,
-        )
+        memory = {"arguments": resident, "temporaries": max(needed - resident, 0), "total": needed}
+        return memory | {"compile_seconds": time.monotonic() - start}
     seconds = time.monotonic() - start
-    arguments, temporaries, total = _memory(compiled)
-    cost = cost_of(compiled.as_text())
-    return _report(
-        program,
-        topology,
-        total=total,
-        fits=total <= topology.memory,
-        arguments=arguments,
-        temporaries=temporaries,
-        flops=cost.flops,
-        cycles=cost.cycles or None,
-        collectives=cost.collectives,
-        compile_seconds=seconds,
-    )
+    cost = hlo.cost_of(compiled.as_text())
+    return _memory(compiled) | {
+        "flops": cost.flops,
+        "cycles": cost.cycles or None,
+        "collectives": {kind: dataclasses.asdict(traffic) for kind, traffic in cost.collectives.items()},
+        "compile_seconds": seconds,
+    }
 
 
 def estimated_report(program: Program, topology: Topology, *, arguments: int, temporaries: int) -> Report:
     """The same from an estimate of the memory alone, where there is no compiler for the devices."""
-    total = arguments + temporaries
-    fits = total <= topology.memory
-    return _report(program, topology, total=total, fits=fits, arguments=arguments, temporaries=temporaries)
+    return _report(program, topology, total=arguments + temporaries, arguments=arguments, temporaries=temporaries)
 
 
 def _report(
@@ -108,7 +123,6 @@ def _report(
     topology: Topology,
     *,
     total: int,
-    fits: bool,
     compile_seconds: float | None = None,
     arguments: int | None = None,
     temporaries: int | None = None,
@@ -121,7 +135,7 @@ def _report(
     peak = peak_flops(topology.kind)
     return Report(
         name=program.name,
-        fits=fits,
+        fits=total <= topology.memory,
         arguments=arguments,
         temporaries=temporaries,
         total=total,
@@ -138,12 +152,12 @@ def _report(
     )
 
 
-def _memory(compiled: Compiled) -> tuple[int, int, int]:
+def _memory(compiled: Compiled) -> dict[str, int]:
     """Bytes of arguments, of temporaries, and of all together."""
     found = compiled.memory_analysis()
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     total = found.argument_size_in_bytes + found.temp_size_in_bytes + results + found.generated_code_size_in_bytes
-    return found.argument_size_in_bytes, found.temp_size_in_bytes, total
+    return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes, "total": total}
 
 
 def _needed(message: str) -> int | None:

@@ -19,7 +19,7 @@ from cft_jax.sharding.mesh import AXES, mesh_sizes
 _USABLE = 0.95
 # What settings cost in time beside the cheapest, roughly: by the compiler's cycles for recomputed layers (Qwen3-1.7B on
 # v6e), by what has to be gathered or summed among devices for the axes of the mesh.
-_REMAT = {"none": 1.0, "dots": 1.0, "full": 1.2}
+_REMAT = {"full": 1.2}
 _FSDP, _TENSOR, _MICRO_BATCH = 1.05, 1.15, 1.05
 _MOST_TENSOR = 8
 
@@ -46,17 +46,17 @@ def candidates(work: Work, config: Config, topology: Topology) -> Iterator[tuple
     """The configuration with other settings that fit by the estimate; those that should cost the least time first."""
     tried = []
     for sizes in _meshes(topology.devices, work.model.num_heads):
-        for remat, parts in itertools.product(_REMAT.keys() & {*REMAT}, _divisors(config.train.batch_size)):
+        for remat, parts in itertools.product(REMAT, _divisors(config.train.batch_size)):
             changed = with_settings(config, sizes, remat, parts)
             multiple = row_multiple(changed, AbstractMesh(sizes, AXES))
             padded = math.ceil(config.train.batch_size / multiple) * multiple / config.train.batch_size
             _, fsdp, tensor = sizes
-            cost = padded * _REMAT[remat] * _MICRO_BATCH ** (parts - 1)
+            cost = padded * _REMAT.get(remat, 1.0) * _MICRO_BATCH ** (parts - 1)
             cost *= (_FSDP if fsdp > 1 else 1) * _TENSOR ** math.log2(tensor)
-            tried.append((cost, sizes, remat, changed))
+            tried.append((cost, -sizes[0], REMAT.index(remat), sizes, changed))
     # Of equal costs the one that keeps the most copies and recomputes the least.
-    tried.sort(key=lambda item: (item[0], -item[1][0], [*_REMAT].index(item[2])))
-    for _, sizes, _, changed in tried:
+    tried.sort(key=lambda item: item[:3])
+    for *_, sizes, changed in tried:
         mesh = AbstractMesh(sizes, AXES)
         if _without_activations(work, changed, mesh) > _USABLE * topology.memory:
             continue

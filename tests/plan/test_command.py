@@ -19,6 +19,8 @@ needs_libtpu = pytest.mark.skipif(not LIBTPU, reason='needs the TPU\'s compiler:
 def attempt(monkeypatch, capsys, log_restored, tmp_path):
     """Runs the command in this process; returns its exit code, stdout and the last line of stderr."""
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
     def run(*arguments, config=TINY):
         words = ["plan", f"--config={config}", f"--config.data.cache_dir={tmp_path / 'data'}", *arguments]
         monkeypatch.setattr(sys, "argv", words)
