@@ -1,7 +1,6 @@
 """Keeping what the base does: beside PyTorch and PEFT, under meshes, accumulation and resume."""
 
 import copy
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from cft_jax.checkpoints import from_pretrained
+from cft_jax.common.writer import read_metrics
 from cft_jax.config import KeepConfig
 from cft_jax.data.kept import kept_texts
 from cft_jax.objectives.batch_loss import head_options
@@ -196,13 +196,13 @@ def test_killed_and_resumed_runs_have_the_same_bits(tmp_path, run, make_texts, l
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
     losses = []
     for which in ("whole", "part"):
-        rows = [json.loads(line) for line in (tmp_path / which / "metrics.jsonl").open()]
+        rows = read_metrics(tmp_path / which / "metrics.jsonl")
         losses.append({row["step"]: (row["loss"], row["keep_loss"]) for row in rows})
     assert losses[0].items() <= losses[1].items()
     assert losses[0][15][1] > 0
     _, without = run(tmp_path / "without", lora=lora)
     assert any(not np.array_equal(whole[name], without[name]) for name in whole)
-    first = json.loads((tmp_path / "without" / "metrics.jsonl").open().readline())
+    first = read_metrics(tmp_path / "without" / "metrics.jsonl")[0]
     # Nothing has moved before the first step: the answers' loss is the same, and the base is no distance away.
     assert first["loss"] == pytest.approx(losses[0][1][0]) and "keep_loss" not in first
     if not lora:
