@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cft_jax.common.errors import UserError
 from cft_jax.config.records import read_override
-from cft_jax.config.run import Config, changed, from_config_dict, validate
+from cft_jax.config.run import Config, from_config_dict, validate
 
 # The configs of this package: in a wheel, and in a checkout.
 _SHIPPED = tuple(root / "configs" for root in (Path(__file__).parents[1], Path(__file__).parents[2]))
@@ -74,7 +74,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config={name}: {_what_and_where(error, path)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config returns a {type(config).__name__}; it must return a ConfigDict")
-    return changed(from_config_dict(config), nested_overrides(overrides))
+    for assignment in overrides:
+        # On the file's own dict, where a value may be shared by reference.
+        (*parents, field), value = read_override(Config(), assignment)
+        record: Any = config
+        for parent in parents:
+            record = record[parent]
+        with record.unlocked(), record.ignore_type():
+            record[field] = value
+    return from_config_dict(config)
 
 
 def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:

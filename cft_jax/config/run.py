@@ -37,7 +37,7 @@ def profile_window(text: str) -> tuple[int, int] | None:
 class LoraConfig:
     """Low-rank adapters; with `enabled=False` every weight is trained.
 
-    `strength` multiplies what trained adapters add, in evaluations and exports.
+    `strength` multiplies what trained adapters add, in evaluations and exports; `float32` multiplies them in float32.
     """
 
     enabled: bool = True
@@ -46,6 +46,7 @@ class LoraConfig:
     dropout: float = fraction(0.05)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     strength: float = ruled(1.0, lambda value: 0 <= value <= 1.5, "from 0 to 1.5")
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ModelSettings:
     revision: str = "main"
     dtype: str = one_of("bfloat16", "float32", "float16")
     local_files_only: bool = False
-    remat: str = one_of("none", "full", "dots")
+    remat: str = one_of("auto", "none", "dots", "full")
     adapter: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
@@ -135,7 +136,7 @@ class TrainConfig:
 
     `exact_max_nodes` bounds the trie prefixes in one example of `exact`; a longer trie becomes several. `exact` packs
     examples of several prompts into rows of `row_tokens` (at least the longest); the other objectives give each
-    example a row of its own unless `row_tokens` is set.
+    example a row of its own unless `row_tokens` is set. `grad_accum_steps=0` leaves the number to the device.
     """
 
     objective: str = one_of("path", "paths", "exact")
@@ -147,7 +148,7 @@ class TrainConfig:
     paths_per_prompt: int = at_least(1, 1)
     exact_max_nodes: int = at_least(2, 2048)
     row_tokens: int = at_least(0, 0)
-    grad_accum_steps: int = at_least(1, 1)
+    grad_accum_steps: int = at_least(0, 0)
     learning_rate: float = positive(2e-4)
     weight_decay: float = at_least(0, 0.01)
     warmup_ratio: float = fraction(0.03)

@@ -79,7 +79,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         base = base_checkpoint(config, tasks, workdir)
         tokenizer = base_tokenizer(config.model, base)
         _announce(config, workdir, mesh, base, tasks)
-        row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps
+        row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * max(config.train.grad_accum_steps, 1)
         read = read_kept(config, tokenizer)
         dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=row_multiple, share_prefix=True)
         batch = dataset.batch(0)

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from cft_jax.models.config import ModelConfig
-from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum
+from cft_jax.models.dropout import Noise
+from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum, lows
 from cft_jax.models.rope import rotate
+from cft_jax.sharding.mesh import platform
 from cft_jax.sharding.rules import constrain, num_shards
 
 # Added nowhere, put in place of masked logits: finite, so that a row that sees nothing stays finite too.
@@ -40,6 +42,30 @@ class Segment(NamedTuple):
     visible: Bool[Array, "R #Q S"]
 
 
+class Leaders(NamedTuple):
+    """Rows that others continue: B rows are `groups` of equal size, whose first row leads.
+
+    All rows of a group but the leader see its first `length` tokens, as they see earlier segments. So what many rows
+    begin with goes through the model once, and along with them.
+    """
+
+    groups: int
+    length: int
+
+    def segment(
+        self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> tuple[Segment, Int[Array, "R S"]]:
+        """The leaders' keys and values, visible to each query of the other rows, and their positions."""
+
+        def first(x: Array) -> Array:
+            return x.reshape(self.groups, -1, *x.shape[1:])[:, 0, : self.length]
+
+        rows, length = positions.shape
+        follows = jnp.arange(rows // self.groups * length) >= length
+        visible = jnp.broadcast_to(follows[None, :, None], (self.groups, follows.size, self.length))
+        return Segment(first(keys), first(values), visible), first(positions)
+
+
 class Surroundings(NamedTuple):
     """What one layer's tokens attend to, and from where.
 
@@ -50,6 +76,7 @@ class Surroundings(NamedTuple):
       subtree_end: of the tokens.
       visible: which of its row's own tokens each sees, the window aside.
       context: earlier segments with the positions of their keys.
+      leaders: see `Leaders`; None where no row leads.
     """
 
     window: int | None
@@ -58,6 +85,7 @@ class Surroundings(NamedTuple):
     subtree_end: Int[Array, "B T"]
     visible: Bool[Array, "B T T"]
     context: tuple[tuple[Segment, Int[Array, "_ _"]], ...]
+    leaders: "Leaders | None" = None
 
 
 def tree_visible(subtree_end: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -137,24 +165,39 @@ class Attention(nnx.Module):
         self.scale, self.softcap = config.attn_scale, config.attn_softcap
 
     def __call__(
-        self, x: Float[Array, "B T D"], surroundings: Surroundings, *, key: Key[Array, ""] | None, mesh: Mesh | None
+        self, x: Float[Array, "B T D"], surroundings: Surroundings, *, noise: Noise | None, mesh: Mesh | None
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         """Applies one layer's slice to normed activations; also returns the new keys (rotated) and values.
 
-        `key` is for the adapters' dropout, which None switches off.
+        `noise` is for the adapters' dropout, which None switches off.
         """
-        q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *surroundings.cos_sin), rotate(k, *surroundings.cos_sin)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(x, low) for layer, low in zip(layers, lows(x, noise, "attention", *layers), strict=True))
+        q = normed_and_rotated(q, self.q_norm, surroundings.cos_sin, mesh)
+        k = normed_and_rotated(k, self.k_norm, surroundings.cos_sin, mesh)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), mesh)
         k = constrain(k, ("batch", "length", "kv_heads", "head_dim"), mesh)
         v = constrain(v, ("batch", "length", "kv_heads", "head_dim"), mesh)
-        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         attention = _by_kernel if _suits_kernel(q, k, surroundings, mesh) else _by_einsum
         sinks = None if self.sinks is None else self.sinks[...]
         out = attention(q, k, v, surroundings, scale=self.scale, softcap=self.softcap, sinks=sinks, mesh=mesh)
-        return self.o_proj(out, key), (k, v)
+        return self.o_proj(out, *lows(out, noise, "o_proj", self.o_proj)), (k, v)
+
+
+def normed_and_rotated(
+    x: Float[Array, "B T N H"],
+    norm: RmsNorm | None,
+    cos_sin: tuple[Float[Array, "B T H"], Float[Array, "B T H"]],
+    mesh: Mesh | None,
+) -> Float[Array, "B T N H"]:
+    """`x` after its heads' norm, if any, and rotation; in the dtype of `x`."""
+    if mesh is None or not _has_kernels(mesh) or x.shape[1] == 1 or x.shape[3] % 128:
+        return rotate(x if norm is None else norm(x), *cos_sin)
+    from cft_jax.models.head_rotation import Factors, by_kernel
+
+    scale = None if norm is None else (norm.offset + norm.scale[...].astype(jnp.float32))[None]
+    eps = 0.0 if norm is None else norm.eps
+    return jnp.swapaxes(by_kernel(jnp.swapaxes(x, 1, 2), Factors(*cos_sin, scale), eps, mesh), 1, 2)
 
 
 def _by_einsum(
@@ -166,7 +209,8 @@ def _by_einsum(
     mesh: Mesh | None,
     **rule: Any,
 ) -> Float[Array, "B T N H"]:
-    window, _, positions, _, visible, context = surroundings
+    window, _, positions, _, visible, context, leaders = surroundings
+    context = context if leaders is None else (*context, leaders.segment(k, v, positions))
     own = Segment(k, v, visible & within_window(window, positions, positions))
     earlier = tuple(
         segment._replace(visible=segment.visible & within_window(window, positions, at)) for segment, at in context
@@ -186,8 +230,13 @@ def _by_kernel(
     # Pallas takes 0.3 s to import, which only those who compile for a TPU need spend.
     from cft_jax.models.tree_attention import EVERY, Keys, tree_attention
 
-    window, _, positions, subtree_end, _, context = surroundings
+    window, _, positions, subtree_end, _, context, leaders = surroundings
     segments = [Keys(keys, values, jnp.where(visible[:, 0], EVERY, 0), at) for (keys, values, visible), at in context]
+    if leaders is not None:
+        (keys, values, _), at = leaders.segment(k, v, positions)
+        follows = jnp.arange(q.shape[0]) % (q.shape[0] // leaders.groups) > 0
+        end = jnp.broadcast_to(jnp.where(follows, EVERY, 0)[:, None], (q.shape[0], leaders.length))
+        segments.append(Keys(keys, values, end, at))
     segments.append(Keys(k, v, subtree_end, positions))
     return tree_attention(q, tuple(segments), positions, window=window, mesh=mesh, **rule)
 
@@ -195,19 +244,23 @@ def _by_kernel(
 def _suits_kernel(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], surroundings: Surroundings, mesh: Mesh | None
 ) -> bool:
-    """Whether the TPU kernels run; the mesh's devices say what is compiled for, also where there is no TPU."""
-    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+    """Whether the TPU kernels run."""
+    if mesh is None or not _has_kernels(mesh):
         return False
-    if mesh.devices.flat[0].device_kind.startswith(_WITHOUT_KERNELS):
-        return False
-    segments = [segment for segment, _ in surroundings.context]
+    segments, leaders = [segment for segment, _ in surroundings.context], surroundings.leaders
     keys = k.shape[1] + sum(segment.keys.shape[1] for segment in segments)
+    rows = [segment.keys.shape[0] for segment in segments] + ([] if leaders is None else [leaders.groups])
     return (
         q.shape[1] >= MIN_QUERIES
         and keys * max(k.shape[3], 128) <= MAX_KEY_NUMBERS
         and all(segment.visible.shape[1] == 1 for segment in segments)
-        and can_cut(q.shape[0], k.shape[2], tuple(segment.keys.shape[0] for segment in segments), mesh)
+        and can_cut(q.shape[0], k.shape[2], tuple(rows), mesh)
     )
+
+
+def _has_kernels(mesh: Mesh) -> bool:
+    """Whether programs on a mesh may have kernels; its devices say what is compiled for, also where there is no TPU."""
+    return platform(mesh) == "tpu" and not mesh.devices.flat[0].device_kind.startswith(_WITHOUT_KERNELS)
 
 
 def can_cut(rows: int, kv_heads: int, segment_rows: tuple[int, ...], mesh: Mesh) -> bool:

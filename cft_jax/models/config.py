@@ -118,12 +118,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Adapters on the linear layers named by `targets` (HF names); the update is scaled by alpha / rank."""
+    """Adapters on the linear layers named by `targets` (HF names); the update is scaled by alpha / rank.
+
+    They are float32 and multiplied in the model's dtype with float32 sums, or in float32 throughout.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    float32: bool = False
 
     @property
     def scale(self) -> float:

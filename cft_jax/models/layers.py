@@ -1,16 +1,20 @@
 """Weights: parameters with logical axes, linear layers with optional low-rank adapters, the norm."""
 
 import math
-import zlib
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cft_jax.models.config import LoraSpec, ModelConfig
+from cft_jax.models.dropout import Noise, dropout
+
+T = TypeVar("T")
 
 
 class LoraParam(nnx.Param):
@@ -41,7 +45,7 @@ def normal_param(
 
 
 class Lora(nnx.Module):
-    """x -> scale * (dropout(x) A) B, float32 throughout; A starts as PEFT's does, B at zero.
+    """x -> scale * (dropout(x) A) B; A starts as PEFT's does, B at zero.
 
     `shape` and `axes` are those of the kernel, whose dimensions `inputs` A has and B has not; both have those before
     (layers, and the experts of `cft_jax.models.moe`).
@@ -58,13 +62,12 @@ class Lora(nnx.Module):
         self.b = LoraParam(b, axes=(*axes[:first], "rank", *axes[after:]))
         self.spec = spec
 
-    def dropped(self, x: Float[Array, "..."], key: Key[Array, ""] | None) -> Float[Array, "..."]:
-        """`x` in float32 with dropout (inverted scaling) where a key is given."""
-        x = x.astype(jnp.float32)
-        if key is None or self.spec.dropout == 0:
-            return x
-        keep = jax.random.bernoulli(key, 1 - self.spec.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.spec.dropout), 0)
+    def input(self, x: Float[Array, "..."], noise: Noise | None) -> tuple[Float[Array, "..."], float]:
+        """What A multiplies, with dropout where noise is given, and what the product of A and B is multiplied by."""
+        x = x.astype(jnp.float32) if self.spec.float32 else x
+        if noise is None or self.spec.dropout == 0:
+            return x, self.spec.scale
+        return dropout(x, noise, self.spec.dropout), self.spec.scale / (1 - self.spec.dropout)
 
 
 @dataclass(frozen=True)
@@ -129,22 +132,53 @@ class Linear(nnx.Module):
         self.bias = init.zeros(shape[num_in:], axes[num_in:]) if bias else None
         self.lora = init.adapter(name, shape, axes, slice(0, num_in))
 
-    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
-        """Applies one layer's slice (the layer axis already removed by the scan); returns the dtype of `x`."""
+    def __call__(self, x: Float[Array, "..."], low: Float[Array, "B T R"] | None) -> Float[Array, "..."]:
+        """Applies one layer's slice (the layer axis already removed by the scan); returns the dtype of `x`.
+
+        `low` is of `lows`.
+        """
         y = einsum(self.equation, x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + spread(self.bias[...].astype(x.dtype), y.ndim)
-        if self.lora is None:
-            return y
-        lora_in = self.lora.dropped(x, fold_name(key, self.name))
-        low = einsum(f"{self.x_letters},{self.in_letters}R->BTR", lora_in, self.lora.a[...])
-        update = einsum(f"BTR,R{self.new_letters}->{self.out_letters}", low, self.lora.b[...])
-        return (y.astype(jnp.float32) + self.lora.spec.scale * update).astype(x.dtype)
+        if self.lora is not None and low is not None:
+            b = self.lora.b[...].astype(low.dtype)
+            update = einsum(f"BTR,R{self.new_letters}->{self.out_letters}", low, b, out_dtype=jnp.float32)
+            y = (y.astype(jnp.float32) + update).astype(y.dtype)
+        return checkpoint_name(gradient_stored(y), self.name)
 
 
-def fold_name(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
-    """A key of its own for every named layer."""
-    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+def lows(
+    x: Float[Array, "..."], noise: Noise | None, name: str, *layers: Linear
+) -> tuple[Float[Array, "B T R"] | None, ...]:
+    """For layers that read the same input, by its name: its products with their A, scaled; None without an adapter.
+
+    All of them see the same dropout, and one product serves all: a TPU's is 128 or 256 columns wide, whatever the rank.
+    """
+    adapters = [layer.lora for layer in layers if layer.lora is not None]
+    if not adapters:
+        return (None,) * len(layers)
+    x, scale = adapters[0].input(x, None if noise is None else noise.of(name))
+    a = jnp.concatenate([adapter.a[...] for adapter in adapters], axis=-1).astype(x.dtype)
+    low = einsum(f"{layers[0].x_letters},{layers[0].in_letters}R->BTR", x, a, out_dtype=jnp.float32)
+    parts = iter(jnp.split((scale * low).astype(x.dtype), len(adapters), axis=-1))
+    return tuple(None if layer.lora is None else next(parts) for layer in layers)
+
+
+def stored(x: T) -> T:
+    """`x`, an array or a tree of them, computed once and kept for all that read it.
+
+    XLA would make cheap values again wherever they are read, which on TPUs costs more than reading them.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+@jax.custom_vjp
+def gradient_stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, whose gradient is computed once and kept for all that read it."""
+    return x
+
+
+gradient_stored.defvjp(lambda x: (x, None), lambda _, gradient: (stored(gradient),))
 
 
 class RmsNorm(nnx.Module):

@@ -5,10 +5,11 @@ import functools
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from cft_jax.models.config import GatedMlp
-from cft_jax.models.layers import Linear, WeightInit
+from cft_jax.models.dropout import Noise
+from cft_jax.models.layers import Linear, WeightInit, lows
 from cft_jax.sharding.rules import constrain
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -24,9 +25,9 @@ class Mlp(nnx.Module):
         self.down_proj = Linear("down_proj", "BTF,FD->BTD", (F, D), ("mlp", "embed"), init)
         self.activation = ACTIVATIONS[mlp.activation]
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, key: Key[Array, ""] | None, mesh: Mesh | None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], *, noise: Noise | None, mesh: Mesh | None) -> Float[Array, "B T D"]:
         """Applies one layer's slice."""
-        inner = self.activation(self.gate_proj(x, key)) * self.up_proj(x, key)
-        return self.down_proj(constrain(inner, ("batch", "length", "mlp"), mesh), key)
+        gate_low, up_low = lows(x, noise, "mlp", self.gate_proj, self.up_proj)
+        inner = self.activation(self.gate_proj(x, gate_low)) * self.up_proj(x, up_low)
+        inner = constrain(inner, ("batch", "length", "mlp"), mesh)
+        return self.down_proj(inner, *lows(inner, noise, "down_proj", self.down_proj))

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from cft_jax.models.config import Moe
-from cft_jax.models.layers import WeightInit, einsum, fold_name, matmul_precision, spread
+from cft_jax.models.dropout import Noise
+from cft_jax.models.layers import WeightInit, einsum, matmul_precision, spread
 from cft_jax.sharding.rules import constrain
 
 
@@ -21,15 +22,16 @@ class ExpertLinear(nnx.Module):
         self.lora = init.adapter(name, shape, axes, slice(1, 2))
 
     def __call__(
-        self, x: Float[Array, "M I"], expert: Int[Array, "M"], group_sizes: Int[Array, "E"], key: Key[Array, ""] | None
+        self, x: Float[Array, "M I"], expert: Int[Array, "M"], group_sizes: Int[Array, "E"], noise: Noise | None
     ) -> Float[Array, "M O"]:
         """Rows of `x`, sorted by `expert`, each times its expert's matrix; returns the dtype of `x`."""
         y = _ragged(x, self.kernel[...].astype(x.dtype), group_sizes) + self.bias[...].astype(x.dtype)[expert]
         if self.lora is None:
             return y
-        low = _ragged(self.lora.dropped(x, fold_name(key, self.name)), self.lora.a[...], group_sizes)
-        update = _ragged(low, self.lora.b[...], group_sizes)
-        return (y.astype(jnp.float32) + self.lora.spec.scale * update).astype(x.dtype)
+        lora_in, scale = self.lora.input(x, None if noise is None else noise.of(self.name))
+        low = _ragged(lora_in, self.lora.a[...].astype(lora_in.dtype), group_sizes)
+        update = _ragged(low, self.lora.b[...].astype(lora_in.dtype), group_sizes)
+        return (y.astype(jnp.float32) + scale * update.astype(jnp.float32)).astype(x.dtype)
 
 
 def _ragged(x: Array, w: Array, group_sizes: Array) -> Array:
@@ -47,9 +49,7 @@ class MoeMlp(nnx.Module):
         self.down_proj = ExpertLinear("down_proj", (E, F, D), ("experts", "mlp", "embed"), init)
         self.moe = moe
 
-    def __call__(
-        self, x: Float[Array, "B T D"], *, key: Key[Array, ""] | None, mesh: Mesh | None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], *, noise: Noise | None, mesh: Mesh | None) -> Float[Array, "B T D"]:
         """Applies one layer's slice; routing is float32, with softmax over the chosen experts only."""
         B, T, D = x.shape
         E, top = self.moe.num_experts, self.moe.num_experts_per_token
@@ -62,8 +62,10 @@ class MoeMlp(nnx.Module):
         expert = expert[order]
         group_sizes = jnp.bincount(expert, length=E)
         rows = x.reshape(B * T, D)[token]
-        gate_up = self.gate_up_proj(rows, expert, group_sizes, key)
-        out = self.down_proj(self._swiglu(gate_up), expert, group_sizes, key)
+        if noise is not None:
+            noise = noise._replace(token=noise.token.reshape(-1)[token] * top + order % top)
+        gate_up = self.gate_up_proj(rows, expert, group_sizes, noise)
+        out = self.down_proj(self._swiglu(gate_up), expert, group_sizes, noise)
         weighted = out.astype(jnp.float32) * share[order][:, None]
         summed = jnp.zeros((B * T, D), jnp.float32).at[token].add(weighted)
         return constrain(summed.reshape(B, T, D).astype(x.dtype), ("batch", "length", "act_embed"), mesh)

@@ -61,17 +61,18 @@ def _yarn(wavelength: Float[np.ndarray, "h"], s: YarnScaling, theta: float) -> F
 
 def cos_sin(
     rope: Rope, head_dim: int, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-    """float32 cosines and sines, h = H/2, the scaling's amplitude included."""
+) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
+    """float32 factors of `rotate`: the cosines twice, and the sines negative, then positive; amplitude included."""
     inverse, amplitude = inverse_frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[..., None] * inverse[None, None]
-    return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+    cos, sin = jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"]
 ) -> Float[Array, "B T N H"]:
     """Rotates the pairs (i, i + H/2), in float32; returns the dtype of `x`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    turned = jnp.roll(wide, x.shape[-1] // 2, axis=-1)
+    return (wide * cos[:, :, None, :] + turned * sin[:, :, None, :]).astype(x.dtype)

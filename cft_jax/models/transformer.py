@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from cft_jax.models.attention import Attention, Segment, Surroundings, tree_visible
+from cft_jax.models.attention import Attention, Leaders, Segment, Surroundings, tree_visible
 from cft_jax.models.config import GatedMlp, LoraSpec, ModelConfig
-from cft_jax.models.layers import RmsNorm, WeightInit, einsum, normal_param
+from cft_jax.models.dropout import Noise
+from cft_jax.models.layers import RmsNorm, WeightInit, einsum, normal_param, stored
 from cft_jax.models.mlp import Mlp
 from cft_jax.models.moe import MoeMlp
 from cft_jax.models.rope import cos_sin
@@ -21,6 +22,9 @@ from cft_jax.models.source import Source
 from cft_jax.sharding.rules import constrain
 
 REMAT = ("none", "full", "dots")
+# What "dots" keeps: the products that take longest to make again. Queries, keys and values are made again in about the
+# time that writing and reading them takes (Qwen3-1.7B on v6e).
+_KEPT = ("o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 class KVCache(NamedTuple):
@@ -55,12 +59,12 @@ class Block(nnx.Module):
         self.mlp = make_mlp(config.mlp, config.embed_dim, init)  # type: ignore[arg-type]
 
     def __call__(
-        self, x: Float[Array, "B T D"], surroundings: Surroundings, *, key: Key[Array, ""] | None, mesh: Mesh | None
+        self, x: Float[Array, "B T D"], surroundings: Surroundings, *, noise: Noise | None, mesh: Mesh | None
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         """One layer; as `Attention.__call__`, but activations before the norm."""
-        attended, new = self.attn(self.attn_norm(x), surroundings, key=key, mesh=mesh)
+        attended, new = self.attn(stored(self.attn_norm(x)), surroundings, noise=noise, mesh=mesh)
         x = x + (attended if self.post_attn_norm is None else self.post_attn_norm(attended))
-        fed = self.mlp(self.mlp_norm(x), key=key, mesh=mesh)
+        fed = self.mlp(self.mlp_norm(x), noise=noise, mesh=mesh)
         x = x + (fed if self.post_mlp_norm is None else self.post_mlp_norm(fed))
         return constrain(x, ("batch", "length", "act_embed"), mesh), new
 
@@ -73,7 +77,8 @@ class Transformer(nnx.Module):
       lora: adapters on the layers it names, or None.
       dtype: of activations and matrix products; norms, softmax, router, head and adapters are float32.
       param_dtype: of the stored base weights; adapters are float32.
-      remat: what the backward pass computes again: "none", "full" (whole layers) or "dots" (all but matrix products).
+      remat: what the backward pass computes again: "none", "full" (whole layers) or "dots" (all but the
+        largest matrix products).
       mesh: for sharding constraints; None on one device.
       rngs: streams `params` and `lora`.
     """
@@ -130,6 +135,7 @@ class Transformer(nnx.Module):
         *,
         context: tuple[KVCache, ...] = (),
         key: Key[Array, ""] | None = None,
+        leaders: Leaders | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Activations after the final norm, and the new keys and values.
 
@@ -139,6 +145,7 @@ class Transformer(nnx.Module):
           subtree_end: key j of a row is seen by its queries i with j <= i < subtree_end[j]; 0 at padding.
           context: caches of earlier tokens that the rows also attend to.
           key: dropout of the adapters; None switches it off.
+          leaders: which rows begin others.
 
         Returns:
           hidden states in the model's dtype, and a cache of the tokens given (`visible`: those with subtree_end > 0).
@@ -150,8 +157,8 @@ class Transformer(nnx.Module):
         x = constrain(x, ("batch", "length", "act_embed"), self.mesh)
         # In the order of the layers, as every process of a run must compile the same program.
         ropes = dict.fromkeys(spec.rope for spec in self.config.layer_pattern)
-        ropes = {rope: cos_sin(rope, self.config.head_dim, positions) for rope in ropes}
-        visible = tree_visible(subtree_end)
+        ropes = {rope: stored(cos_sin(rope, self.config.head_dim, positions)) for rope in ropes}
+        visible, token = tree_visible(subtree_end), _token_numbers(subtree_end.shape, leaders)
         keys, values = [], []
         for s, (blocks, (repeats, pattern)) in enumerate(zip(self.stacks, self.config.stacks, strict=True)):
             graphdef, state = nnx.split(blocks)
@@ -166,11 +173,11 @@ class Transformer(nnx.Module):
                         (Segment(k[p], v[p], cache.visible), cache.positions)
                         for (k, v), cache in zip(earlier, context, strict=True)
                     )
-                    layer_key = None if seed is None else jax.random.fold_in(seed, p)
+                    noise = None if seed is None else Noise(jax.random.fold_in(seed, p), token)
                     surroundings = Surroundings(
-                        spec.window, ropes[spec.rope], positions, subtree_end, visible, segments
+                        spec.window, ropes[spec.rope], positions, subtree_end, visible, segments, leaders
                     )
-                    x, kv = block(x, surroundings, key=layer_key, mesh=self.mesh)
+                    x, kv = block(x, surroundings, noise=noise, mesh=self.mesh)
                     new.append(kv)
                 return x, new
 
@@ -183,7 +190,7 @@ class Transformer(nnx.Module):
     def _rematerialised(self, period):
         if self.remat == "none":
             return period
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        policy = None if self.remat == "full" else jax.checkpoint_policies.save_only_these_names(*_KEPT)
         return jax.checkpoint(period, policy=policy, prevent_cse=False)
 
     def head_kernel(self) -> Float[Array, "V D"]:
@@ -199,6 +206,15 @@ class Transformer(nnx.Module):
         """Products of hidden states and the head with the model's final soft-cap, where it has one."""
         cap = self.config.final_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def _token_numbers(shape: tuple[int, int], leaders: Leaders | None) -> Int[Array, "B T"]:
+    """For dropout: all leaders have the same numbers, other rows the same with leaders among them and without."""
+    row = jnp.arange(shape[0])
+    if leaders is not None:
+        group, within = jnp.divmod(row, shape[0] // leaders.groups)
+        row = jnp.where(within == 0, -1, row - group - 1)
+    return row[:, None] * shape[1] + jnp.arange(shape[1])[None]
 
 
 @nnx.jit

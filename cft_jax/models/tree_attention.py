@@ -26,12 +26,13 @@ EVERY = 2**30
 class Keys(NamedTuple):
     """Keys and values of one segment; row r of R serves the queries' rows r*B/R ... (r+1)*B/R - 1.
 
-    Queries of index < `end` may see a key: `subtree_end` of the queries' own tokens, EVERY or 0 of earlier ones.
+    Queries of index < `end` may see a key: `subtree_end` of the queries' own tokens, EVERY or 0 of earlier ones, for
+    each row of keys or, with B rows, for each row of queries.
     """
 
     keys: Float[Array, "R S K H"]
     values: Float[Array, "R S K H"]
-    end: Int[Array, "R S"]
+    end: Int[Array, "_ S"]
     positions: Int[Array, "R S"]
 
 
@@ -95,16 +96,16 @@ def _pad(x: Array, length: int) -> Array:
 
 def _blocked(keys: Keys, query_positions: Int[Array, "B T"], rule: Rule, block: int, *, own: bool) -> Segment:
     """A segment as the kernels take it."""
-    (R, S), (B, T) = keys.end.shape, query_positions.shape
+    S, (B, T) = keys.end.shape[1], query_positions.shape
     length = _padded(S, block)
     size = min(length, block)
     count = length // size
     tensors = (jnp.transpose(_pad(x, length), (0, 2, 1, 3)) for x in (keys.keys, keys.values))
-    end, positions = (_pad(x, length).reshape(R, count, 1, size) for x in (keys.end, keys.positions))
+    end, positions = (_pad(x, length).reshape(-1, count, 1, size) for x in (keys.end, keys.positions))
     seen = None
     if count > 1:
         starts = jnp.arange(0, T, rule.block)[None, :, None]
-        last = lambda x: jnp.repeat(jnp.max(x, axis=(2, 3)), B // R, axis=0)[:, None, :]  # noqa: E731
+        last = lambda x: jnp.repeat(jnp.max(x, axis=(2, 3)), B // x.shape[0], axis=0)[:, None, :]  # noqa: E731
         seen = last(end) > starts
         if own:
             seen &= jnp.arange(0, length, size)[None, None, :] < starts + rule.block
@@ -178,7 +179,8 @@ def _specs(inputs: Inputs, mesh: Mesh) -> Inputs:
     def of_segment(segment: Segment) -> Segment:
         rows = None if segment.keys.shape[0] == 1 else "batch"
         keys = spec(segment.keys, rows, "kv_heads")
-        return Segment(keys, keys, spec(segment.end, rows), spec(segment.positions, rows), spec(segment.seen, "batch"))
+        ends = None if segment.end.shape[0] == 1 else "batch"
+        return Segment(keys, keys, spec(segment.end, ends), spec(segment.positions, rows), spec(segment.seen, "batch"))
 
     return Inputs(
         spec(inputs.queries, "batch", "kv_heads"),

@@ -56,14 +56,14 @@ class Segment(NamedTuple):
     Attributes:
       keys: in the model's dtype.
       values: likewise.
-      end: 0 for keys that none sees.
+      end: 0 for keys that none sees; one row for each of `keys`, or of the queries.
       positions: of the keys; None without a window.
       seen: 1 where any query of a block may see any key of a block; None where n = 1.
     """
 
     keys: Float[Array, "R K S H"]
     values: Float[Array, "R K S H"]
-    end: Int[Array, "R n 1 b"]
+    end: Int[Array, "_ n 1 b"]
     positions: Int[Array, "R n 1 b"] | None
     seen: Int[Array, "B m n"] | None
 
@@ -169,11 +169,14 @@ class _Layout:
             keys = pl.BlockSpec(
                 (None, self.heads, *segment.keys.shape[2:]), lambda h, b, i, share=share: (b // share, h, 0, 0)
             )
-            row = pl.BlockSpec((None, *segment.end.shape[1:]), lambda h, b, i, share=share: (b // share, 0, 0, 0))
+            row, end = (
+                pl.BlockSpec((None, *segment.end.shape[1:]), lambda h, b, i, share=share: (b // share, 0, 0, 0))
+                for share in (share, self.shape[0] // segment.end.shape[0])
+            )
             scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
             positions, seen = segment.positions, segment.seen
             segments.append(
-                Segment(keys, keys, row, None if positions is None else row, None if seen is None else scalars)
+                Segment(keys, keys, end, None if positions is None else row, None if seen is None else scalars)
             )
         positions = pl.BlockSpec((None, self.rule.block, 1), lambda h, b, i: (b, i, 0))
         return Inputs(

@@ -124,7 +124,7 @@ def papers_work(config: Config) -> Work:
 
 def row_multiple(config: Config, mesh: Mesh) -> int:
     """What the rows of a batch must be a multiple of, as the main job has it."""
-    return num_shards("batch", mesh) * config.train.grad_accum_steps
+    return num_shards("batch", mesh) * max(config.train.grad_accum_steps, 1)
 
 
 def programs(work: Work, config: Config, mesh: Mesh, kinds: tuple[str, ...] = KINDS) -> Iterator[Program]:
@@ -155,7 +155,7 @@ def train_program(work: Work, config: Config, model: Transformer, shape: Shape) 
         )
         step = make_train_step(parts, options, state_shardings(weights, options.optimizer))
         state = abstract_state(weights, options.optimizer)
-        parts_of_rows = num_shards("batch", mesh) * config.train.grad_accum_steps
+        parts_of_rows = row_multiple(config, mesh)
         kept_rows = -(-config.train.keep.rows // parts_of_rows) * parts_of_rows
         sizes = {"rows": kept_rows, "length": config.data.max_length}
         frozen, kept = abstract_kept(model, frozen, options.keep, **sizes)

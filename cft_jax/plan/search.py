@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from jax.sharding import AbstractMesh, Mesh
 
 from cft_jax.config import Config
-from cft_jax.models.memory import Batch, MemoryEstimate, estimate_memory
+from cft_jax.models.memory import Batch, MemoryEstimate, estimate_memory, micro_batches
 from cft_jax.models.transformer import REMAT
 from cft_jax.plan.programs import Work, row_multiple
 from cft_jax.plan.topologies import Topology
@@ -28,8 +28,9 @@ def estimate(work: Work, config: Config, mesh: Mesh | AbstractMesh) -> MemoryEst
     """What training takes on each device by these settings, in its largest shape."""
     shapes = work.shapes(row_multiple(config, mesh))
     rows, length, _, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
-    batch = Batch(-(-rows // config.train.grad_accum_steps), length)
-    return estimate_memory(work.model, batch=batch, **model_options(config.model, mesh))
+    options = model_options(config.model, mesh)
+    parts = config.train.grad_accum_steps or micro_batches(work.model, Batch(rows, length), mesh, lora=options["lora"])
+    return estimate_memory(work.model, batch=Batch(-(-rows // parts), length), **options)
 
 
 def abstract_mesh(config: Config, topology: Topology) -> AbstractMesh:

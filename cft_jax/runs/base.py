@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
 
 from cft_jax.checkpoints import from_pretrained
@@ -20,9 +20,10 @@ from cft_jax.common.storage import Workdir
 from cft_jax.config import Config, ModelSettings
 from cft_jax.distributions import Task
 from cft_jax.models.config import LoraSpec, ModelConfig
-from cft_jax.models.memory import Batch, MemoryEstimate, device_memory, estimate_memory, require_memory
+from cft_jax.models.memory import Batch, MemoryEstimate, device_memory, estimate_memory, micro_batches, require_memory
 from cft_jax.models.transformer import Transformer
 from cft_jax.runs.scratch import LAST_FILE, make_base, scratch_tokenizer
+from cft_jax.sharding.mesh import platform
 from cft_jax.text import load_tokenizer
 from cft_jax.text.scratch import save_tokenizer
 
@@ -104,8 +105,9 @@ def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, leng
     Raises:
       UserError: it cannot fit; or see `model_config`.
     """
-    batch = Batch(-(-rows // config.train.grad_accum_steps), length)
-    estimate = estimate_memory(architecture(config.model, checkpoint), batch=batch, **model_options(config.model, mesh))
+    model, options = architecture(config.model, checkpoint), model_options(config.model, mesh)
+    parts = config.train.grad_accum_steps or micro_batches(model, Batch(rows, length), mesh, lora=options["lora"])
+    estimate = estimate_memory(model, batch=Batch(-(-rows // parts), length), **options)
     available = device_memory()
     require_memory(estimate, available)
     if available is not None and estimate.total > available:
@@ -130,9 +132,13 @@ def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
     )
 
 
-def model_options(settings: ModelSettings, mesh: Mesh) -> dict[str, Any]:
+def model_options(settings: ModelSettings, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """How the model lies in memory: keywords of `from_pretrained` and of `abstract_model`."""
     lora, dtype = settings.lora, settings.dtype
-    spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.enabled else None
+    spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.float32) if lora.enabled else None
     param_dtype = dtype if lora.enabled else "float32"
-    return {"lora": spec, "dtype": dtype, "param_dtype": param_dtype, "mesh": mesh, "remat": settings.remat}
+    remat = settings.remat
+    if remat == "auto":
+        # What a TPU or GPU keeps goes through a memory slower than its arithmetic.
+        remat = "none" if isinstance(mesh, Mesh) and platform(mesh) == "cpu" else "dots"
+    return {"lora": spec, "dtype": dtype, "param_dtype": param_dtype, "mesh": mesh, "remat": remat}

@@ -1,5 +1,6 @@
 """One training step: a pure function of state and batch, jitted once."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -7,13 +8,16 @@ from typing import NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cft_jax.common.rng import fold_in, make_key
-from cft_jax.models.transformer import KVCache, Transformer
+from cft_jax.models.attention import Leaders
+from cft_jax.models.memory import Batch, micro_batches
+from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, batch_loss
 from cft_jax.objectives.head import HeadOptions
-from cft_jax.sharding.rules import constrain
+from cft_jax.sharding.rules import constrain, num_shards
 from cft_jax.train.keep import DeviceKept, KeepOptions, kept_texts_loss, off_support_loss
 from cft_jax.train.state import ModelParts, TrainState, Weights
 
@@ -53,7 +57,7 @@ class StepOptions:
     Attributes:
       loss: of the head.
       shared_prefix: tokens that every row's prompt begins with and that the batches leave out.
-      micro_batches: parts of the batch whose gradients are added up.
+      micro_batches: parts of the batch whose gradients are added up; 0 leaves the number to the device.
       seed: of the dropout.
       optimizer: up to the learning rate.
       learning_rate: of an update, by the number of updates before it.
@@ -125,9 +129,7 @@ def _losses_and_gradient(
     def share_of_losses(weights: Weights, part: tuple[DeviceBatch, DeviceKept | None], key: Key[Array, ""]):
         rows, kept = part
         model = parts.merge(weights, frozen)
-        context = _shared_context(model, options.shared_prefix, fold_in(key, 0))
-        places = rows.tokens, rows.positions, rows.subtree_end
-        hidden, _ = model.hidden(*places, context=context, key=fold_in(key, 1))
+        hidden = _hidden(model, rows, options.shared_prefix, key)
         loss = batch_loss(hidden, model.head_kernel(), rows, options.loss)[0] / total
         if keep is None:
             return loss, (loss, None)
@@ -137,12 +139,13 @@ def _losses_and_gradient(
         else:
             assert keep.base is not None
             base = keep.base(frozen)
-            base_hidden, _ = base.hidden(*places, context=_shared_context(base, options.shared_prefix, None))
+            base_hidden = _hidden(base, rows, options.shared_prefix, None)
             kept_loss = off_support_loss(model, hidden, base_hidden, base.head_kernel(), rows, keep) / total
         return loss + keep.weight * kept_loss, (loss, kept_loss)
 
     differentiate = jax.value_and_grad(share_of_losses, has_aux=True)
-    if options.micro_batches == 1:
+    count = options.micro_batches or _count(parts.merge(weights, frozen), batch)
+    if count == 1:
         (_, losses), gradient = differentiate(weights, batch, key)
         return losses, gradient
 
@@ -151,26 +154,50 @@ def _losses_and_gradient(
         (_, losses), gradient = differentiate(weights, rows, fold_in(key, index))
         return jax.tree.map(jnp.add, sums, (losses, gradient)), None
 
-    parts_of_batch = (jnp.arange(options.micro_batches), _microbatches(batch, options))
+    parts_of_batch = (jnp.arange(count), _microbatches(batch, count, options.loss.mesh))
     zero = jnp.zeros((), jnp.float32)
     nothing = (zero, None if keep is None else zero), jax.tree.map(jnp.zeros_like, weights)
     return jax.lax.scan(add, nothing, parts_of_batch)[0]
 
 
-def _shared_context(model: Transformer, tokens: tuple[int, ...], key: Key[Array, ""] | None) -> tuple[KVCache, ...]:
-    """Keys and values of the tokens that all rows share, computed once, gradients included."""
-    if not tokens:
-        return ()
-    places = jnp.arange(len(tokens))[None]
-    return (model.hidden(jnp.asarray(tokens)[None], places, jnp.full_like(places, len(tokens)), key=key)[1],)
+def _count(model: Transformer, batch: tuple[DeviceBatch, DeviceKept | None]) -> int:
+    """Microbatches that suit the device; see `micro_batches`."""
+    count = micro_batches(model.config, Batch(*batch[0].tokens.shape), model.mesh, lora=model.lora_spec)
+    return count if batch[1] is None else math.gcd(count, len(batch[1].weight) // num_shards("batch", model.mesh))
 
 
-def _microbatches(batch: _Rows, options: StepOptions) -> _Rows:
+def _hidden(
+    model: Transformer, rows: DeviceBatch, shared_prefix: tuple[int, ...], key: Key[Array, ""] | None
+) -> Float[Array, "B T D"]:
+    """Hidden states of the rows after the tokens that all share, which go through the model once, on each device."""
+    length, (B, T) = len(shared_prefix), rows.tokens.shape
+    first, rest = (None, None) if key is None else (fold_in(key, 0), fold_in(key, 1))
+    own = (rows.tokens, rows.positions, rows.subtree_end)
+    if not length:
+        return model.hidden(*own, key=rest)[0]
+    prefix = (jnp.asarray(shared_prefix), jnp.arange(length), jnp.full(length, length))
+    if length > T:
+        context = model.hidden(*(x[None] for x in prefix), key=first)[1]
+        return model.hidden(*own, context=(context,), key=rest)[0]
+    groups = num_shards("batch", model.mesh)
+    groups = groups if B % groups == 0 else 1
+
+    def led(leader: Int[Array, "S"], others: Int[Array, "B T"]) -> Int[Array, "_ T"]:
+        leaders = jnp.broadcast_to(jnp.pad(leader, (0, T - length)), (groups, 1, T))
+        whole = jnp.concatenate([leaders, others.reshape(groups, -1, T)], axis=1).reshape(-1, T)
+        return constrain(whole, ("batch", "length"), model.mesh)
+
+    leaders = Leaders(groups, length)
+    hidden, _ = model.hidden(*map(led, prefix, own), key=rest, leaders=leaders)
+    hidden = hidden.reshape(groups, -1, *hidden.shape[1:])[:, 1:].reshape(B, T, -1)
+    return constrain(hidden, ("batch", "length", "act_embed"), model.mesh)
+
+
+def _microbatches(batch: _Rows, count: int, mesh: Mesh | None) -> _Rows:
     """The batch with a leading axis of microbatches; each takes every n-th row, so that no row changes its device."""
-    count = options.micro_batches
 
     def cut(x: Array) -> Array:
         parts = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-        return constrain(parts, (None, "batch", *[None] * (x.ndim - 1)), options.loss.mesh)
+        return constrain(parts, (None, "batch", *[None] * (x.ndim - 1)), mesh)
 
     return jax.tree.map(cut, batch)

@@ -50,7 +50,7 @@ def test_experts_equal_transformers():
     # Both clamps act on these inputs.
     inner = x.reshape(-1, D) @ np.asarray(ours.gate_up_proj.kernel[...])[0]
     assert (np.abs(inner) > 1.5).mean() > 0.1
-    np.testing.assert_allclose(ours(jnp.asarray(x), key=None, mesh=None), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(jnp.asarray(x), noise=None, mesh=None), expected, atol=1e-4, rtol=0)
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():
@@ -58,8 +58,8 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
     module.router_kernel.set_value(jnp.zeros((D, E)))
     module.router_bias.set_value(jnp.array([0.0, 9.0, 0.0, 8.0, 0.0]))
     x = np.random.default_rng(2).normal(size=(2, 50, D)).astype(np.float32)
-    whole = module(jnp.asarray(x), key=None, mesh=None)
-    alone = np.stack([[module(jnp.asarray(t[None, None]), key=None, mesh=None)[0, 0] for t in row[:3]] for row in x])
+    whole = module(jnp.asarray(x), noise=None, mesh=None)
+    alone = np.stack([[module(jnp.asarray(t[None, None]), noise=None, mesh=None)[0, 0] for t in row[:3]] for row in x])
     np.testing.assert_allclose(whole[:, :3], alone, atol=1e-4, rtol=0)
 
 
@@ -72,4 +72,4 @@ def test_an_experts_adapter_is_a_change_of_its_matrix(target):
     getattr(plain, target).kernel.set_value(merged)
     getattr(plain, target).lora.b.set_value(jnp.zeros_like(adapted.lora.b[...]))
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, D)), jnp.float32)
-    np.testing.assert_allclose(module(x, key=None, mesh=None), plain(x, key=None, mesh=None), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(module(x, noise=None, mesh=None), plain(x, noise=None, mesh=None), rtol=1e-4, atol=1e-4)

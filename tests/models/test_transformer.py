@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from cft_jax.models.config import LayerSpec, LoraSpec, ModelConfig, Moe, Rope
-from cft_jax.models.layers import fold_name
+from cft_jax.models.dropout import Noise
 
 LOCAL, FULL = LayerSpec(6, Rope(40.0)), LayerSpec(None, Rope(500.0))
 CONFIG = ModelConfig(
@@ -109,10 +109,10 @@ def test_dropout_needs_a_key(make):
 def test_dropout_spares_the_mean_and_differs_between_layers(make):
     lora = LoraSpec(rank=2, alpha=4.0, dropout=0.25, targets=("q_proj", "k_proj"))
     attention = make(lora=lora).stacks[0][0].attn
-    x, key = jnp.ones((100, 100, 24)), jax.random.key(0)
-    q, k = (getattr(attention, name).lora.dropped(x, fold_name(key, name)) for name in ("q_proj", "k_proj"))
-    np.testing.assert_allclose(np.unique(q), [0, 4 / 3], rtol=1e-6)
-    # Standard error of the mean of 240,000 draws: 0.0012.
-    assert abs(float(q.mean()) - 1) < 0.006
+    x, noise = jnp.ones((100, 100, 24)), Noise(jax.random.key(0), jnp.arange(10_000).reshape(100, 100))
+    (q, scale), (k, _) = (attention.q_proj.lora.input(x, noise.of(name)) for name in ("attention", "o_proj"))
+    np.testing.assert_array_equal(np.unique(q), [0, 1])
+    # Standard error of the mean of 240,000 draws: 0.0009; the adapter's scale is 2.
+    assert abs(float(q.mean()) * scale - 2) < 0.01
     # Independent draws agree in 0.25^2 + 0.75^2 of the places.
     assert abs(float((q == k).mean()) - 0.625) < 0.006

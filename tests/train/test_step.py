@@ -33,12 +33,12 @@ def test_microbatches_equal_one_batch(new_trainer, make_batch, kind, lora):
     ("lora", "shapes"), [(True, [(8, 1, 1), (2, 2, 2)]), (False, [(2, 4, 1), (1, 2, 4)])], ids=["lora", "full"]
 )
 def test_every_mesh_gives_the_same_losses(new_trainer, make_batch, lora, shapes):
-    """Three steps with dropout and two microbatches; one device against eight, weights and moments cut alike."""
+    """Three steps with dropout, shared tokens and two microbatches; one device against eight, all state cut alike."""
     batches = [make_batch(seed, rows=16) for seed in range(3)]
-    alone = new_trainer(lora=lora, dropout=0.3, micro_batches=2)
+    alone = new_trainer(lora=lora, dropout=0.3, micro_batches=2, shared_prefix=(7, 3, 60))
     want = [alone.run(batch) for batch in batches]
     for shape in shapes:
-        spread = new_trainer(lora=lora, dropout=0.3, mesh=shape, micro_batches=2)
+        spread = new_trainer(lora=lora, dropout=0.3, mesh=shape, micro_batches=2, shared_prefix=(7, 3, 60))
         before = jax.tree.map(lambda x: x.sharding, spread.state)
         got = [spread.run(batch) for batch in batches]
         np.testing.assert_allclose([m.loss for m in got], [m.loss for m in want], rtol=1e-5)
@@ -160,3 +160,31 @@ def test_the_step_compiles_once_and_reuses_its_buffers(new_trainer, make_batch):
         trainer.run(make_batch(seed))
     assert trainer.step._cache_size() <= max(before, 1)
     assert old.is_deleted()
+
+
+def test_bfloat16_learns_as_float32(new_trainer, make_batch):
+    """Adapters are multiplied in the model's dtype: fifty steps, and the first update, stay close to float32's."""
+    batches = [make_batch(seed) for seed in range(5)]
+    exact, rounded = (new_trainer(dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    losses = [[trainer.run(batches[step % 5]) for step in range(50)] for trainer in (exact, rounded)]
+    assert losses[1][0].grad_norm == pytest.approx(losses[0][0].grad_norm, rel=0.03)
+    mean = [np.mean([metrics.loss for metrics in run[-5:]]) for run in losses]
+    assert mean[1] == pytest.approx(mean[0], rel=0.01)
+    assert mean[0] < 0.6 * losses[0][0].loss
+
+
+@pytest.mark.parametrize("prefix", [(7, 3, 60), tuple(range(12))], ids=["beside", "before"])
+def test_shared_tokens_count_as_if_each_row_had_them(new_trainer, make_batch, prefix):
+    """Shorter than the rows they go through the model as one of them, longer ones by themselves; same gradient."""
+    batch = make_batch(1)
+    trainer = new_trainer(shared_prefix=prefix, rate=0.0)
+    got = trainer.run(batch._replace(positions=batch.positions + len(prefix)))
+    wide = {name: np.pad(getattr(batch, name), ((0, 0), (len(prefix), 0))) for name in ("tokens", "positions")}
+    wide["tokens"][:, : len(prefix)] = prefix
+    wide["positions"] = np.arange(wide["tokens"].shape[1], dtype=np.int32)[None].repeat(len(batch.tokens), 0)
+    ends = np.where(batch.subtree_end > 0, batch.subtree_end + len(prefix), 0)
+    wide["subtree_end"] = np.pad(ends, ((0, 0), (len(prefix), 0)), constant_values=wide["tokens"].shape[1])
+    wide["target_index"] = batch.target_index + len(prefix)
+    want = new_trainer(rate=0.0).run(batch._replace(**wide))
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    np.testing.assert_allclose(got.grad_norm, want.grad_norm, rtol=1e-4)
