@@ -33,7 +33,7 @@ def by_kernel(
     x: Float[Array, "B N T H"], factors: Factors, eps: float, mesh: Mesh | None, interpret: bool = False
 ) -> Float[Array, "B N T H"]:
     """The kernel, on each device for its rows and heads; `interpret` runs it as ordinary operations, anywhere."""
-    return _call(_forward_kernel, eps, mesh, interpret, factors, x)
+    return _call(_forward_kernel, "head_rotation", eps, mesh, interpret, factors, x)
 
 
 def _forward(x, factors, eps, mesh, interpret):
@@ -49,14 +49,16 @@ def _backward(eps, mesh, interpret, kept, gradient):
         normed = x.astype(jnp.float32)
         normed = normed * jax.lax.rsqrt(jnp.mean(jnp.square(normed), axis=-1, keepdims=True) + eps)
         scale = jnp.sum(turned * normed, axis=(0, 1, 2))[None]
-    to_x = _call(_backward_kernel, eps, mesh, interpret, factors, x, gradient)
+    to_x = _call(_backward_kernel, "head_rotation_backward", eps, mesh, interpret, factors, x, gradient)
     return to_x, Factors(jnp.zeros_like(factors.cos), jnp.zeros_like(factors.sin), scale)
 
 
 by_kernel.defvjp(_forward, _backward)
 
 
-def _call(kernel: Any, eps: float, mesh: Mesh | None, interpret: bool, factors: Factors, *heads: Array) -> Array:
+def _call(
+    kernel: Any, name: str, eps: float, mesh: Mesh | None, interpret: bool, factors: Factors, *heads: Array
+) -> Array:
     def run(factors: Factors, *heads: Float[Array, "b n T H"]) -> Float[Array, "b n T H"]:
         B, N, T, H = heads[0].shape
         tokens = min(T, _TOKENS)
@@ -78,7 +80,7 @@ def _call(kernel: Any, eps: float, mesh: Mesh | None, interpret: bool, factors: 
                 bytes_accessed=(1 + len(heads)) * heads[0].size * size,
             ),
             interpret=interpret,
-            name=kernel.__name__.strip("_"),
+            name=name,
         )(factors, *heads)
 
     if mesh is None:
@@ -96,6 +98,8 @@ def _forward_kernel(factors: Any, heads: Any, out: Any, *, eps: float) -> None:
         x = heads[n].astype(jnp.float32)
         if factors.scale is not None:
             x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * factors.scale[...]
+            # As after a norm of its own.
+            x = x.astype(heads.dtype).astype(jnp.float32)
         out[n] = (x * cos + _turned(x) * sin).astype(out.dtype)
 
 
