@@ -117,7 +117,7 @@ def _activations(config: ModelConfig, itemsize: int, mesh: Mesh | AbstractMesh, 
     scores = _ATTENTION_ARRAYS * config.num_heads * batch.length * _FLOAT32
     columns = {
         "none": 6 * config.embed_dim + (2 * (heads + keys) + heads + wide) / tensor,
-        "dots": 3 * config.embed_dim + (heads + keys + wide * 2 / 3) / tensor,
+        "dots": 2 * config.embed_dim + wide * 2 / 3 / tensor,
         "full": config.embed_dim,
     }
     whole = tokens * (columns["none"] * itemsize + scores / tensor)
