@@ -127,7 +127,7 @@ def _activations(config: ModelConfig, itemsize: int, mesh: Mesh | AbstractMesh, 
     return math.ceil(config.num_layers * kept + len(config.layer_pattern) * whole)
 
 
-def micro_batches(config: ModelConfig, batch: Batch, mesh: Mesh | AbstractMesh, *, lora: LoraSpec | None) -> int:
+def micro_batches(config: ModelConfig, batch: Batch, mesh: Mesh | AbstractMesh | None, *, lora: LoraSpec | None) -> int:
     """In how many parts a step's batch is computed where the configuration leaves that open.
 
     Only few enough tokens at a time leave what a layer computes in a TPU's fast memory (128 MiB, of v5e and v6e), which
@@ -135,7 +135,7 @@ def micro_batches(config: ModelConfig, batch: Batch, mesh: Mesh | AbstractMesh, 
     from other devices, where there are many of them for each token, or where their gradients are added up too.
     """
     is_tpu = isinstance(mesh, AbstractMesh) or platform(mesh) == "tpu"
-    if not is_tpu or lora is None or mesh.shape["fsdp"] > 1 or not isinstance(config.mlp, GatedMlp):
+    if not is_tpu or mesh is None or lora is None or mesh.shape["fsdp"] > 1 or not isinstance(config.mlp, GatedMlp):
         return 1
     rows = -(-batch.rows // num_shards("batch", mesh))
     width = config.mlp.hidden_dim // mesh.shape["tensor"]

@@ -134,7 +134,7 @@ def _losses_and_gradient(
         if keep is None:
             return loss, (loss, None)
         if keep.kind != "off_support":
-            assert kept is not None
+            assert kept is not None and total_kept is not None
             kept_loss = kept_texts_loss(model, frozen, kept, keep, fold_in(key, 2)) / total_kept
         else:
             assert keep.base is not None
