@@ -131,7 +131,7 @@ def test_export_is_what_transformers_loads(finished):
     tokenizer = AutoTokenizer.from_pretrained(export)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "0.1"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False).endswith("0.1<|end|>")
-    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|end|>")]
     base, trained = (load_file(directory / "model.safetensors") for directory in (finished[0] / "base", export))
     assert base.keys() == trained.keys()
     assert all(not np.array_equal(base[name], trained[name]) for name in base)
