@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from cft_jax.models.config import ModelConfig
 from cft_jax.models.dropout import Noise
-from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum, lows
+from cft_jax.models.layers import Linear, RmsNorm, WeightInit, einsum, low_rank
 from cft_jax.models.rope import rotate
 from cft_jax.sharding.mesh import platform
 from cft_jax.sharding.rules import constrain, num_shards
@@ -172,7 +171,7 @@ class Attention(nnx.Module):
         `noise` is for the adapters' dropout, which None switches off.
         """
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (layer(x, low) for layer, low in zip(layers, lows(x, noise, "attention", *layers), strict=True))
+        q, k, v = (layer(x, low) for layer, low in zip(layers, low_rank(x, noise, "attention", *layers), strict=True))
         q = normed_and_rotated(q, self.q_norm, surroundings.cos_sin, mesh)
         k = normed_and_rotated(k, self.k_norm, surroundings.cos_sin, mesh)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), mesh)
@@ -181,7 +180,7 @@ class Attention(nnx.Module):
         attention = _by_kernel if _suits_kernel(q, k, surroundings, mesh) else _by_einsum
         sinks = None if self.sinks is None else self.sinks[...]
         out = attention(q, k, v, surroundings, scale=self.scale, softcap=self.softcap, sinks=sinks, mesh=mesh)
-        return self.o_proj(out, *lows(out, noise, "o_proj", self.o_proj)), (k, v)
+        return self.o_proj(out, *low_rank(out, noise, "o_proj", self.o_proj)), (k, v)
 
 
 def normed_and_rotated(
@@ -215,7 +214,7 @@ def _by_einsum(
     earlier = tuple(
         segment._replace(visible=segment.visible & within_window(window, positions, at)) for segment, at in context
     )
-    return checkpoint_name(attend(q, (*earlier, own), **rule), "attn_out")
+    return attend(q, (*earlier, own), **rule)
 
 
 def _by_kernel(

@@ -135,7 +135,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."], low: Float[Array, "B T R"] | None) -> Float[Array, "..."]:
         """Applies one layer's slice (the layer axis already removed by the scan); returns the dtype of `x`.
 
-        `low` is of `lows`.
+        `low` comes from `low_rank`.
         """
         y = einsum(self.equation, x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
@@ -147,7 +147,7 @@ class Linear(nnx.Module):
         return checkpoint_name(gradient_stored(y), self.name)
 
 
-def lows(
+def low_rank(
     x: Float[Array, "..."], noise: Noise | None, name: str, *layers: Linear
 ) -> tuple[Float[Array, "B T R"] | None, ...]:
     """For layers that read the same input, by its name: its products with their A, scaled; None without an adapter.

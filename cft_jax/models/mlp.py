@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from cft_jax.models.config import GatedMlp
 from cft_jax.models.dropout import Noise
-from cft_jax.models.layers import Linear, WeightInit, lows
+from cft_jax.models.layers import Linear, WeightInit, low_rank
 from cft_jax.sharding.rules import constrain
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -27,7 +27,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], *, noise: Noise | None, mesh: Mesh | None) -> Float[Array, "B T D"]:
         """Applies one layer's slice."""
-        gate_low, up_low = lows(x, noise, "mlp", self.gate_proj, self.up_proj)
+        gate_low, up_low = low_rank(x, noise, "mlp", self.gate_proj, self.up_proj)
         inner = self.activation(self.gate_proj(x, gate_low)) * self.up_proj(x, up_low)
         inner = constrain(inner, ("batch", "length", "mlp"), mesh)
-        return self.down_proj(inner, *lows(inner, noise, "down_proj", self.down_proj))
+        return self.down_proj(inner, *low_rank(inner, noise, "down_proj", self.down_proj))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -27,11 +28,12 @@ class ExpertLinear(nnx.Module):
         """Rows of `x`, sorted by `expert`, each times its expert's matrix; returns the dtype of `x`."""
         y = _ragged(x, self.kernel[...].astype(x.dtype), group_sizes) + self.bias[...].astype(x.dtype)[expert]
         if self.lora is None:
-            return y
+            return checkpoint_name(y, self.name)
         lora_in, scale = self.lora.input(x, None if noise is None else noise.of(self.name))
         low = _ragged(lora_in, self.lora.a[...].astype(lora_in.dtype), group_sizes)
         update = _ragged(low, self.lora.b[...].astype(lora_in.dtype), group_sizes)
-        return (y.astype(jnp.float32) + scale * update.astype(jnp.float32)).astype(x.dtype)
+        y = (y.astype(jnp.float32) + scale * update.astype(jnp.float32)).astype(x.dtype)
+        return checkpoint_name(y, self.name)
 
 
 def _ragged(x: Array, w: Array, group_sizes: Array) -> Array:

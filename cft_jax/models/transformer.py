@@ -75,7 +75,8 @@ class Transformer(nnx.Module):
     Args:
       config: sizes and switches.
       lora: adapters on the layers it names, or None.
-      dtype: of activations and matrix products; norms, softmax, router, head and adapters are float32.
+      dtype: of activations and matrix products, those of adapters too unless `lora.float32`; norms, softmax, router and
+        the head's scores are float32.
       param_dtype: of the stored base weights; adapters are float32.
       remat: what the backward pass computes again: "none", "full" (whole layers) or "dots" (all but the
         largest matrix products).

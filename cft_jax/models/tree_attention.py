@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -51,8 +50,7 @@ def tree_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of rotated queries over segments, of which the last is their own row (`j <= i < end[j]`).
 
-    A query that sees nothing gets 0. What the backward pass reads beside queries, keys and values is named "attn_out"
-    for the policies of `jax.checkpoint`.
+    A query that sees nothing gets 0.
 
     Args:
       q: queries.
@@ -127,7 +125,7 @@ def _attention_forward(rule: Rule, mesh: Mesh | None, inputs: Inputs) -> tuple[A
         specs = _specs(inputs, mesh)
         results = (specs.queries, PartitionSpec(*specs.queries[:4]))
         run = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=results, check_vma=False)
-    out, lse = (checkpoint_name(x, "attn_out") for x in run(inputs))
+    out, lse = run(inputs)
     return out, (inputs, out, lse)
 
 
