@@ -22,13 +22,13 @@ NOT_CALIBRATED = 3
 
 
 def _main(values: flags.FlagValues) -> None:
-    named = {name: values[name].value for name in ("endpoint", "model", "run")}
-    if missing := [f"--{name}" for name, value in named.items() if not value]:
+    given = values.flag_values_dict()
+    if missing := [f"--{name}" for name in ("endpoint", "model", "run") if not given[name]]:
         raise UserError(f"{', '.join(missing)} missing; --endpoint, --model and --run are needed, see --help")
     from cft_jax.jobs import check
 
-    names = ("num", "prompts", "request", "completions", "timeout", "parallel", "api_key_env", "output")
-    if not check.start(**named, **{name: values[name].value for name in names}):
+    names = ("endpoint", "model", "run", "num", "prompts", "request", "completions", "timeout", "parallel")
+    if not check.start(**{name: given[name] for name in (*names, "api_key_env", "output")}):
         sys.exit(NOT_CALIBRATED)
 
 

@@ -17,14 +17,14 @@ from cft_jax.config import nested_overrides
 
 
 def _main(values: flags.FlagValues) -> None:
-    given = {name: values[name].value for name in ("model", "prompt", "prompts", "chat")}
+    given = values.flag_values_dict()
     if not given["model"]:
         raise UserError("--model is missing: the directory of a run or of an export, or a hub id")
     if sum(bool(given[name]) for name in ("prompt", "prompts", "chat")) != 1:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
-    settings = nested_overrides(values["override"].value)
+    settings = nested_overrides(given["override"])
     names = ("max_new_tokens", "temperature", "top_p")
-    sampling = {name: values[name].value for name in names if values[name].value is not None}
+    sampling = {name: given[name] for name in names if given[name] is not None}
     from cft_jax.jobs import sample
 
     if given["chat"]:
@@ -35,11 +35,11 @@ def _main(values: flags.FlagValues) -> None:
         sample.Asked(
             given["model"],
             prompts,
-            values=values["values"].value,
-            probabilities=values["probabilities"].value,
-            num=values["num"].value,
-            output=values["output"].value or "",
-            seed=values["seed"].value,
+            values=given["values"],
+            probabilities=given["probabilities"],
+            num=given["num"],
+            output=given["output"] or "",
+            seed=given["seed"],
             sampling=sampling,
             settings=settings,
         )

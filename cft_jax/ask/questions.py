@@ -104,7 +104,7 @@ def exact_answers(model: Model, questions: Sequence[Question]) -> list[Exact | N
             values, probabilities, target = plan.space.values, np.exp(log_probs), plan.space.probabilities
             metrics = finite(distances(target, log_probs, as_numbers(values)))
         else:
-            sections = plan.sections(score, keep_distribution=True)
+            sections = plan.sections(score, model.codec.text_of, keep_distribution=True)
             values, probabilities, target = (sections["distribution"][name] for name in ("values", "model", "target"))
             metrics = sections["exact_cells"] | sections["exact"]
         if not questions[index].has_target:

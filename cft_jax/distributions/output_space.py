@@ -206,7 +206,7 @@ def frozen_space(
         raise UserError(f"max_bins={max_bins} must be at least 2 and num_decimals={num_decimals} at least 0")
     if tail_policy not in TAIL_POLICIES:
         raise UserError(f"tail_policy={tail_policy!r} must be one of {', '.join(TAIL_POLICIES)}")
-    support = distribution.support() if support is None else support
+    least, most = distribution.support() if support is None else support
     clip = tail_policy == "clip_to_edge_bin"
     # SciPy meets infinities on its way to finite results, and to quantiles that are refused here.
     with np.errstate(over="ignore", divide="ignore"):
@@ -219,14 +219,14 @@ def frozen_space(
                 "range of doubles; take milder parameters or quantiles"
             )
         if integer_only:
-            start = math.floor(support[0] if math.isfinite(support[0]) else lower)
-            stop = math.ceil(support[1] if math.isfinite(support[1]) else upper)
-            clip = clip and math.isinf(support[1])
+            start = math.floor(least if math.isfinite(least) else lower)
+            stop = math.ceil(most if math.isfinite(most) else upper)
+            clip = clip and math.isinf(most)
             masses, moved = _integer_masses(named, distribution, start, stop, max_bins, clip)
             first, size, decimals = float(start), float(masses.size), 0
             bounds = first, first + size - 1
         else:
-            bounds = max(lower, support[0]), min(upper, support[1])
+            bounds = max(lower, least), min(upper, most)
             first, size, masses = _decimal_masses(
                 named, distribution, bounds, num_decimals, exact_quantiles, max_bins, clip
             )

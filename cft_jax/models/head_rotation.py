@@ -70,7 +70,7 @@ def _call(
         return pl.pallas_call(
             partial(kernel, eps=eps),
             grid=(B, N // count, pl.cdiv(T, tokens)),
-            in_specs=(Factors(of_tokens, of_tokens, scale), *[of_heads] * len(heads)),
+            in_specs=(Factors._make((of_tokens, of_tokens, scale)), *[of_heads] * len(heads)),
             out_specs=of_heads,
             out_shape=jax.ShapeDtypeStruct(heads[0].shape, heads[0].dtype),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
@@ -88,7 +88,7 @@ def _call(
     of_heads = partition_spec(heads[0].shape, ("batch", "heads", None, None), mesh)
     of_tokens = partition_spec(factors.cos.shape, ("batch", None, None), mesh)
     scale = None if factors.scale is None else partition_spec(factors.scale.shape, (None, None), mesh)
-    specs = (Factors(of_tokens, of_tokens, scale), *[of_heads] * len(heads))
+    specs = (Factors._make((of_tokens, of_tokens, scale)), *[of_heads] * len(heads))
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=of_heads, check_vma=False)(factors, *heads)
 
 

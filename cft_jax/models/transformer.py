@@ -209,7 +209,7 @@ class Transformer(nnx.Module):
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def _token_numbers(shape: tuple[int, int], leaders: Leaders | None) -> Int[Array, "B T"]:
+def _token_numbers(shape: tuple[int, ...], leaders: Leaders | None) -> Int[Array, "B T"]:
     """For dropout: all leaders have the same numbers, other rows the same with leaders among them and without."""
     row = jnp.arange(shape[0])
     if leaders is not None:

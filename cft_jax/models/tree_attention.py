@@ -73,7 +73,7 @@ def tree_attention(
     blocked = tuple(_blocked(keys, at, rule, block, own=keys is segments[-1]) for keys in segments)
     columns = None if window is None else at[:, :, None]
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(K, N // K)
-    out = _attention(rule, mesh, Inputs(grouped, blocked, columns, sinks))
+    out: Array = _attention(rule, mesh, Inputs(grouped, blocked, columns, sinks))
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, length, N, H)[:, :T]
 
 
@@ -98,7 +98,7 @@ def _blocked(keys: Keys, query_positions: Int[Array, "B T"], rule: Rule, block: 
     length = _padded(S, block)
     size = min(length, block)
     count = length // size
-    tensors = (jnp.transpose(_pad(x, length), (0, 2, 1, 3)) for x in (keys.keys, keys.values))
+    by_head, values = (jnp.transpose(_pad(x, length), (0, 2, 1, 3)) for x in (keys.keys, keys.values))
     end, positions = (_pad(x, length).reshape(-1, count, 1, size) for x in (keys.end, keys.positions))
     seen = None
     if count > 1:
@@ -111,7 +111,7 @@ def _blocked(keys: Keys, query_positions: Int[Array, "B T"], rule: Rule, block: 
             first = jnp.min(query_positions.reshape(B, -1, rule.block), axis=2)[:, :, None]
             seen &= first - last(positions) < rule.window
         seen = seen.astype(jnp.int32)
-    return Segment(*tensors, end, None if rule.window is None else positions, seen)
+    return Segment(by_head, values, end, None if rule.window is None else positions, seen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -150,7 +150,7 @@ def _attention_backward(
         # A sink's probability times what its value, 0, falls short of the output.
         products = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         d_sinks = -jnp.sum(jnp.exp(inputs.sinks[None, :, :, None] - lse) * products, axis=(0, 3))
-    segments = tuple(Segment(keys, values, None, None, None) for keys, values in d_segments)  # type: ignore[arg-type]
+    segments = tuple(Segment._make((keys, values, None, None, None)) for keys, values in d_segments)
     return (Inputs(d_queries, segments, None, d_sinks),)
 
 

@@ -175,16 +175,12 @@ class _Layout:
             )
             scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
             positions, seen = segment.positions, segment.seen
-            segments.append(
-                Segment(keys, keys, end, None if positions is None else row, None if seen is None else scalars)
-            )
+            rows = None if positions is None else row
+            segments.append(Segment._make((keys, keys, end, rows, None if seen is None else scalars)))
         positions = pl.BlockSpec((None, self.rule.block, 1), lambda h, b, i: (b, i, 0))
-        return Inputs(
-            self.queries,
-            tuple(segments),
-            None if self.arrays.positions is None else positions,
-            None if self.arrays.sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM),
-        )
+        positions = None if self.arrays.positions is None else positions
+        sinks = None if self.arrays.sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM)
+        return Inputs._make((self.queries, tuple(segments), positions, sinks))
 
     def options(self, *, products: int, tensors: int) -> dict[str, Any]:
         """What the compiler is told: so many matrix products, and arrays as large as the queries and the keys."""

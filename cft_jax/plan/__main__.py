@@ -19,11 +19,12 @@ from cft_jax.plan.topologies import topology
 
 
 def _main(values: flags.FlagValues) -> None:
-    names = [name for name in (values["topology"].value or "").split(",") if name.strip()]
+    given = values.flag_values_dict()
+    names = [name for name in (given["topology"] or "").split(",") if name.strip()]
     if not names:
         raise UserError("--topology is missing; name one or more, such as --topology=v6e-8,v5litepod-16")
     topologies = [topology(name) for name in names]
-    kinds = tuple(values["programs"].value) or KINDS
+    kinds = tuple(given["programs"]) or KINDS
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--programs={','.join(unknown)} is unknown; there are {', '.join(KINDS)}")
     config = config_of(values)
@@ -32,9 +33,9 @@ def _main(values: flags.FlagValues) -> None:
     plan.start(
         config,
         topologies,
-        output=values["output"].value,
+        output=given["output"],
         kinds=kinds,
-        rows_per_device=values["rows_per_device"].value,
+        rows_per_device=given["rows_per_device"],
     )
 
 

@@ -104,7 +104,7 @@ def _compiled(lowered: Lowered, resident: int) -> dict[str, Any]:
         memory = {"arguments": resident, "temporaries": max(needed - resident, 0), "total": needed}
         return memory | {"compile_seconds": time.monotonic() - start}
     seconds = time.monotonic() - start
-    cost = hlo.cost_of(compiled.as_text())
+    cost = hlo.cost_of(compiled.as_text() or "")
     return _memory(compiled) | {
         "flops": cost.flops,
         "cycles": cost.cycles or None,
@@ -154,7 +154,7 @@ def _report(
 
 def _memory(compiled: Compiled) -> dict[str, int]:
     """Bytes of arguments, of temporaries, and of all together."""
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     total = found.argument_size_in_bytes + found.temp_size_in_bytes + results + found.generated_code_size_in_bytes
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes, "total": total}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
 
 from cft_jax.common.errors import UserError
@@ -122,12 +122,14 @@ def papers_work(config: Config) -> Work:
     return Work(model, shapes, tuple(range(_SHARED)), _STEPS, assumed=True)
 
 
-def row_multiple(config: Config, mesh: Mesh) -> int:
+def row_multiple(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """What the rows of a batch must be a multiple of, as the main job has it."""
     return num_shards("batch", mesh) * max(config.train.grad_accum_steps, 1)
 
 
-def programs(work: Work, config: Config, mesh: Mesh, kinds: tuple[str, ...] = KINDS) -> Iterator[Program]:
+def programs(
+    work: Work, config: Config, mesh: Mesh | AbstractMesh, kinds: tuple[str, ...] = KINDS
+) -> Iterator[Program]:
     """What a run of the configuration compiles on this mesh, the train step in each of its shapes first."""
     model = abstract_model(work.model, **model_options(config.model, mesh))
     for shape in work.shapes(row_multiple(config, mesh)) if "train" in kinds else ():

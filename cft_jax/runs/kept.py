@@ -118,17 +118,16 @@ def _drawn(
         most = config.data.max_length - max(map(len, prompts))
         logging.info("drawing the base's answers to %d prompts, to keep them", len(prompts))
         drawn = sampler.complete(prompts, num_samples=-(-_DRAWN // len(prompts)), max_new_tokens=most, seed=config.seed)
-        lines = [
-            {"tokens": [*prompt, *answer.tokens, *([end] if answer.reason == "stop" else [])]}
+        texts = [
+            [*prompt, *answer.tokens, *([end] if answer.reason == "stop" else [])]
             for prompt, answers in zip(prompts, drawn, strict=True)
             for answer in answers
         ]
         if jax.process_index() == 0:
-            for line in lines:
-                line["text"] = tokenizer.decode(line["tokens"])
+            lines = ({"tokens": tokens, "text": tokenizer.decode(tokens)} for tokens in texts)
             write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             workdir.publish()
-        return [line["tokens"] for line in lines]
+        return texts
     multihost_utils.sync_global_devices("kept texts")
     if jax.process_index() > 0:
         workdir.fetch(DIRECTORY)

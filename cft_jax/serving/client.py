@@ -112,11 +112,12 @@ class Endpoint:
         """
         try:
             listed = self._request("/models")
-            names = [entry["id"] for entry in listed["data"]]
         except _Refused as error:
             if error.status in (401, 403):
                 raise self._told(error) from error
             return  # not every server lists its models
+        try:
+            names = [entry["id"] for entry in listed["data"]]
         except (LookupError, TypeError):
             raise UserError(
                 f"--endpoint={self._url} lists no models: it answers {json.dumps(listed)[:80]!r}; "
@@ -197,8 +198,7 @@ class Endpoint:
         for attempt in range(_ATTEMPTS):
             delay = min(_FIRST_DELAY * 2**attempt, _LONGEST_DELAY)
             try:
-                content = self._read(request)
-                return json.loads(content)
+                return self._parsed(request, self._read(request))
             except urllib.error.HTTPError as error:
                 with error:
                     message = _said(error)
@@ -206,11 +206,6 @@ class Endpoint:
                     raise _Refused(error.code, message) from error
                 asked = error.headers.get("Retry-After", "")
                 delay = min(float(asked), _LONGEST_DELAY) if asked.isdecimal() else delay
-            except ValueError as error:
-                raise UserError(
-                    f"{self._url}{path} answers no JSON but {content[:60]!r}; give the address of an "
-                    "OpenAI-compatible API, up to /v1"
-                ) from error
             except TimeoutError as error:
                 timeouts += 1
                 if timeouts == _TIMEOUTS:
@@ -224,6 +219,16 @@ class Endpoint:
             if attempt + 1 < _ATTEMPTS:
                 time.sleep(delay)
         raise UserError(f"--endpoint={self._url} cannot be reached ({problem}); start the server, or mend the address")
+
+    @staticmethod
+    def _parsed(request: urllib.request.Request, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise UserError(
+                f"{request.full_url} answers no JSON but {content[:60]!r}; give the address of an OpenAI-compatible "
+                "API, up to /v1"
+            ) from error
 
     def _read(self, request: urllib.request.Request) -> bytes:
         """The body of the answer; the time limit holds for all of it, however slowly it comes."""

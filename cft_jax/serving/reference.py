@@ -138,8 +138,8 @@ def _chosen(config: Config, measured: MeasuredModel, num: int) -> list[AskedProm
             "compare; train it further, or name the directory of its run as --run"
         )
     found = [
-        AskedPrompt(*item)
-        for *item, mass in zip(tasks, tokens, tries, scores, masses, strict=True)
+        AskedPrompt(task, ids, trie, score)
+        for task, ids, trie, score, mass in zip(tasks, tokens, tries, scores, masses, strict=True)
         if mass >= _OF_BEST * max(masses)
     ]
     return spread(found, num, lambda prompt: prompt.task.group)

@@ -9,12 +9,12 @@ against a tolerance.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special, stats
+from scipy import stats
 
 from cft_jax.evaluate.metrics.sound import pooled_chi_square
 from cft_jax.serving.draws import Draws, StepProbs
@@ -176,8 +176,12 @@ def _log_evidence(draws: Draws, model: StepProbs, variants: Mapping[str, StepPro
         kinds[kind].append(applied(draws.layout, model, kind, setting).log_likelihood(draws) - base)
     kinds |= {name: [probs.log_likelihood(draws) - base] for name, probs in variants.items()}
     kinds["stop"] = [unstopped(draws.layout, model).log_likelihood(draws) - base]
-    averages = [special.logsumexp(gains) - math.log(len(gains)) for gains in kinds.values()]
-    return float(special.logsumexp(averages)) - math.log(len(averages))
+    return _log_mean([_log_mean(gains) for gains in kinds.values()])
+
+
+def _log_mean(logs: Sequence[float]) -> float:
+    """Logarithm of the mean of what these are the logarithms of."""
+    return float(np.logaddexp.reduce(logs)) - math.log(len(logs))
 
 
 def causes(

@@ -79,8 +79,9 @@ def base_of(model: Transformer) -> Callable[[Mapping[str, Array]], Transformer]:
     """How to make the model without its adapters from its frozen weights: another graph, no copy of the weights."""
 
     def bare() -> Transformer:
-        dtypes = {"dtype": model.dtype, "param_dtype": model.param_dtype}
-        return Transformer(model.config, **dtypes, mesh=model.mesh, rngs=nnx.Rngs(0))
+        return Transformer(
+            model.config, dtype=model.dtype, param_dtype=model.param_dtype, mesh=model.mesh, rngs=nnx.Rngs(0)
+        )
 
     graphdef, state = nnx.split(nnx.eval_shape(bare))
     layout, _ = _named(state)

@@ -103,7 +103,7 @@ class AnalyticPlan:
         log_probs = score.prefix_log_probs[parents] + score.child_log_probs[cells]
         numbers = self.full.child_numbers(trie, cells)
         num_decimals = self.full.space.num_decimals
-        sections = {"exact": finite({"kl": kl}), "estimate": finite({"kl_standard_error": error})}
+        sections: Metrics = {"exact": finite({"kl": kl}), "estimate": finite({"kl_standard_error": error})}
         sections |= _distances("exact_cells", masses, log_probs, numbers, target_of_task(self.task, num_decimals))
         sections["path"] = finite({"logit_kl_as_trained": path})
         sections["outline"] = _text(self.task) | outline(None, numbers, masses, np.exp(log_probs))
