@@ -276,6 +276,7 @@ def test_twenty_interruptions_end_with_the_same_bits(start_command, undisturbed,
     assert_same_end(job.workdir, undisturbed, (codes, seed))
 
 
+@pytest.mark.slow
 def test_another_mesh_trains_alike(finished, configured, tmp_path):
     overrides = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.max_steps=2")
     run(configured(TINY, *overrides, "eval.enabled=False", "export.enabled=False"), tmp_path / "run")

@@ -305,6 +305,7 @@ def test_mistyped_commands(places, monkeypatch, capsys, log_restored, name, argu
     assert sorted(places["place"].rglob("*")) == before, "nothing is left or changed"
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(command, tmp_path):
     """What stands before the error, if anything, is the log of the work up to there."""
     for arguments, words, lines in (

@@ -64,6 +64,13 @@ def test_a_family_is_shown_with_target_and_distance(ask, tiny_run, tmp_path):
     assert [float(line[1]), float(line[-2])] == pytest.approx([share, row["model"][0]], abs=5e-5)
 
 
+def test_a_family_too_large_to_list_is_shown_in_bins(ask):
+    prompt = GEOMETRIC.replace("Geometric", "Exponential").replace("p=0.5", "lambda=1.0")
+    code, out, err = ask(f"--prompt={prompt}", "--num=3", "--seed=1", "--config.data.space=full")
+    assert code == 0, err
+    assert " to " in out and "exact   target" in out and "total variation" in out
+
+
 def test_quietly_the_answers_alone(ask, tiny_run):
     assert ask("--prompt=Hi", "--num=7", "--seed=1", "--quiet", "--max_new_tokens=3") == (
         0,

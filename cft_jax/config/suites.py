@@ -66,6 +66,13 @@ class McqConfig:
 
 
 @dataclass(frozen=True)
+class QuestionsConfig:
+    """The package's own questions: how many of them, evenly of every topic and half; 0 for all."""
+
+    num_questions: int = at_least(0, 0)
+
+
+@dataclass(frozen=True)
 class NoveltyBenchConfig:
     """NoveltyBench: prompts (JSONL file or hub id), the two judges (hub ids or directories), and what runs now.
 
@@ -136,6 +143,7 @@ class LmEvalConfig:
 class SuiteConfig:
     """What belongs to one suite each."""
 
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     ssot: SsotConfig = field(default_factory=SsotConfig)
     open_random: OpenRandomConfig = field(default_factory=OpenRandomConfig)
     mcq: McqConfig = field(default_factory=McqConfig)

@@ -75,6 +75,7 @@ def write_empty(directory):
     return offset
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
 @pytest.mark.parametrize("mesh", ["1,4,2"])
 def test_the_host_never_holds_a_copy(tmp_path, write_hf, hf_config, mesh):

@@ -126,7 +126,7 @@ def spoil(path: Path, how: str):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["delete", "cut", "flip"])
+@pytest.mark.parametrize("how", ["delete", "cut", pytest.param("flip", marks=pytest.mark.slow)])
 def test_any_damage_to_any_file_is_found_or_harmless(tmp_path, how):
     """Each file of the newest checkpoint in turn: the state comes back whole, from it or from the one before."""
     save(tmp_path / "whole", 1, 2)

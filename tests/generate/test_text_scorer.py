@@ -71,6 +71,7 @@ def test_equal_to_transformers(family, write_hf, hf_config, tmp_path):
         np.testing.assert_allclose(log_probs, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_found(make_model):
     # gemma3's softcap and several tiles of the vocabulary (331 tokens) with a remainder.
     model = make_model("gemma3")

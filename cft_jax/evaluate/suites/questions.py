@@ -12,6 +12,7 @@ from typing import Any
 
 from cft_jax.config import Config
 from cft_jax.distributions.questions import Question, questions
+from cft_jax.distributions.splits import spread
 from cft_jax.evaluate.results import fingerprint_of
 from cft_jax.evaluate.store import Record, run_resumable
 from cft_jax.evaluate.suites.protocol import SuiteContext, Summary
@@ -33,7 +34,10 @@ def check(config: Config, _: Path) -> None:
 def run(context: SuiteContext) -> Summary:
     """See `Suite.run`."""
     data, tokenizer, backend = context.config.data, context.tokenizer, context.backend
-    options, end, asked = ChatOptions.from_config(data), terminator_id(context.tokenizer, data.terminator), questions()
+    options, end = ChatOptions.from_config(data), terminator_id(context.tokenizer, data.terminator)
+    asked = questions()
+    if limit := context.config.suite.questions.num_questions:
+        asked = spread(asked, limit, lambda question: f"{question.topic} {question.kept}")
     messages = [[{"role": "user", "content": question.prompt}] for question in asked]
     prompts = encode_chats(tokenizer, messages, options)
     answers = [[*ids, end] for ids in encode_strings(tokenizer, [question.answer for question in asked])]

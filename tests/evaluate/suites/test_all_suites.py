@@ -23,6 +23,7 @@ LITTLE = (
     "eval.num_samples=5",
     "eval.max_new_tokens=4",
     "suite.open_random.num_samples=5",
+    "suite.questions.num_questions=14",
     "suite.open_random.max_new_tokens=4",
     "suite.mcq.max_new_tokens=4",
     "data.max_bins=31",

@@ -228,6 +228,7 @@ def test_open_random_on_a_real_model(small_checkpoint, configured, program_cache
     assert {"report.html", "config.json", *FILES} <= {path.name for path in (tmp_path / "jax").iterdir()}
 
 
+@pytest.mark.slow
 def test_mcq_on_a_real_model(small_checkpoint, configured, program_cache, tmp_path):
     which = (f"model.checkpoint={small_checkpoint}", *SMALL, "suite.mcq.max_new_tokens=6")
     summary = run(configured(CONFIGS / "mcq.py", *which), tmp_path / "out")

@@ -221,6 +221,7 @@ def test_what_is_missing_is_said_before_any_work(settings, tmp_path):
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_beside_other_suites_a_missing_scorer_leaves_the_rest(settings, program_cache, tmp_path):
     few = ("eval.suites=noveltybench,mcq", "suite.mcq.max_new_tokens=4", "suite.noveltybench.reward_model=/no/model")
     summary = run(settings(*few), tmp_path / "all")

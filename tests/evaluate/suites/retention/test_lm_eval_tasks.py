@@ -29,6 +29,7 @@ WORDS = "the a red green small tall bird stone river house sings falls runs shin
 MAX_LENGTH = 60
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
