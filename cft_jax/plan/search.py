@@ -20,7 +20,9 @@ _USABLE = 0.95
 # What settings cost in time beside the cheapest, roughly: by the compiler's cycles for recomputed layers (Qwen3-1.7B on
 # v6e), by what has to be gathered or summed among devices for the axes of the mesh.
 _REMAT = {"full": 1.2}
-_FSDP, _TENSOR, _MICRO_BATCH = 1.05, 1.15, 1.05
+_FSDP, _TENSOR = 1.05, 1.15
+# What each further microbatch adds, which reads the weights once more.
+_MICRO_BATCH = 0.05
 _MOST_TENSOR = 8
 
 
@@ -52,7 +54,7 @@ def candidates(work: Work, config: Config, topology: Topology) -> Iterator[tuple
             multiple = row_multiple(changed, AbstractMesh(sizes, AXES))
             padded = math.ceil(config.train.batch_size / multiple) * multiple / config.train.batch_size
             _, fsdp, tensor = sizes
-            cost = padded * _REMAT.get(remat, 1.0) * _MICRO_BATCH ** (parts - 1)
+            cost = padded * _REMAT.get(remat, 1.0) * (1 + _MICRO_BATCH * (parts - 1))
             cost *= (_FSDP if fsdp > 1 else 1) * _TENSOR ** math.log2(tensor)
             tried.append((cost, -sizes[0], REMAT.index(remat), sizes, changed))
     # Of equal costs the one that keeps the most copies and recomputes the least.

@@ -97,7 +97,8 @@ def test_every_program_of_a_run_on_two_kinds_of_tpu(plan):
     assert names == ["train", "prefill", "decode", "score", "likelihood"]
     for one in figures["programs"]:
         assert one["fits"] and one["name"] in out
-        assert 0 < one["bytes"]["temporaries"] <= one["bytes"]["total"] < one["bytes"]["available"]
+        # Small programs have all their temporaries in the chip's own memory.
+        assert 0 <= one["bytes"]["temporaries"] <= one["bytes"]["total"] < one["bytes"]["available"]
         assert one["cycles"] > 0 and 0 < one["estimated_utilization"] < 1
         # Attention's scores and blocks that are not full come on top of what the method asks for.
         assert one["flops"] > 0.9 * one["ideal_flops"]
