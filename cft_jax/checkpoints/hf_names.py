@@ -38,11 +38,11 @@ _BLOCK = (
     ("attn_sinks", "attn sinks", "self_attn.sinks", "N->N"),
     ("moe", "mlp router_kernel", "mlp.router.weight", "E,D->DE"),
     ("moe", "mlp router_bias", "mlp.router.bias", "E->E"),
-    # F counts gate and up together, which the file interleaves.
-    ("moe", "mlp gate_up_proj kernel", "mlp.experts.gate_up_proj", "E,D,F->EDF"),
-    ("moe", "mlp gate_up_proj bias", "mlp.experts.gate_up_proj_bias", "E,F->EF"),
-    ("moe", "mlp down_proj kernel", "mlp.experts.down_proj", "E,F,D->EFD"),
-    ("moe", "mlp down_proj bias", "mlp.experts.down_proj_bias", "E,D->ED"),
+    # P counts gate and up, which the file interleaves; of down there is one.
+    ("moe", "mlp gate_up_proj kernel", "mlp.experts.gate_up_proj", "E,D,FP->EPDF"),
+    ("moe", "mlp gate_up_proj bias", "mlp.experts.gate_up_proj_bias", "E,FP->EPF"),
+    ("moe", "mlp down_proj kernel", "mlp.experts.down_proj", "E,F,DP->EPFD"),
+    ("moe", "mlp down_proj bias", "mlp.experts.down_proj_bias", "E,DP->EPD"),
 )
 
 

@@ -1,5 +1,6 @@
 """A model's adapters on the host: per tensor of the checkpoint, as factors in PEFT's layout or as an update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -47,9 +48,22 @@ def adapter_tensors(config: ModelConfig, spec: LoraSpec) -> list[AdapterTensor]:
 
 
 def as_matrices(a: Matrix, b: Matrix, experts: bool) -> tuple[Matrix, Matrix]:
-    """One layer's A [(E,) *in, R] and B [(E,) R, *out] as matrices [(E,) in, R] and [(E,) R, out]."""
-    lead, rank = a.shape[: int(experts)], a.shape[-1]
-    return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
+    """One layer's A [*in, R] and B [R, *out] as matrices [in, R] and [R, out].
+
+    Those of experts, [E, in, R] and [E, R, P, out], become [E, in, R] and [E, R, out * P]: the file interleaves the
+    outputs of an expert's P matrices.
+    """
+    if experts:
+        return a, b.swapaxes(-1, -2).reshape(*b.shape[:2], -1)
+    return a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+
+
+def from_matrices(a: Matrix, b: Matrix, shapes: Sequence[tuple[int, ...]], experts: bool) -> tuple[Matrix, Matrix]:
+    """The inverse of `as_matrices`: A and B of the given shapes."""
+    if experts:
+        E, R, parts, out = shapes[1]
+        return a, b.reshape(E, R, out, parts).swapaxes(-1, -2)
+    return a.reshape(shapes[0]), b.reshape(shapes[1])
 
 
 class HostWeights:

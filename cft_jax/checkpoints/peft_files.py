@@ -10,7 +10,14 @@ import numpy as np
 
 from cft_jax.checkpoints import hf_names
 from cft_jax.checkpoints.hf_checkpoint import mismatch
-from cft_jax.checkpoints.lora_weights import AdapterTensor, HostWeights, Matrix, adapter_tensors, as_matrices
+from cft_jax.checkpoints.lora_weights import (
+    AdapterTensor,
+    HostWeights,
+    Matrix,
+    adapter_tensors,
+    as_matrices,
+    from_matrices,
+)
 from cft_jax.checkpoints.tensor_files import StoredTensor, read_header, read_record, write_record, write_tensors
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
@@ -134,9 +141,11 @@ class PeftAdapter:
         out = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
         for target, a, b in zip(targets, matrices[::2], matrices[1::2], strict=True):
             paths = [(*target.path, which) for which in "ab"]
-            factors = _from_peft(a, b, shapes[paths[0]][1] if target.experts else 1)
+            one = [shapes[path][1:] for path in paths]
+            a, b = _from_peft(a, b, one[0][0] if target.experts else 1)
+            factors = from_matrices(a, b, one, target.experts)
             for path, factor in zip(paths, factors, strict=True):
-                out[path][target.name.layer] = factor.reshape(shapes[path][1:])
+                out[path][target.name.layer] = factor
         return out
 
 

@@ -15,7 +15,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
 }
 # Logical axes that no mesh axis cuts; a name in neither table is a mistake.
-WHOLE = frozenset({"layers", "head_dim", "rank", "experts", "length", "act_embed"})
+WHOLE = frozenset({"layers", "head_dim", "rank", "experts", "parts", "length", "act_embed"})
 
 
 def num_shards(axis: str, mesh: Mesh | AbstractMesh | None) -> int:
