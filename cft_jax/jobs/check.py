@@ -21,7 +21,7 @@ from cft_jax.serving.advice import BASE, MOVED, PROMPT, REPEATED, advice
 from cft_jax.serving.client import Endpoint, Reply
 from cft_jax.serving.draws import AnswerPath, Draws
 from cft_jax.serving.reference import Reference
-from cft_jax.serving.verdict import Cause, Verdict, causes, judge
+from cft_jax.serving.verdict import Cause, Verdict, as_likely, causes, judge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +98,8 @@ def compare(reference: Reference, server: Endpoint, *, num: int, completions: bo
     found = causes(draws, {"": reference.model, **variants, **base}, reported=reported)
     if verdict.is_repeated and repetition is not None:
         # Under which all but the first is certain; a greedy server repeats itself, too.
-        found = sorted([Cause(REPEATED, (REPEATED,), -repetition, 1.0), *found], key=lambda cause: -cause.gain)
+        repeated = Cause(REPEATED, (REPEATED,), -repetition, 1.0, fits=True)
+        found.insert(int(bool(found) and found[0].gain > repeated.gain), repeated)
     if not found or not found[0].fits:
         kind = PROMPT if _counted_more(reference, replies) else MOVED
         found = [Cause(kind, (kind,), math.nan, kl=verdict.kl), *found]
@@ -150,6 +151,8 @@ def _evidence(reference: Reference, result: Result) -> list[str]:
     ]
     if not math.isnan(verdict.kl):
         lines.append(f"log-probabilities: KL {verdict.kl:.2g} nats per token from the model to the server")
+    if verdict.reported_variant:
+        lines.append(f"log-probabilities: those of {verdict.reported_variant}")
     if more := _counted_more(reference, result.replies):
         lines.append(f"prompts: {abs(more)} tokens {'more' if more > 0 else 'less'} there than here")
     if cut := sum(answer.is_cut for answer in answers):
@@ -164,7 +167,10 @@ def _outcome(result: Result) -> list[str]:
     if result.verdict.calibrated:
         return ["calibrated"]
     first = result.causes[0]
-    lines = ["NOT calibrated", f"likely cause: {first.name}", f"what to do: {advice(first.kinds)}"]
+    lines = ["NOT calibrated", f"likely cause: {first.name}"]
+    if alike := [cause.name for cause in as_likely(result.causes)]:
+        lines.append(f"as likely: {', '.join(alike)}; more --num or --prompts may tell them apart")
+    lines.append(f"what to do: {advice(first.kinds)}")
     shown = [cause for cause in result.causes if not math.isnan(cause.gain)]
     if shown:
         lines.append("explanations, by likelihood ratio to the model, nats per answer:")

@@ -30,8 +30,11 @@ class Temperature:
     error: float
 
 
-def applied(layout: Layout, probs: StepProbs, kind: str, setting: float) -> StepProbs:
-    """The probabilities under a mistake: of `SETTINGS` the kind, and how much of it."""
+def applied(layout: Layout, probs: StepProbs, kind: str, setting: float, *, edge: StepProbs | None = None) -> StepProbs:
+    """The probabilities under a mistake: of `SETTINGS` the kind, and how much of it.
+
+    The share of a cut that stays uncut is drawn from `edge`, by default from `probs`.
+    """
     scores = probs.log_probs
     if kind == "temperature":
         return _shared_out(layout, probs, scores / setting)
@@ -49,10 +52,10 @@ def applied(layout: Layout, probs: StepProbs, kind: str, setting: float) -> Step
         kept = scores >= np.log(setting) + np.maximum.reduceat(scores, layout.starts)[layout.prefix]
     else:
         raise ValueError(f"unknown mistake {kind!r}")
-    cut = np.full(scores.size, -np.inf)
+    cut, uncut = np.full(scores.size, -np.inf), (edge or probs).log_probs
     cut[order[kept]] = scores[order[kept]]
     return StepProbs(
-        np.logaddexp(np.log1p(-_UNCUT) + _shared_out(layout, probs, cut).log_probs, np.log(_UNCUT) + scores),
+        np.logaddexp(np.log1p(-_UNCUT) + _shared_out(layout, probs, cut).log_probs, np.log(_UNCUT) + uncut),
         probs.log_left,
     )
 

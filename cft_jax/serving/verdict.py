@@ -4,12 +4,12 @@ Two tests share the probability of a false alarm. The first is blind: chi-square
 given that the answer is one of the values, one over all prompts, and an exact one-sided test of the answers that are
 none; with Bonferroni's correction. The second looks for known mistakes: the likelihood ratio of each to the model,
 averaged with fixed weights, has expectation at most 1 for an honest server, so that by Markov's inequality it exceeds
-1/alpha with probability at most alpha, whatever the number of draws. Log-probabilities have no noise; they are held
-against a tolerance.
+1/alpha with probability at most alpha, whatever the number of draws. Log-probabilities have no noise but rounding; they
+are held against a tolerance, and a much smaller one where they are those of a wrong prompt.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,14 +25,20 @@ from cft_jax.serving.mistakes import SETTINGS, Temperature, applied, maximum_lik
 # million simulated honest runs (8 prompts, 25 to 200 draws) 20 to 38 had a p-value below 1e-5.
 FALSE_ALARM = 1e-4
 _BLIND_LEVEL = 1e-5
-# KL from the model to the server's log-probabilities that rounding does not explain: bfloat16 logits of size 20 make
-# 0.001 nats per token.
-MOST_KL = 0.01
+# KL from the model to the server's log-probabilities that rounding does not explain, nats per token, and what bfloat16
+# logits of size 20 make.
+MOST_KL, _ROUNDING = 0.01, 1e-3
+# Log-probabilities are one source's rather than another's if their KL to it is so much less.
+_NEARER = 0.1
 # An explanation fits where the blind test of it has at least this p-value.
 _FITS = 1e-3
 STOP = "stop token"
 # Explanations whose fit is looked at, of each number of mistakes.
-_TRIED = 6
+_TRIED = 12
+# Nats by which two mistakes must explain the draws better than one: a second setting, idle, gains 2.
+_WORTH = 5.0
+# Explanations whose likelihoods differ by less are not told apart.
+_ALIKE = 1.0
 # Temperatures below are told from greedy by nobody.
 _GREEDY = 0.1
 _COMBINED_TEMPERATURES = tuple(np.round(np.arange(0.3, 2.01, 0.05), 2))
@@ -68,6 +74,7 @@ class Cause:
       gain: log-likelihood ratio to the model as it is, nats.
       p_value: of the blind test of this explanation; NaN where it was not asked for.
       kl: from the explanation to the server's log-probabilities, nats per token; NaN where it gives none.
+      fits: whether nothing that was seen speaks against it.
     """
 
     name: str
@@ -75,11 +82,7 @@ class Cause:
     gain: float
     p_value: float = math.nan
     kl: float = math.nan
-
-    @property
-    def fits(self) -> bool:
-        """Whether nothing that was seen speaks against it."""
-        return self.gain > 0 and self.p_value > _FITS and not self.kl > MOST_KL
+    fits: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Verdict:
       log_evidence: logarithm of the average likelihood ratio of the known mistakes.
       temperature: by maximum likelihood.
       kl: from the model to the server's log-probabilities, nats per token; NaN where it gives none.
+      reported_variant: the wrong prompt whose log-probabilities the server reports, or empty.
       is_repeated: whether all requests for a prompt came back alike, which chance does not explain.
     """
 
@@ -100,6 +104,7 @@ class Verdict:
     log_evidence: float
     temperature: Temperature
     kl: float
+    reported_variant: str
     is_repeated: bool
 
 
@@ -122,16 +127,20 @@ def judge(
     """
     frequencies = blind_test(draws, model)
     evidence = _log_evidence(draws, model, variants)
-    kl = math.nan if reported is None else kl_to_server(draws, model, reported)
+    kls = _kls({"": model, **variants}, draws, reported)
+    nearest = min(kls, key=lambda name: kls[name], default="")
+    is_variant = nearest != "" and kls[nearest] < _tolerance(kls) < kls[""]
     is_repeated = repetition is not None and repetition < math.log(FALSE_ALARM / 10)
     calibrated = (
         frequencies.p_value > _BLIND_LEVEL
         and evidence < math.log(2 / FALSE_ALARM)
-        and not kl > MOST_KL
+        and not kls.get("", 0.0) > MOST_KL
+        and not is_variant
         and not is_repeated
     )
     temperature = maximum_likelihood(draws, model)
-    return Verdict(calibrated, frequencies, evidence, temperature, kl, is_repeated)
+    kl = kls.get("", math.nan)
+    return Verdict(calibrated, frequencies, evidence, temperature, kl, nearest if is_variant else "", is_repeated)
 
 
 def blind_test(draws: Draws, probs: StepProbs, *, count_left: bool = True) -> Frequencies:
@@ -168,6 +177,16 @@ def kl_to_server(draws: Draws, probs: StepProbs, reported: Float[np.ndarray, "C"
     return float(visits @ per_prefix / visits.sum()) if visits.any() else math.nan
 
 
+def _kls(sources: Mapping[str, StepProbs], draws: Draws, reported: Float[np.ndarray, "C"] | None) -> dict[str, float]:
+    """KL from each source to what the server reports, nats per token; empty where it reports nothing."""
+    return {} if reported is None else {name: kl_to_server(draws, probs, reported) for name, probs in sources.items()}
+
+
+def _tolerance(kls: Mapping[str, float]) -> float:
+    """The most KL of a source that the server may yet be reporting: of the nearest's order, within the known bounds."""
+    return min(MOST_KL, max(_ROUNDING, min(kls.values(), default=0.0) / _NEARER))
+
+
 def _log_evidence(draws: Draws, model: StepProbs, variants: Mapping[str, StepProbs]) -> float:
     """Logarithm of the average likelihood ratio: kinds of mistakes weigh alike, and so do the settings of a kind."""
     base = model.log_likelihood(draws)
@@ -192,7 +211,7 @@ def causes(
 ) -> list[Cause]:
     """Explanations of draws that are not the model's, the likeliest first.
 
-    A single mistake that fits is preferred to two.
+    One mistake that fits is preferred to two, unless two explain the draws much better.
 
     Args:
       draws: of the server.
@@ -201,26 +220,51 @@ def causes(
       reported: see `judge`.
 
     Returns:
-      The likeliest of those that fit, then what was tried; where none fits, all that were tried by their gain.
+      The likeliest of those that fit, then what was tried by its gain.
     """
-    base = sources[""].log_likelihood(draws)
-    found: list[Cause] = []
+    kls = _kls(sources, draws, reported)
+    tried, best = [], []
     for candidates in (_single(draws, sources), _combined(draws, sources)):
-        level = []
-        for name, kinds, source, probs in candidates:
-            gain = probs.log_likelihood(draws) - base
-            level.append((Cause(name, kinds, gain), source, probs))
-        level.sort(key=lambda item: -item[0].gain)
-        for cause, source, probs in level[:_TRIED]:
-            p_value = blind_test(draws, probs, count_left=cause.kinds[-1] not in SETTINGS).p_value
-            # Servers report what the model says, or what is left of it after temperature and cuts.
-            kls = [] if reported is None else [kl_to_server(draws, p, reported) for p in (probs, sources[source])]
-            full = Cause(cause.name, cause.kinds, cause.gain, p_value, min(kls, default=math.nan))
-            if full.fits:
-                others = [item for item in found if item.name != full.name]
-                return [full, *others]
-            found.append(full)
-        found.sort(key=lambda item: -item.gain)
+        level = _weighed(draws, sources, candidates, kls=kls, reported=reported)
+        tried += level
+        best += [next((cause for cause in level if cause.fits), None)]
+    single, double = best
+    is_worth = single is None or (double is not None and double.gain > single.gain + _WORTH)
+    first = double if is_worth else single
+    others = sorted((cause for cause in tried if cause is not first), key=lambda cause: -cause.gain)
+    return others if first is None else [first, *others]
+
+
+def as_likely(found: Sequence[Cause]) -> list[Cause]:
+    """Explanations, of other kinds, that the draws do not tell apart from the first."""
+    first, kinds, alike = found[0], {found[0].kinds}, []
+    for cause in found[1:]:
+        is_near = cause.fits and first.fits and cause.gain > first.gain - _ALIKE
+        if is_near and len(cause.kinds) == len(first.kinds) and cause.kinds not in kinds:
+            kinds.add(cause.kinds)
+            alike.append(cause)
+    return alike
+
+
+def _weighed(
+    draws: Draws,
+    sources: Mapping[str, StepProbs],
+    candidates: Iterable[tuple[str, tuple[str, ...], str, StepProbs]],
+    *,
+    kls: Mapping[str, float],
+    reported: Float[np.ndarray, "C"] | None,
+) -> list[Cause]:
+    """The likeliest of the candidates, and whether they fit; `kls` are those of the sources."""
+    base, most_kl = sources[""].log_likelihood(draws), _tolerance(kls)
+    ranked = sorted(((item[-1].log_likelihood(draws) - base, item) for item in candidates), key=lambda pair: -pair[0])
+    found = []
+    for gain, (name, kinds, source, probs) in ranked[:_TRIED]:
+        p_value = blind_test(draws, probs, count_left=kinds[-1] not in SETTINGS).p_value
+        # Servers report what the model says, or what is left of it after temperature and cuts.
+        kl = math.nan if reported is None else min(kl_to_server(draws, probs, reported), kls[source])
+        # Where the log-probabilities are not the model's, whose they are need not be seen in the draws.
+        is_better = gain > 0 or kls.get("", 0.0) > most_kl
+        found.append(Cause(name, kinds, gain, p_value, kl, is_better and p_value > _FITS and not kl > most_kl))
     return found
 
 
@@ -243,7 +287,8 @@ def _ways(draws: Draws, source: StepProbs) -> Iterator[tuple[str, str, StepProbs
             yield f"temperature {best.value:.3g} ± {best.error:.1g}", kind, probs
             continue
         tried = ((setting, applied(draws.layout, source, kind, setting)) for setting in settings)
-        setting, probs = max(tried, key=lambda item: item[1].log_likelihood(draws))
+        # Of settings that cut alike the one with the fewest digits, as people write them.
+        setting, probs = max(tried, key=lambda item: (round(item[1].log_likelihood(draws), 6), -len(f"{item[0]:g}")))
         yield ("greedy" if (kind, setting) == ("top-k", 1) else f"{kind} {setting:g}"), kind, probs
 
 
@@ -255,7 +300,8 @@ def _combined(draws: Draws, sources: Mapping[str, StepProbs]) -> Iterator[tuple[
     model = sources[""]
     best = max(
         (
-            (applied(draws.layout, tempered, kind, setting), temperature, kind, setting)
+            # One edge for all temperatures, or the hottest would explain greedy answers best.
+            (applied(draws.layout, tempered, kind, setting, edge=model), temperature, kind, setting)
             for temperature in _COMBINED_TEMPERATURES
             for tempered in [applied(draws.layout, model, "temperature", temperature)]
             for kind, settings in SETTINGS.items()

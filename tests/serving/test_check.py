@@ -14,19 +14,21 @@ from cft_jax.jobs.check import compare
 from cft_jax.serving import advice
 from cft_jax.serving.client import Endpoint
 from cft_jax.serving.prompts import SYSTEM
+from cft_jax.serving.verdict import as_likely
 from cft_jax.text import ChatOptions, encode_chats
 
 pytestmark = [pytest.mark.usefixtures("program_cache"), pytest.mark.slow]
-NUM = 100
+# Answers to each prompt, and where text alone must show a small mistake.
+NUM, MORE = 100, 400
 
 
 @pytest.fixture
 def check(serve, reference):
     """Compares a server that behaves so with the reference."""
 
-    def run(behaviour, **options):
+    def run(behaviour, num=NUM, **options):
         server = Endpoint(serve(behaviour), "tiny", key="", timeout=600, parallel=2, fields={})
-        return compare(reference, server, num=NUM, **options)
+        return compare(reference, server, num=num, **options)
 
     return run
 
@@ -40,6 +42,11 @@ def test_an_honest_server_passes(check, behave, trained, tokenizer, completions)
     # The server's numbers are ours.
     assert abs(verdict.kl) < 1e-4
     assert result.draws.num.tolist() == [NUM] * len(result.replies)
+
+
+def test_an_honest_server_passes_twenty_times_of_twenty(check, behave, trained, tokenizer):
+    behaviour = behave(sampler=Sampler(trained, tokenizer), can=("n",))
+    assert all(check(behaviour).verdict.calibrated for _ in range(20))
 
 
 def test_what_a_server_cannot_do_is_done_without(check, behave):
@@ -68,6 +75,10 @@ def top_p(p):
     return cut
 
 
+def min_p(p):
+    return lambda log_probs: np.where(log_probs >= log_probs.max() + np.log(p), log_probs, -np.inf)
+
+
 CUTS = {
     "temperature": (tempered(0.6), ("temperature",)),
     "top-k": (top_k(3), ("top-k",)),
@@ -85,6 +96,25 @@ def test_sampling_that_is_left_on(check, behave, name):
     assert result.causes[0].kinds == kinds and result.causes[0].fits, result.causes
 
 
+def test_a_min_p_that_is_left_on(check, behave):
+    """Where each step has a few probable tokens, a top-p may leave the same ones; then both are named."""
+    result = check(behave(cut=min_p(0.1)))
+    assert not result.verdict.calibrated
+    likely = [result.causes[0], *as_likely(result.causes)]
+    assert result.causes[0].fits and ("min-p",) in [cause.kinds for cause in likely], result.causes
+
+
+def test_a_temperature_with_a_top_p(check, behave):
+    cut = lambda log_probs: top_p(0.95)(_normalised(log_probs / 0.6))  # noqa: E731
+    result = check(behave(cut=cut), num=MORE)
+    assert not result.verdict.calibrated
+    assert result.causes[0].kinds == ("temperature", "top-p") and result.causes[0].fits, result.causes
+
+
+def _normalised(log_probs):
+    return log_probs - np.logaddexp.reduce(log_probs)
+
+
 def test_the_temperature_is_estimated(check, behave):
     temperature = check(behave(cut=tempered(0.6))).verdict.temperature
     assert abs(temperature.value - 0.6) < 3 * temperature.error and temperature.error < 0.05
@@ -100,6 +130,7 @@ def test_the_base_model_answers(check, behave, next_tokens, calibrated_run, can)
 
 WRONG_PROMPTS = {
     "thinking mode on": {"enable_thinking": True},
+    "doubled BOS": {"duplicate_bos": True},
     "system prompt": {},
 }
 
@@ -111,6 +142,13 @@ def test_another_prompt_reaches_the_model(check, behave, config, tokenizer, name
     result = check(behave(encode=lambda messages: encode_chats(tokenizer, [[*system, *messages]], options)[0]))
     assert not result.verdict.calibrated
     assert result.causes[0].kinds == (name,) and result.causes[0].fits, result.causes
+
+
+def test_a_doubled_bos_shows_in_text_alone(check, behave, config, tokenizer):
+    options = dataclasses.replace(ChatOptions.from_config(config.data), duplicate_bos=True)
+    wrong = behave(encode=lambda messages: encode_chats(tokenizer, [messages], options)[0], can=("n",))
+    result = check(wrong, num=MORE)
+    assert not result.verdict.calibrated and result.causes[0].kinds == ("doubled BOS",), result.causes
 
 
 def test_a_system_prompt_of_its_own(check, behave, config, tokenizer):
@@ -130,7 +168,8 @@ def test_every_request_gets_the_same_draws(check, behave):
     assert not result.verdict.calibrated and result.causes[0].kinds == (advice.REPEATED,)
 
 
-def test_quantised_weights(check, behave, trained, next_tokens):
+@pytest.mark.parametrize(("can", "num"), [(("n", "logprobs"), NUM), (("n",), 2 * MORE)], ids=["logprobs", "text alone"])
+def test_quantised_weights(check, behave, trained, next_tokens, can, num):
     def rounded(weights):
         if weights.ndim < 2:
             return weights
@@ -139,7 +178,7 @@ def test_quantised_weights(check, behave, trained, next_tokens):
 
     graphdef, state = nnx.split(trained)
     quantised = nnx.merge(graphdef, jax.tree.map(rounded, state))
-    result = check(behave(model=next_tokens(quantised)))
+    result = check(behave(model=next_tokens(quantised), can=can), num=num)
     assert not result.verdict.calibrated
     assert result.causes[0].kinds == (advice.MOVED,), result.causes
-    assert 0.01 < result.causes[0].kl < 3
+    assert "logprobs" not in can or 0.01 < result.causes[0].kl < 3

@@ -8,7 +8,7 @@ import pytest
 from cft_jax.distributions import SpaceSettings, build_splits, task_from_spec
 from cft_jax.serving.draws import Draws, Layout, Reports, StepProbs, path_of
 from cft_jax.serving.mistakes import applied, maximum_likelihood, unstopped
-from cft_jax.serving.verdict import FALSE_ALARM, blind_test, causes, judge, kl_to_server
+from cft_jax.serving.verdict import FALSE_ALARM, MOST_KL, as_likely, blind_test, causes, judge, kl_to_server
 from cft_jax.text.trie import grow_forest, token_matrix
 
 END = 0
@@ -92,6 +92,8 @@ MISTAKES = {
     "greedy": [("top-k", 1)],
     "temperature, top-p": [("temperature", 0.7), ("top-p", 0.8)],
     "temperature, top-k": [("temperature", 0.6), ("top-k", 5)],
+    # A temperature of 0.5 alone explains these draws, too, but not half so well.
+    "temperature, a late top-p": [("temperature", 0.6), ("top-p", 0.95)],
 }
 
 
@@ -211,6 +213,36 @@ def test_the_kl_of_log_probabilities(layout, model):
     one = p[0] * np.log(p[0] / q[0]) + (1 - p[0]) * np.log((1 - p[0]) / (1 - q[0]))
     assert kl_to_server(draws, model, reported) == pytest.approx(one, rel=1e-9)
     assert judge(draws, model, {}, reported=other, repetition=None).calibrated is False
+
+
+def test_what_the_draws_do_not_tell_apart():
+    """By hand: a top-k of 1 and a top-p below 0.6 leave the same answer; the other prompt explains nothing."""
+    layout = Layout([trie_of(["1", "2", "3"], [0.6, 0.3, 0.1])])
+    model = near(layout, seed=0, noise=0.0)
+    draws = draw(layout, StepProbs(np.log([1, 1e-9, 1e-9, 1, 1, 1]), model.log_left), seed=15)
+    found = causes(draws, {"": model, "another": near(layout, seed=1, noise=0.1)}, reported=None)
+    assert {found[0].kinds, *(cause.kinds for cause in as_likely(found))} == {("top-k",), ("top-p",)}
+
+
+def test_log_probabilities_tell_a_wrong_prompt_at_once(layout, model):
+    """Twenty answers show nothing; what the server reports is the other prompt's, or the model's but for rounding."""
+    rng = np.random.default_rng(14)
+
+    def moved(probs, noise):
+        scores = probs.log_probs + noise * rng.standard_normal(probs.log_probs.size)
+        return applied(layout, StepProbs(scores, probs.log_left), "temperature", 1.0)
+
+    wrong = moved(model, 0.1)
+    variants = {"doubled BOS": wrong, "another": near(layout, seed=1, noise=0.3)}
+    for source, name in ((wrong, "doubled BOS"), (model, "")):
+        draws = draw(layout, source, seed=14, num=20)
+        assert judge(draws, model, variants, reported=None, repetition=None).calibrated
+        reported = moved(source, 0.01).log_probs
+        verdict = judge(draws, model, variants, reported=reported, repetition=None)
+        assert verdict.reported_variant == name and verdict.calibrated == (not name) and verdict.kl < MOST_KL
+        if name:
+            first = causes(draws, {"": model, **variants}, reported=reported)[0]
+            assert first.name == name and first.fits
 
 
 def test_repeated_answers_are_no_chance(layout, model):
