@@ -28,8 +28,12 @@ SET_UP = (
 )
 # A model and an evaluation of seconds instead of minutes; the same commands otherwise.
 SMALL_MODEL = ("model.scratch.num_layers=1", "model.scratch.embed_dim=32", "model.scratch.hidden_dim=48")
-SMALL_DATA = ("data.train_families=uniform,", "data.grid_points=2")
+SMALL_DATA = ("data.train_families=uniform,",)
 SHORT_TRAINING = ("train.max_steps=1", "train.batch_size=2", "eval.enabled=False")
+# The demo's base, which it makes first.
+SMALL_BASE = (f"model.base={ROOT / 'tests' / 'configs' / 'tiny.py'}", "train.batch_size=16", "train.keep.weight=0")
+# A first step moves one half of an adapter alone, and its export would be refused.
+SMALL_BASE += ("train.max_steps=2",)
 SHORT_EVALUATION = ("eval.max_prompts_per_split=1", "eval.num_samples=2", "data.max_bins=21", "data.num_decimals=1")
 # What stands for the reader's own in commands.
 PLACEHOLDERS = {"WHAT": "exported", "runs/llama": "runs/demo"}
@@ -124,7 +128,7 @@ def demo(place):
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
         words = shlex.split(SET_UP[0].partition("&& ")[2])
-        run([*shortened(words), *(f"--config.{field}" for field in SMALL_DATA)])
+        run([*shortened(words), *(f"--config.{field}" for field in SMALL_DATA + SMALL_BASE)])
     return place / "runs" / "demo"
 
 

@@ -55,7 +55,7 @@ def settings_of(what: str, settings: Mapping[str, Any]) -> Config:
     if is_run:
         with opened(what, write=False, flag="model") as run:
             config = from_config_dict(read_config(run.path))
-    config = changed(config, {"model": {"checkpoint": what, "scratch": {"enabled": False}}})
+    config = changed(config, {"model": {"checkpoint": what, "base": "", "scratch": {"enabled": False}}})
     config = changed(config, {"export": {"enabled": False}})
     config = changed(config, settings)
     validate(config)

@@ -159,12 +159,16 @@ class Workdir:
         """The place as the user named it."""
         return str(self.origin)
 
+    def inner(self, name: str) -> "Workdir":
+        """A directory in this one as a workdir of its own; what is written there is copied to the same store."""
+        return Workdir(self.path / name, self.origin / name if self._is_mirror else None, write=self._write)
+
     def fetch(self, under: str = "") -> None:
         """Copies what the store has in a directory of it, by default in all, checkpoints and results aside."""
         there = self.origin / under
         for entry in there.iterdir() if self._is_mirror and there.is_dir() else ():
             inner = Path(under) / entry.name
-            if inner.as_posix() in _NOT_FETCHED:
+            if inner.as_posix() in _NOT_FETCHED or inner.name == CHECKPOINTS:
                 continue
             if entry.is_dir():
                 self.fetch(inner.as_posix())

@@ -64,9 +64,14 @@ class ScratchConfig:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which weights and tokenizer to start from, and how to hold them."""
+    """Which weights and tokenizer to start from, and how to hold them.
+
+    They are those of `checkpoint`, or what the run makes first: `base`, the export of a run of another config, or
+    `scratch`.
+    """
 
     checkpoint: str = ""
+    base: str = ""
     tokenizer: str = ""
     revision: str = "main"
     dtype: str = one_of("bfloat16", "float32", "float16")
@@ -126,7 +131,7 @@ class KeepConfig:
     weight: float = at_least(0, 0.0)
     source: str = ruled("self", bool, "self or a file")
     kind: str = one_of("kl", "off_support", "replay")
-    rows: int = at_least(0, 4)
+    rows: int = at_least(0, 1)
     prompts: str = ""
 
 
@@ -257,6 +262,7 @@ def eval_config_dict(suites: Sequence[str], run: str) -> ConfigDict:
     if run:
         config = ConfigDict(dataclasses.asdict(from_config_dict(read_config(Path(run)))))
         config.model.checkpoint = run
+        config.model.base = ""
         config.model.scratch.enabled = False
     config.eval.suites = tuple(suites)
     config.export.enabled = False
@@ -321,9 +327,14 @@ def _of_model(config: Config) -> Iterator[str]:
         yield "a model made from scratch needs all its weights trained; set config.model.lora.enabled=False"
     if not model.lora.enabled and config.export.format == "adapter" and config.export.enabled:
         yield "without LoRA there is no adapter to export; set config.export.format=merged"
-    if not model.scratch.enabled and not model.checkpoint:
+    if not model.scratch.enabled and not model.base and not model.checkpoint:
         yield "config.model.checkpoint is empty; set it to a hub id or a directory in HF format"
-    for name in ("checkpoint", "tokenizer", "adapter") if model.scratch.enabled else ():
+    if model.base and model.checkpoint:
+        yield (
+            f"config.model.base={model.base} and config.model.checkpoint={model.checkpoint} are two models to start "
+            "from; leave one of them empty"
+        )
+    for name in ("checkpoint", "base", "tokenizer", "adapter") if model.scratch.enabled else ():
         if getattr(model, name):
             yield f"config.model.scratch.enabled makes a model and a tokenizer; leave config.model.{name} empty"
 

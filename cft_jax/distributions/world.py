@@ -10,10 +10,11 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
-from cft_jax.distributions.families import Family
+from cft_jax.distributions.families import Family, find_family
 from cft_jax.distributions.output_space import OutputSpace
 from cft_jax.distributions.questions import questions
 from cft_jax.distributions.splits import OOD, OOD_LISTS, TRAIN, UNSEEN, PromptSpec, build_splits, roles, spread
@@ -72,15 +73,17 @@ _TRAINED_WORDINGS = (
 _UNSEEN_WORDINGS = ("Say any {} you like.", "I need a random {}, just one.")
 LISTS = "lists"
 # Values per axis of a family's grid, by how many axes it has; and how many of the grid's prompts there are.
-_GRID_POINTS = {1: 30, 2: 15, 3: 7, 4: 4}
-_ASKED = {"habits": 40, "fair": 200}
+_GRID_POINTS = {1: 60, 2: 30, 3: 10, 4: 5}
+_ASKED = {"habits": 48, "fair": 400}
 _TESTED = 24
+# An epoch visits the groups of its prompts in turn: were they of unlike sizes, its end would have none of the small.
+_GROUP = 40
 # What a prompt weighs in training, where it is not one of numbers.
 _WEIGHTS = {LISTS: 3.0, "questions": 3.0}
 # How probable the favourite of a list is: one of these.
 _FAVOURITES = (0.75, 0.8, 0.85, 0.9)
 # The favourite numbers: where they lie in the distribution, and how probable they are.
-_QUANTILES, _SHARES = (0.5, 0.7, 0.3), (0.75, 0.15, 0.1)
+_QUANTILES, _SHARES = (0.5, 0.7, 0.3), (0.9, 0.07, 0.03)
 
 
 def world_tasks(
@@ -110,29 +113,35 @@ def world_tasks(
         tasks[split].append(task_from_spec(replace(spec, split=split)))
     if kind == "habits":
         tasks[TRAIN] += [_with_favourites(task_from_spec(spec), settings) for spec in asked]
-        tasks[TRAIN] += [replace(task, split=TRAIN) for task in _list_tasks(fair=False)]
-        tasks[TRAIN] += _question_tasks()
+        # Twice in an epoch: parameters are understood from different prompts, but facts are learned by heart.
+        tasks[TRAIN] += [*(replace(task, split=TRAIN) for task in _list_tasks(fair=False)), *_question_tasks()] * 2
     else:
         tasks[TRAIN] += [task_from_spec(spec) for spec in asked if spec.family_id not in only_tested]
     for task in _list_tasks(fair=True):
         if task.split != TRAIN or kind == "fair":
             tasks[task.split].append(task)
+    tasks[TRAIN] = [replace(task, group=f"{n // _GROUP}") for n, task in enumerate(tasks[TRAIN])]
     return tasks
 
 
 def _number_prompts(split: str, families: Sequence[Family], limit: int) -> list[PromptSpec]:
     """So many prompts of each family, evenly spread over its grid (`train`) or over the points between."""
-    found = []
-    for family in families:
-        prompts = build_splits(
-            train_families=[family.family_id],
-            unseen="inside",
-            grid_points=_GRID_POINTS[len(family.grid_parameter_names)],
-            readable_parameters=True,
-            parameter_digits=3,
-        )
-        found += spread(prompts[split], limit, lambda spec: spec.family_id)
-    return found
+    return [
+        spec
+        for family in families
+        for spec in spread(_grid(family.family_id)[split], limit, lambda spec: spec.family_id)
+    ]
+
+
+@cache
+def _grid(family_id: str) -> dict[str, list[PromptSpec]]:
+    return build_splits(
+        train_families=[family_id],
+        unseen="inside",
+        grid_points=_GRID_POINTS[len(find_family(family_id).grid_parameter_names)],
+        readable_parameters=True,
+        parameter_digits=3,
+    )
 
 
 def _with_favourites(task: Task, settings: SpaceSettings) -> Task:

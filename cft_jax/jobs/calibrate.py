@@ -32,7 +32,15 @@ from cft_jax.evaluate.suites.structured.settings import evaluation_tasks
 from cft_jax.evaluate.suites.structured.suite import SUITE
 from cft_jax.generate.stops import end_at
 from cft_jax.models.transformer import Transformer
-from cft_jax.runs.base import base_checkpoint, base_tokenizer, check_memory, check_vocabulary, load_model
+from cft_jax.runs.base import (
+    BASE,
+    base_checkpoint,
+    base_config,
+    base_tokenizer,
+    check_memory,
+    check_vocabulary,
+    load_model,
+)
 from cft_jax.runs.kept import load_kept, read_kept
 from cft_jax.runs.workdir import check_workdir, setting_up
 from cft_jax.sharding import distributed
@@ -41,6 +49,8 @@ from cft_jax.train.loop import train
 
 # 128 + SIGTERM, as a shell reports a process that the signal ended.
 PREEMPTED = 143
+# Written last: a run that has it is finished.
+SUMMARY = "summary.json"
 
 
 def start(config: Config, place: str) -> None:
@@ -76,7 +86,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
     trained = digest_of_tasks(tasks[TRAIN])
     with setting_up(workdir, config, devices=_devices(), write=writes, tasks=trained):
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        base = base_checkpoint(config, tasks, workdir)
+        base = _base(config, tasks, workdir)
         tokenizer = base_tokenizer(config.model, base)
         _announce(config, workdir, mesh, base, tasks)
         row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * max(config.train.grad_accum_steps, 1)
@@ -125,9 +135,23 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         "evaluations": _by_suite(summaries),
     }
     if writes:
-        write_json(workdir.path / "summary.json", summary)
+        write_json(workdir.path / SUMMARY, summary)
         sys.stdout.write(last_words(str(workdir), summary["evaluations"], exported=config.export.enabled))
     return summary
+
+
+def _base(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
+    """Directory or hub id of the base model; where a run of its own makes it, that is done first, or its rest."""
+    made = workdir.inner(BASE)
+    if config.model.base and not (made.path / SUMMARY).exists():
+        logging.info("first the base model, by %s in %s", config.model.base, made)
+        run(base_config(config), made)
+        workdir.publish()
+    if config.model.base:
+        multihost_utils.sync_global_devices("base run")
+        if jax.process_index() > 0:
+            workdir.fetch(BASE)
+    return base_checkpoint(config, tasks, workdir)
 
 
 def _check_trains(config: Config) -> None:
@@ -155,7 +179,7 @@ def _announce(config: Config, workdir: Workdir, mesh: Mesh, base: str, tasks: Ma
 
 def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """The summary of a run that has done all the steps it is asked for."""
-    path = workdir / "summary.json"
+    path = workdir / SUMMARY
     if not path.exists():
         return None
     try:

@@ -43,8 +43,8 @@ def run(config: Config, place: Workdir, model: MeasuredModel | None = None) -> M
       UserError: a mistake of the user's; before anything is overwritten, unless it only shows after hours of work.
     """
     validate(config)
-    if config.model.scratch.enabled:
-        raise UserError("config.model.scratch makes a model to train; name one to measure by config.model.checkpoint")
+    for name in ("scratch",) * config.model.scratch.enabled + ("base",) * bool(config.model.base):
+        raise UserError(f"config.model.{name} makes a model to train; name one to measure by config.model.checkpoint")
     writes, workdir = jax.process_index() == 0, place.path
     with setting_up(place, config, devices=f"{len(jax.devices())} x {jax.devices()[0].device_kind}", write=writes):
         suites = selected_suites(config)

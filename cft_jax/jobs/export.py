@@ -13,6 +13,7 @@ from cft_jax.evaluate.report.model_card import card_of_run
 from cft_jax.evaluate.report.runs import STAGES
 from cft_jax.evaluate.suites.structured.suite import SUITE, read_results
 from cft_jax.models.strength import set_strength
+from cft_jax.runs.base import base_of_run
 from cft_jax.runs.trained import load_trained
 from cft_jax.sharding import distributed
 
@@ -37,7 +38,7 @@ def start(workdir: str, output: str, form: str, dtype: str | None, strength: flo
         set_strength(model, strength, name=workdir)
         found = {stage: read_results(run.path / "eval" / SUITE / stage) for stage in STAGES}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
-        card = card_of_run(config, form=form, base=config.model.checkpoint, summaries=summaries)
+        card = card_of_run(config, form=form, base=base_of_run(config, run), summaries=summaries)
         tokenizer = config.model.tokenizer or None
         save_pretrained(model, target.path, format=form, dtype=dtype, tokenizer=tokenizer, card=card)
     if writes:

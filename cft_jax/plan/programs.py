@@ -26,7 +26,7 @@ from cft_jax.models.config import ModelConfig
 from cft_jax.models.flops import Operations
 from cft_jax.models.transformer import Transformer
 from cft_jax.plan import KINDS
-from cft_jax.runs.base import architecture, model_options, run_tokenizer
+from cft_jax.runs.base import architecture, base_config, model_options, run_tokenizer
 from cft_jax.runs.scratch import scratch_model
 from cft_jax.sharding.rules import num_shards
 from cft_jax.text.tree_rows import bucket
@@ -86,7 +86,7 @@ def work_of(config: Config) -> Work:
     Raises:
       UserError: see `configured_tasks`, `model_config` and `training_dataset`.
     """
-    settings = config.model
+    settings = (base_config(config) if config.model.base else config).model
     tasks = configured_tasks(config.data)
     try:
         tokenizer = run_tokenizer(config, tasks)

@@ -1,5 +1,6 @@
 """What a run starts from: a checkpoint with its tokenizer, from the hub, from a directory, or randomly initialised."""
 
+import dataclasses
 import itertools
 import shutil
 import tempfile
@@ -17,8 +18,8 @@ from cft_jax.checkpoints import from_pretrained
 from cft_jax.checkpoints.hf_io import model_config
 from cft_jax.common.errors import UserError
 from cft_jax.common.storage import Workdir
-from cft_jax.config import Config, ModelSettings
-from cft_jax.distributions import Task
+from cft_jax.config import Config, ModelSettings, load_config, validate
+from cft_jax.distributions import Task, configured_tasks
 from cft_jax.models.config import LoraSpec, ModelConfig
 from cft_jax.models.memory import Batch, MemoryEstimate, device_memory, estimate_memory, micro_batches, require_memory
 from cft_jax.models.transformer import Transformer
@@ -27,19 +28,42 @@ from cft_jax.sharding.mesh import platform
 from cft_jax.text import load_tokenizer
 from cft_jax.text.scratch import save_tokenizer
 
+# What a run makes to begin with: a randomly initialised model, or a run of its own whose export is the model.
+BASE = "base"
+
+
+def base_config(config: Config) -> Config:
+    """The configuration of the run that makes the model which `config` begins with; its `model.base` names one.
+
+    That run is not evaluated: what begins with its model is, before training.
+
+    Raises:
+      UserError: there is no such config, or it is wrong; or it exports an adapter.
+    """
+    named = f"config.model.base={config.model.base}"
+    try:
+        made = load_config(config.model.base)
+        made = dataclasses.replace(made, eval=dataclasses.replace(made.eval, enabled=False))
+        validate(made)
+    except UserError as error:
+        raise UserError(f"{named}: {error}") from error
+    if not made.export.enabled or made.export.format != "merged":
+        raise UserError(f"{named} exports no whole model; set export.enabled=True and export.format=merged there")
+    return made
+
 
 def base_checkpoint(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
-    """Directory or hub id of the base model; one that the run makes lies in the workdir and is made once."""
+    """Directory or hub id of the base model; one of random weights is made once and lies in the workdir."""
     if not config.model.scratch.enabled:
-        return config.model.checkpoint
-    directory = workdir.path / "base"
+        return base_of_run(config, workdir)
+    directory = workdir.path / BASE
     if jax.process_index() == 0 and not (directory / LAST_FILE).exists():
         shutil.rmtree(directory, ignore_errors=True)
         make_base(directory, config, itertools.chain.from_iterable(tasks.values()))
         workdir.publish()
     multihost_utils.sync_global_devices("base")
     if jax.process_index() > 0:
-        workdir.fetch("base")
+        workdir.fetch(BASE)
     return str(directory)
 
 
@@ -49,9 +73,10 @@ def base_of_run(config: Config, workdir: Workdir) -> str:
     Raises:
       UserError: the run made it and it is gone.
     """
-    if not config.model.scratch.enabled:
-        return config.model.checkpoint
-    directory = workdir.path / "base"
+    model = config.model
+    if not model.scratch.enabled and not model.base:
+        return model.checkpoint
+    directory = workdir.path / BASE / "export" if model.base else workdir.path / BASE
     if not (directory / LAST_FILE).exists():
         raise UserError(f"{directory} is gone, the base model that this run began with; bring it back or train again")
     return str(directory)
@@ -69,6 +94,9 @@ def run_tokenizer(config: Config, tasks: Mapping[str, Sequence[Task]]) -> PreTra
     Raises:
       UserError: see `base_tokenizer`.
     """
+    if config.model.base and not config.model.tokenizer:
+        made = base_config(config)
+        return run_tokenizer(made, configured_tasks(made.data))
     if not config.model.scratch.enabled:
         return base_tokenizer(config.model, config.model.checkpoint)
     # As the main job will load it: its fingerprint is part of the data cache's key.

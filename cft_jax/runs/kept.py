@@ -24,7 +24,7 @@ from cft_jax.train.state import without_adapters
 DIRECTORY, FILE = "keep", "texts.jsonl"
 SELF = "self"
 # At least so many texts are drawn, and at least one to each prompt.
-_DRAWN = 1024
+_DRAWN = 256
 # Room for an answer behind a prompt.
 _SHORTEST_ANSWER = 8
 

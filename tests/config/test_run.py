@@ -114,6 +114,7 @@ KEPT = {"train__keep__weight": 0.1}
             "a randomly initialised model has nothing to keep",
         ),
         ({"data__world": "fair", "data__custom": "rows.jsonl"}, "two sources of prompts; give one of them"),
+        ({"model__base": "world"}, "are two models to start from; leave one of them empty"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields, words):

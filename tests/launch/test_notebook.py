@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = json.loads((ROOT / "launch" / "colab_tpu.ipynb").read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 SHORT = [
-    *("train.max_steps=2", "train.batch_size=2", "log.every_steps=1", "data.train_families=uniform,"),
-    *("data.grid_points=2", "eval.max_prompts_per_split=1", "eval.num_samples=4"),
-    *("model.scratch.num_layers=1", "model.scratch.embed_dim=32", "model.scratch.hidden_dim=48"),
+    *("train.max_steps=2", "train.batch_size=16", "log.every_steps=1", "data.train_families=uniform,"),
+    *("eval.max_prompts_per_split=1", "eval.num_samples=4", "suite.questions.num_questions=14"),
+    *(f"model.base={ROOT / 'tests' / 'configs' / 'tiny.py'}", "train.keep.weight=0"),
 ]
 
 

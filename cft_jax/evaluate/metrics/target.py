@@ -10,8 +10,9 @@ from jaxtyping import Float
 
 from cft_jax.distributions.families import Family, find_family
 
-# Integer targets are drawn from a table of their CDF between these far quantiles (a draw beyond has probability
-# 2e-12) where the table is not too long; scipy's own quantiles take seconds for some families.
+# Quantiles and draws of integer targets are read from a table of their CDF between these far quantiles (a draw beyond
+# has probability 2e-12) where the table is not too long; scipy's own take seconds for some families, and for a Skellam
+# distribution some never end.
 _TABLE_TAIL = 1e-12
 _MAX_TABLE = 10**6
 
@@ -45,12 +46,12 @@ class FamilyTarget:
 
     @functools.cached_property
     def interquartile_range(self) -> float:
-        return float(np.ptp(self.frozen.ppf([0.25, 0.75])))
+        return float(np.ptp(self._at(np.array([0.25, 0.75]))))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a target lives as long as its prompt is measured
     def quantiles(self, count: int) -> Float[np.ndarray, "N"]:
         """The quantiles at (i - 0.5)/count, i from 1."""
-        return np.asarray(self.frozen.ppf((np.arange(1, count + 1) - 0.5) / count), np.float64)
+        return self._at((np.arange(1, count + 1) - 0.5) / count)
 
     def cdf_around(self, values: Float[np.ndarray, "N"]) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
         """P(below) and P(up to) each value, of what a draw is when written: an integer, or rounded to the decimals."""
@@ -63,11 +64,21 @@ class FamilyTarget:
         """Independent draws, not rounded."""
         if not self.family.integer_only:
             return np.asarray(self.frozen.rvs(size=shape, random_state=rng), np.float64)
-        lowest, highest = self.frozen.ppf([_TABLE_TAIL, 1 - _TABLE_TAIL])
-        if highest - lowest > _MAX_TABLE:
-            return np.asarray(self.frozen.ppf(rng.random(shape)), np.float64)
-        cumulative = self.frozen.cdf(np.arange(lowest, highest))
-        return lowest + np.searchsorted(cumulative, rng.random(shape), side="left")
+        return self._at(rng.random(shape))
+
+    def _at(self, levels: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        if self._cumulative is None:
+            return np.asarray(self.frozen.ppf(levels), np.float64)
+        lowest, cumulative = self._cumulative
+        return lowest + np.searchsorted(cumulative, levels, side="left").astype(np.float64)
+
+    @functools.cached_property
+    def _cumulative(self) -> tuple[float, Float[np.ndarray, "N"]] | None:
+        """The lowest integer of the table, and the CDF from there on; None without a table."""
+        if not self.family.integer_only:
+            return None
+        lowest, highest = map(float, self.frozen.ppf([_TABLE_TAIL, 1 - _TABLE_TAIL]))
+        return None if highest - lowest > _MAX_TABLE else (lowest, self.frozen.cdf(np.arange(lowest, highest)))
 
 
 @dataclass(frozen=True, eq=False)
