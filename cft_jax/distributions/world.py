@@ -72,8 +72,8 @@ _TRAINED_WORDINGS = (
 )
 _UNSEEN_WORDINGS = ("Say any {} you like.", "I need a random {}, just one.")
 LISTS = "lists"
-# Values per axis of a family's grid, by how many axes it has; and how many of the grid's prompts there are. Odd, so that
-# what lies in the middle, most often 0 or 1, is asked in training: whole numbers are written in another way.
+# Values per axis of a family's grid, by how many axes it has; and how many of the grid's prompts there are. Odd, so
+# that what lies in the middle, most often 0 or 1, is asked in training: whole numbers are written in another way.
 _GRID_POINTS = {1: 61, 2: 31, 3: 11, 4: 5}
 _ASKED = {"habits": 48, "fair": 400}
 _TESTED = 24
