@@ -25,6 +25,7 @@ from cft_jax.config import from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
 from cft_jax.evaluate.backends.load import load_measured_model
 from cft_jax.main import run
+from cft_jax.models.strength import set_alpha
 from cft_jax.runs.scratch import scratch_tokenizer
 from cft_jax.runs.trained import load_trained
 from cft_jax.text.chat import encode_chat, terminator_id
@@ -125,8 +126,8 @@ def quietly(log_restored):
     """The command sets up logging."""
 
 
-def export_command(workdir, output, form):
-    arguments = ["export", f"--workdir={workdir}", f"--output={output}", f"--format={form}"]
+def export_command(workdir, output, form, *more):
+    arguments = ["export", f"--workdir={workdir}", f"--output={output}", f"--format={form}", *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         export.main()
@@ -191,6 +192,26 @@ def test_the_export_command_writes_both_forms(soft, tokenizer, tmp_path, capsys)
     assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
     assert "## Metrics" in (tmp_path / "merged" / "README.md").read_text()
     assert str(tmp_path / "merged") in capsys.readouterr().out
+
+
+def test_a_strength_is_written_into_alpha_and_merged_weights(soft, tokenizer, tmp_path):
+    place, _ = soft
+    ids, strength = text_ids(tokenizer), "--config.model.lora.strength=0.4"
+    for form in ("adapter", "merged"):
+        export_command(place / "run", tmp_path / form, form, strength)
+    config = from_config_dict(read_config(place / "run"))
+    model, *_ = load_trained(Workdir(place / "run"), config)
+    trained = np.asarray(model(ids))
+    set_alpha(model, 0.4 * config.model.lora.alpha)
+    weaker = np.asarray(model(ids))
+    assert np.abs(weaker - trained).max() > 1e-2
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(2.8)
+    for exported in (with_adapter(place / "base", tmp_path / "adapter"), plain(tmp_path / "merged")):
+        np.testing.assert_allclose(torch_logits(exported, ids), weaker, atol=1e-4, rtol=0)
+    export_command(place / "run", tmp_path / "base", "merged", "--config.model.lora.strength=0.0")
+    np.testing.assert_allclose(
+        torch_logits(plain(tmp_path / "base"), ids), torch_logits(plain(place / "base"), ids), atol=1e-6, rtol=0
+    )
 
 
 def test_an_adapter_that_training_started_from_may_be_gone(soft, tokenizer):

@@ -178,7 +178,8 @@ class _Merged:
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.weights = HostWeights(model)
         self.names = {name.hf: name for name in hf_names.tensor_names(model.config)}
-        targets = [] if model.lora_spec is None else adapter_tensors(model.config, model.lora_spec)
+        spec = model.lora_spec
+        targets = [] if spec is None or spec.alpha == 0 else adapter_tensors(model.config, spec)
         self.adapters = {target.name.hf: target for target in targets}
         if self.names.keys() - self.checkpoint.tensors.keys():
             raise UserError(f"{origin} is no longer the checkpoint that the model was loaded from")
