@@ -99,8 +99,11 @@ def _heading(suites: Sequence[str], training: Training | None) -> str:
 
 def _trained(training: Training) -> str:
     model = section_at(training.config, ("config", "model"))
-    is_scratch = model.get("scratch", {}).get("enabled")
-    return "A small model trained from scratch" if is_scratch else model.get("checkpoint") or training.name
+    if model.get("scratch", {}).get("enabled"):
+        return "A small model trained from scratch"
+    if model.get("base"):
+        return f"A model made by {model['base']}"
+    return model.get("checkpoint") or training.name
 
 
 def _footer(runs: Sequence[Run], training: Training | None) -> list[str]:
