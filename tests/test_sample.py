@@ -103,10 +103,10 @@ def test_a_chat(ask, tiny_run, monkeypatch):
     first, second, _, again = out.split("> ")[1:5]
     assert code == 0 and first == again
     model, messages = cft_jax.load(tiny_run[0]), [{"role": "user", "content": "Hi"}]
-    answer = model.sample(messages, temperature=0, max_new_tokens=3)[0]
+    answer = model.sample(messages, temperature=0.0, max_new_tokens=3)[0]
     assert first == f"{answer}\n"
     messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Again"}]
-    assert second == f"{model.sample(messages, temperature=0, max_new_tokens=3)[0]}\n"
+    assert second == f"{model.sample(messages, temperature=0.0, max_new_tokens=3)[0]}\n"
 
 
 @pytest.mark.parametrize(

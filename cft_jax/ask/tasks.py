@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
@@ -18,6 +18,7 @@ from cft_jax.distributions.tasks import SpaceSettings
 Prompt = str | Sequence[Mapping[str, str]]
 
 
+@runtime_checkable
 class Counts(Protocol):
     """A mapping from values to counts, or pandas' `Series.value_counts()`."""
 

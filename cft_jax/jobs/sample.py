@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from cft_jax.ask import Model, load
@@ -153,10 +154,10 @@ def _questions(model: Model, asked: Asked) -> list[Question]:
     if not asked.probabilities:
         return [listed_question(prompt, asked.values) for prompt in asked.prompts]
     try:
-        shares = [float(share) for share in asked.probabilities]
+        shares = np.array([float(share) for share in asked.probabilities])
     except ValueError:
         raise UserError(f"--probabilities={','.join(asked.probabilities)} must be numbers") from None
-    space = OutputSpace(tuple(asked.values), shares)  # type: ignore[arg-type]
+    space = OutputSpace(tuple(asked.values), shares)
     return [
         Question(prompt, Task("", "custom", "asked", tuple(messages_of(prompt)), space=space))
         for prompt in asked.prompts

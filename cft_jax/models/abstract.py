@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from cft_jax.models.config import LoraSpec, ModelConfig
@@ -13,7 +13,13 @@ from cft_jax.sharding.rules import sharding
 
 
 def abstract_model(
-    config: ModelConfig, *, lora: LoraSpec | None, dtype: DTypeLike, param_dtype: DTypeLike, mesh: Mesh, remat: str
+    config: ModelConfig,
+    *,
+    lora: LoraSpec | None,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    mesh: Mesh | AbstractMesh,
+    remat: str,
 ) -> Transformer:
     """A `Transformer` whose weights are `jax.ShapeDtypeStruct`s with their shardings on the mesh."""
     options = {"lora": lora, "dtype": dtype, "param_dtype": param_dtype, "remat": remat, "mesh": mesh}

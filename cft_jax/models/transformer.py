@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -80,7 +80,7 @@ class Transformer(nnx.Module):
       param_dtype: of the stored base weights; adapters are float32.
       remat: what the backward pass computes again: "none", "full" (whole layers) or "dots" (all but the
         largest matrix products).
-      mesh: for sharding constraints; None on one device.
+      mesh: for sharding constraints; None on one device, an abstract one where only shapes are asked for.
       rngs: streams `params` and `lora`.
     """
 
@@ -92,7 +92,7 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.bfloat16,
         remat: str = "none",
-        mesh: Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if remat not in REMAT:
@@ -107,7 +107,9 @@ class Transformer(nnx.Module):
         self.head = None if config.tie_head else normal_param(rngs.params(), (V, D), ("vocab", "embed"), D, param_dtype)
         self.config, self.lora_spec = config, lora
         self.source: Source | None = None
-        self.dtype, self.param_dtype, self.remat, self.mesh = jnp.dtype(dtype), jnp.dtype(param_dtype), remat, mesh
+        self.dtype, self.param_dtype, self.remat = jnp.dtype(dtype), jnp.dtype(param_dtype), remat
+        # What computes has devices.
+        self.mesh: Mesh | None = mesh  # type: ignore[assignment]
 
     def __call__(
         self,

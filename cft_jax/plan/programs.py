@@ -165,7 +165,7 @@ def train_program(work: Work, config: Config, model: Transformer, shape: Shape) 
 
     operations = Operations.of(work.model, lora=config.model.lora.enabled)
     ideal = operations.count(tokens=B * T + len(work.shared_prefix), steps=B * P)
-    return Program(f"train {_times(shape)}", lower, ideal, "string", config.train.batch_size)
+    return Program(f"train {_times(shape)}", lower, ideal, "string", float(config.train.batch_size))
 
 
 def _generation(work: Work, config: Config, model: Transformer) -> Iterator[Program]:
@@ -192,7 +192,7 @@ def _generation(work: Work, config: Config, model: Transformer) -> Iterator[Prog
         lambda: lower_prefill(split, rows=count, length=length),
         operations.count(tokens=count * length, steps=0),
         "prompt",
-        count,
+        float(count),
     )
     yield Program(
         f"decode {rows}x{evaluation.max_new_tokens}",
@@ -225,7 +225,7 @@ def _generation(work: Work, config: Config, model: Transformer) -> Iterator[Prog
 
 
 def _scores(name: str, operations: Operations, tokens: int, unit: str, lower: Callable[[], Lowered]) -> Program:
-    return Program(name, lower, operations.count(tokens=tokens, steps=tokens), unit, tokens)
+    return Program(name, lower, operations.count(tokens=tokens, steps=tokens), unit, float(tokens))
 
 
 def _times(shape: Shape) -> str:

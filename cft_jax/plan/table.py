@@ -88,7 +88,7 @@ def _cells(report: Report) -> tuple[str, ...]:
         known(report.flops, "{:.2f}", 1 / max(report.ideal_flops, 1)),
         known(report.cycles, "{:.1f}", 1e-6),
         known(report.seconds, "{:.1f}", 1e3),
-        known(report.utilization, "{:.0f} %", 100),
+        known(report.utilization, "{:.0f} %", 100.0),
         known(report.cycles_per_unit, "{:,.0f}/" + report.unit),
         known(report.compile_seconds, "{:.0f} s"),
         ", ".join(

@@ -30,7 +30,9 @@ class Temperature:
     error: float
 
 
-def applied(layout: Layout, probs: StepProbs, kind: str, setting: float, *, edge: StepProbs | None = None) -> StepProbs:
+def applied(
+    layout: Layout, probs: StepProbs, kind: str, setting: int | float, *, edge: StepProbs | None = None
+) -> StepProbs:
     """The probabilities under a mistake: of `SETTINGS` the kind, and how much of it.
 
     The share of a cut that stays uncut is drawn from `edge`, by default from `probs`.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ class StepOptions:
     keep: KeepOptions | None = None
 
 
+@runtime_checkable
 class TrainStep(Protocol):
     """A step: state, frozen weights, the batch, and the kept texts of a run that keeps some."""
 

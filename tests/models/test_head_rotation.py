@@ -6,11 +6,25 @@ import numpy as np
 import pytest
 
 from cft_jax.models.attention import normed_and_rotated
-from cft_jax.models.config import Rope
+from cft_jax.models.config import GatedMlp, LayerSpec, ModelConfig, Rope
 from cft_jax.models.head_rotation import Factors, by_kernel
 from cft_jax.models.layers import RmsNorm
 from cft_jax.models.rope import cos_sin
 from cft_jax.sharding.mesh import make_mesh
+
+CONFIG = ModelConfig(
+    num_layers=1,
+    embed_dim=768,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=128,
+    vocab_size=8,
+    layer_pattern=(LayerSpec(None, Rope(1e4)),),
+    mlp=GatedMlp(8, "silu"),
+    norm_eps=1e-6,
+    attn_scale=1.0,
+    tie_head=True,
+)
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -23,7 +37,7 @@ def test_kernel_equals_norm_and_rotation(normed, mesh):
     factors = cos_sin(Rope(1e4), 128, jnp.arange(1200).reshape(2, 600))
 
     def plain(x, weight):
-        norm = RmsNorm(_Config, 128, None, jnp.float32) if normed else None
+        norm = RmsNorm(CONFIG, 128, None, jnp.float32) if normed else None
         if norm is not None:
             norm.scale[...] = weight
         return jnp.sum(normed_and_rotated(x, norm, factors, None) * direction)
@@ -38,7 +52,3 @@ def test_kernel_equals_norm_and_rotation(normed, mesh):
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for ours, theirs in zip(gradients, want_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * float(jnp.abs(theirs).max()) + 1e-7)
-
-
-class _Config:
-    norm_eps, norm_offset = 1e-6, 0.0

@@ -22,7 +22,7 @@ def lowered():
 
 def test_a_report_is_remembered(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    program = Program("products", lowered, 2 * 1000, "row", 64)
+    program = Program("products", lowered, 2 * 1000, "row", 64.0)
     report = compiled_report(program, HERE, resident=0)
     # By hand: 64 x 32 numbers of four bytes, 2 x 64 x 32 x 64 operations; half of the ideal ones on each device.
     assert (report.arguments, report.flops, report.ideal_flops) == (64 * 32 * 4, 2 * 64 * 32 * 64, 1000)
@@ -39,6 +39,6 @@ def test_a_report_is_remembered(monkeypatch, tmp_path):
 
 
 def test_an_estimate_has_memory_alone():
-    report = estimated_report(Program("products", lowered, 10, "row", 1), HERE, arguments=2**40, temporaries=1)
+    report = estimated_report(Program("products", lowered, 10, "row", 1.0), HERE, arguments=2**40, temporaries=1)
     assert not report.fits and report.total == 2**40 + 1
     assert report.flops is report.cycles is report.compile_seconds is None
