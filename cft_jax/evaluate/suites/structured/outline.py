@@ -51,6 +51,12 @@ def binned(
     cumulative = np.cumsum(target[order])
     low, high = numbers[order][np.minimum(np.searchsorted(cumulative, [TAIL, 1 - TAIL]), numbers.size - 1)]
     bins, within = most if high > low else 1, (float(low), float(high))
+    own = numbers[order][(numbers[order] >= low) & (numbers[order] <= high)]
+    if own.size > 1 and np.ptp(np.diff(own)) < 1e-6 * (high - low):
+        # Evenly spaced values, as many in every bin but the last: bins of other widths would draw a comb.
+        step, each = (high - low) / (own.size - 1), -(-own.size // most)
+        bins = -(-own.size // each)
+        within = (float(low - step / 2), float(low - step / 2 + bins * each * step))
     shown, edges = np.histogram(numbers, bins, within, weights=target)
     answered, _ = np.histogram(numbers, bins, within, weights=model)
     return edges, (shown, answered)
