@@ -76,7 +76,7 @@ def _cells(report: Report) -> tuple[str, ...]:
     def gib(count: int | None) -> str:
         return "" if count is None else f"{count / _GIB:.2f}"
 
-    def known(value: float | None, form: str, scale: float = 1) -> str:
+    def known(value: int | float | None, form: str, scale: float = 1.0) -> str:
         return "" if value is None else form.format(value * scale)
 
     return (
