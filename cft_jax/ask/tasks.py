@@ -31,7 +31,8 @@ class Task:
 
     Attributes:
       prompt: the user's message, or a list of {"role", "content"} that ends with the user's.
-      values: different answers, exactly as they are to be written; whole numbers stand for their decimals.
+      values: different answers, exactly as they are to be written; whole numbers stand for their digits, other numbers
+        must be given as texts.
       probabilities: of the values; they sum to 1.
       split: "train", or "test_unseen_params" or "test_ood_family" for prompts that are only evaluated.
       weight: how much the task counts in the loss.
@@ -41,7 +42,7 @@ class Task:
     """
 
     prompt: Prompt
-    values: Sequence[str | int]
+    values: Sequence[str | int | float]
     probabilities: Sequence[float]
     split: str = TRAIN
     weight: float = 1.0

@@ -38,7 +38,7 @@ def dropout(x: Float[Array, "*B D"], noise: Noise, rate: float) -> Float[Array, 
 
 def keep_mask(
     words: UInt32[Array, "2"], token: Int[Array, "*B"], columns: tuple[int, ...], rate: float
-) -> Bool[Array, "*B _"]:
+) -> Bool[Array, "..."]:
     """Which values stay, for axes `columns` of every token: fair draws as far as tests of randomness see.
 
     A token's word times a column's, both odd and well mixed, is as good as a word of its own for each pair of them.

@@ -97,7 +97,8 @@ def without_adapters(model: Transformer) -> Transformer:
     return base
 
 
-def _named(state: Any) -> tuple[_Layout, dict[str, Array]]:
+def _named(state: Any) -> tuple[_Layout, dict[str, Any]]:
+    """Arrays, or what stands for them, by path."""
     leaves, tree = jax.tree.flatten(state)
     names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
     arrays = dict(zip(names, leaves, strict=True))

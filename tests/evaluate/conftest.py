@@ -62,6 +62,8 @@ class CharacterModel:
     prompt's target, tilted towards small token ids by `tilt`.
     """
 
+    max_length = None
+
     def __init__(self, spaces: dict[tuple[int, ...], Any], *, off: float, tilt: float, fail_after: int = 10**9):
         self.spaces, self.off, self.tilt, self.fail_after = spaces, off, tilt, fail_after
         self.calls = 0
@@ -146,7 +148,7 @@ def character_trie(space):
 class ScriptedModel:
     """A backend whose log-likelihoods and greedy texts are made of what it is asked; it fails after so many calls."""
 
-    fingerprint = "scripted"
+    fingerprint, max_length = "scripted", None
 
     def __init__(self, *, log_prob, text, stop, fail_after=10**9):
         self.log_prob, self.text, self.stop = log_prob, text, stop

@@ -15,9 +15,11 @@ def test_equals_a_product_per_group(tpu):
     rng = np.random.default_rng(0)
     x, kernels, gradient = (rng.normal(size=shape).astype(np.float32) for shape in ((M, K), (5, K, N), (M, N)))
     y, backward = jax.vjp(
-        lambda x, kernels: grouped_product(x, kernels, jnp.asarray(sizes), tpu, interpret=True), x, kernels
+        lambda x, kernels: grouped_product(x, kernels, jnp.asarray(sizes), tpu, interpret=True),
+        jnp.asarray(x),
+        jnp.asarray(kernels),
     )
-    to_x, to_kernels = backward(gradient)
+    to_x, to_kernels = backward(jnp.asarray(gradient))
     ends = np.cumsum(sizes)
     for kernel, to_kernel, start, end in zip(kernels, to_kernels, ends - sizes, ends, strict=True):
         np.testing.assert_allclose(y[start:end], x[start:end] @ kernel, atol=1e-4)

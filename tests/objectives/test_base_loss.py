@@ -99,7 +99,8 @@ def test_small_distances_keep_their_digits():
 def test_sharded_over_eight_devices(shape):
     hidden, kernel, base, targets = make_case()
     mesh = make_mesh(*shape)
-    kernel, base = kernel[:4200], base._replace(kernel=base.kernel[:4200])
+    hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel[:4200])
+    base = base._replace(kernel=base.kernel[:4200])
     targets = targets._replace(ids=targets.ids % 4200)
 
     def total(hidden, options):

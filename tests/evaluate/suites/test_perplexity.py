@@ -132,7 +132,7 @@ def test_metrics_are_those_of_transformers(run_suite, has_bos, data, paloma_text
 class Uniform:
     """A backend that gives every token a probability known from the token alone."""
 
-    fingerprint = "uniform"
+    fingerprint, max_length = "uniform", None
 
     def __init__(self, fail_after=10**9):
         self.calls, self.fail_after = 0, fail_after

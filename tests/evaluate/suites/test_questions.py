@@ -20,7 +20,7 @@ def tokenizer():
 class Forgetful:
     """Knows the kept half for sure, and of the other half the capitals alone, each token with probability 1/2."""
 
-    fingerprint = "forgetful"
+    fingerprint, max_length = "forgetful", None
 
     def __init__(self, tokenizer):
         self.tokenizer, self.calls = tokenizer, 0
@@ -36,6 +36,11 @@ class Forgetful:
             knows = question.kept or question.topic == "capitals"
             found.append(Likelihood(0.0 if question.kept else len(answer) * math.log(0.5), knows))
         return found
+
+    def unasked(self, *_, **__):
+        raise AssertionError("the suite asks for nothing else")
+
+    sample = score = next_token_log_probs = token_log_probs = unasked
 
 
 def test_both_halves_by_topic(run_suite, tokenizer, tmp_path):

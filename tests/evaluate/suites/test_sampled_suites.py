@@ -27,7 +27,7 @@ CITIES = ["Name a city.", "Name a far city.", "Name a small city."]
 class Scripted:
     """A backend that answers from a list, in order; after `fail_after` calls it is killed."""
 
-    fingerprint = "scripted"
+    fingerprint, max_length = "scripted", None
 
     def __init__(self, texts, *, fail_after=10**9):
         self.texts, self.fail_after, self.calls, self.asked = texts, fail_after, 0, []
