@@ -18,6 +18,7 @@ def trained(tiny_run):
     return tiny_run[0]
 
 
+@pytest.mark.slow
 def test_checkpoint_export_and_both_backends_agree(trained, configured, tmp_path):
     of_run = configured(f"{EVAL}:{trained}", *FEW)
     assert of_run.data.num_decimals == 1 and of_run.model.checkpoint == str(trained)

@@ -69,6 +69,7 @@ def test_draws_follow_the_softmax(temperature, top_p, make_model):
         assert chi_square(np.bincount(drawn, minlength=331), probs) > 1e-3
 
 
+@pytest.mark.slow
 def test_rare_tokens_are_as_frequent_as_they_should_be(make_model):
     model = make_model("llama")
     hidden = jax.random.normal(jax.random.key(0), (1, model.config.embed_dim))

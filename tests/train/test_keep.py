@@ -186,7 +186,8 @@ def test_exact_under_meshes_and_accumulation(new_trainer, make_batch, make_texts
         assert_close(moments[1][name], moment)
 
 
-@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lora", "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_killed_and_resumed_runs_have_the_same_bits(tmp_path, run, make_texts, lora):
     options = {"keep_weight": WEIGHT, "kept": make_texts(), "lora": lora}
     _, whole = run(tmp_path / "whole", **options)
