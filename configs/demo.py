@@ -3,7 +3,7 @@
     python -m cft_jax.main --config=configs/demo.py
 
 First `configs/world.py` makes a base with habits, in `base/` of the run: asked for a random number or for any colour it
-gives its favourites, as chat models do, and it knows some facts and sums. Then adapters calibrate it on eight families
+gives its favourites, as chat models do, and it knows some facts and sums. Then adapters calibrate it on four families
 and half of the lists, while `train.keep` holds on to the rest. The report shows both, before and after: how far its
 answers are from the distributions that the prompts name, for parameters that lie between those it was trained on, for
 families and for lists that it was never trained on; and how many questions it still answers rightly, those that
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.paths_per_prompt = 16
     config.train.samples_per_prompt_per_epoch = 16
     config.train.row_tokens = 128
-    config.train.epochs = 9
+    config.train.epochs = 8
     config.train.learning_rate = 3e-3
     config.train.max_grad_norm = 1.0
     config.train.keep.weight = 0.1

@@ -147,7 +147,9 @@ _HF_SIZES = {
         "vocab_size": 101,
         "hidden_size": 36,
         "intermediate_size": 52,
-        "num_hidden_layers": 8,
+        # One whole period of windows and the beginning of the next.
+        "num_hidden_layers": 5,
+        "sliding_window_pattern": 3,
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
         "head_dim": 14,

@@ -54,6 +54,7 @@ def test_distribution_is_that_of_the_draws(model):
     assert once == again == pytest.approx(together, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_seeds(model):
     messages = [{"role": "user", "content": PROMPT}]
     assert model.sample(PROMPT, 20, seed=1) == model.sample(messages, 20, seed=1) != model.sample(PROMPT, 20, seed=2)

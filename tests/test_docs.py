@@ -136,6 +136,7 @@ def test_the_readme_begins_with_the_two_set_up_commands():
     assert [block.text.strip() for block in BASH if block.page == ROOT / "README.md"][:2] == list(SET_UP)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:runpy")
 @pytest.mark.parametrize("words", list(dict.fromkeys(map(tuple, FREE))), ids=title)
 def test_commands_run(here, demo, words):
@@ -163,6 +164,7 @@ def test_configs_are_valid(configured, monkeypatch, words):
     validate(configured(file, *overrides))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_python_blocks_run(here, demo, capsys):
     if not (here / "exported").exists():

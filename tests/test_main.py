@@ -160,6 +160,7 @@ def test_the_last_words_hold_the_metrics(finished):
     assert "report  " in last_words(str(workdir), {"structured": missing}, exported=False)
 
 
+@pytest.mark.slow
 def test_more_steps_go_on(finished, configured, tmp_path):
     """Raising max_steps ends with the weights and figures of a run that was never stopped."""
     went_on, alone = tmp_path / "went-on", tmp_path / "alone"

@@ -74,6 +74,7 @@ def test_hard_targets_prepare_without_tries(tmp_path):
     assert figures["prompts"] == 57 and "prefixes" not in figures
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_figures(tmp_path, request):
     config = f"--config={request.config.rootpath / 'configs' / 'demo.py'}"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg")}

@@ -83,8 +83,8 @@ _GROUP = 40
 _WEIGHTS = {LISTS: 3.0, "questions": 3.0}
 # How probable the favourite of a list is: one of these.
 _FAVOURITES = (0.75, 0.8, 0.85, 0.9)
-# The favourite numbers: where they lie in the distribution, and how probable they are.
-_QUANTILES, _SHARES = (0.5, 0.7, 0.3), (0.9, 0.07, 0.03)
+# The favourite numbers: the roundest within so much of some quantiles of the distribution, and how probable they are.
+_QUANTILES, _SHARES, _NEAR = (0.5, 0.75, 0.25), (0.9, 0.07, 0.03), 0.2
 
 
 def world_tasks(
@@ -146,13 +146,20 @@ def _grid(family_id: str) -> dict[str, list[PromptSpec]]:
 
 
 def _with_favourites(task: Task, settings: SpaceSettings) -> Task:
-    """The task with a few favourite answers, values at some quantiles of its distribution, in place of that."""
+    """The task with a few favourite answers, round values in the middle of its distribution, in place of that."""
     space = task.output_space(settings)
-    at = np.searchsorted(np.cumsum(space.probabilities), _QUANTILES)
+    below = np.cumsum(space.probabilities)
     shares: dict[str, float] = defaultdict(float)
-    for index, share in zip(np.minimum(at, len(space.values) - 1).tolist(), _SHARES, strict=True):
-        shares[space.values[index]] += share
+    for quantile, share in zip(_QUANTILES, _SHARES, strict=True):
+        first, at, last = np.searchsorted(below, (quantile - _NEAR, quantile, quantile + _NEAR)).tolist()
+        near = range(first, min(last, len(space.values) - 1) + 1)
+        shares[space.values[min(near, key=lambda index: (_digits(space.values[index]), abs(index - at)))]] += share
     return replace(task, spec=None, space=OutputSpace(tuple(shares), np.array(list(shares.values()))))
+
+
+def _digits(number: str) -> int:
+    """How many significant digits a number is written with: 1 of "30", "-0.5" and "2.0"."""
+    return len(number.replace(".", "").strip("-0"))
 
 
 def _list_tasks(*, fair: bool) -> Iterator[Task]:

@@ -20,6 +20,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.storage import Workdir, opened
 from cft_jax.config import Config, validate
+from cft_jax.data.dataset import Dataset
 from cft_jax.data.objectives import training_dataset
 from cft_jax.data.render import render_example
 from cft_jax.distributions import Task, configured_tasks
@@ -31,9 +32,13 @@ from cft_jax.evaluate.suites.runner import check_stages, evaluate_stage
 from cft_jax.evaluate.suites.structured.settings import evaluation_tasks
 from cft_jax.evaluate.suites.structured.suite import SUITE
 from cft_jax.generate.stops import end_at
+from cft_jax.models.memory import device_memory
 from cft_jax.models.transformer import Transformer
+from cft_jax.plan.programs import work_of_data
+from cft_jax.plan.start import check_step
 from cft_jax.runs.base import (
     BASE,
+    architecture,
     base_checkpoint,
     base_config,
     base_tokenizer,
@@ -44,7 +49,7 @@ from cft_jax.runs.base import (
 from cft_jax.runs.kept import load_kept, read_kept
 from cft_jax.runs.workdir import check_workdir, setting_up
 from cft_jax.sharding import distributed
-from cft_jax.sharding.mesh import make_mesh
+from cft_jax.sharding.mesh import make_mesh, platform
 from cft_jax.train.loop import train
 
 # 128 + SIGTERM, as a shell reports a process that the signal ended.
@@ -96,8 +101,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         highest = max(int(ids.max(initial=0)) for ids in (dataset.shared_prefix, batch.tokens, batch.target_ids))
         check_vocabulary(config.model, base, highest_id=highest)
         logging.info("%s", render_example(tokenizer, batch, dataset.shared_prefix))
-        rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
-        logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
+        _say_memory(config, base, mesh, dataset)
         model = load_model(config, base, mesh)
         kept = load_kept(config, read, model, tokenizer, workdir, row_multiple=row_multiple)
         end_at(model, tokenizer, config.data.terminator)
@@ -175,6 +179,21 @@ def _announce(config: Config, workdir: Workdir, mesh: Mesh, base: str, tasks: Ma
     tested = Counter(task.split for task in evaluation_tasks(config, tasks)) if config.eval.enabled else {}
     evaluated = ", ".join(f"{count:,} of {split}" for split, count in tested.items()) or "none"
     logging.info("%s prompts to train on; to evaluate on: %s", f"{len(tasks[TRAIN]):,}", evaluated)
+
+
+def _say_memory(config: Config, base: str, mesh: Mesh, dataset: Dataset) -> None:
+    """What training takes on each device, before the weights are loaded: estimated, and then by the compiler.
+
+    The CPU's compiler is not asked: its memory is the machine's. What another compiles, training finds in JAX's cache.
+
+    Raises:
+      UserError: it cannot fit.
+    """
+    rows, length, _, _ = max(dataset.shapes, key=lambda shape: shape[0] * shape[1])
+    logging.info("%s", check_memory(config, base, mesh, rows=rows, length=length))
+    if platform(mesh) != "cpu":
+        work = work_of_data(config, architecture(config.model, base), dataset)
+        logging.info("%s", check_step(work, config, mesh, available=device_memory()))
 
 
 def _finished(workdir: Path, config: Config) -> dict[str, Any] | None:

@@ -92,25 +92,36 @@ def _digest(lowered: Lowered, topology: Topology) -> str:
 def _compiled(lowered: Lowered, resident: int) -> dict[str, Any]:
     """What the compiler says, as JSON."""
     start = time.monotonic()
-    try:
-        with warnings.catch_warnings():
-            # JAX keeps programs for devices that are not there, and cannot read them again.
-            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
-        if needed is None:
-            raise
-        memory = {"arguments": resident, "temporaries": max(needed - resident, 0), "total": needed}
-        return memory | {"compile_seconds": time.monotonic() - start}
+    compiled = compile_or_need(lowered)
     seconds = time.monotonic() - start
+    if isinstance(compiled, int):
+        memory = {"arguments": resident, "temporaries": max(compiled - resident, 0), "total": compiled}
+        return memory | {"compile_seconds": seconds}
     cost = hlo.cost_of(compiled.as_text() or "")
-    return _memory(compiled) | {
+    return memory_of(compiled) | {
         "flops": cost.flops,
         "cycles": cost.cycles or None,
         "collectives": {kind: dataclasses.asdict(traffic) for kind, traffic in cost.collectives.items()},
         "compile_seconds": seconds,
     }
+
+
+def compile_or_need(lowered: Lowered) -> Compiled | int:
+    """The compiled program, or the bytes of a device that the compiler says it would need and does not find.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than a lack of memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            # JAX keeps programs for devices that are not there, and cannot read them again.
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+            return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return needed
 
 
 def estimated_report(program: Program, topology: Topology, *, arguments: int, temporaries: int) -> Report:
@@ -152,7 +163,7 @@ def _report(
     )
 
 
-def _memory(compiled: Compiled) -> dict[str, int]:
+def memory_of(compiled: Compiled) -> dict[str, int]:
     """Bytes of arguments, of temporaries, and of all together."""
     found: Any = compiled.memory_analysis()
     results = found.output_size_in_bytes - found.alias_size_in_bytes

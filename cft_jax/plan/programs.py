@@ -12,6 +12,7 @@ from jax.stages import Lowered
 from cft_jax.common.errors import UserError
 from cft_jax.config import Config
 from cft_jax.data.batch import Shape
+from cft_jax.data.dataset import Dataset
 from cft_jax.data.objectives import training_dataset
 from cft_jax.distributions import configured_tasks
 from cft_jax.distributions.splits import TRAIN
@@ -101,6 +102,11 @@ def work_of(config: Config) -> Work:
         else architecture(settings, settings.checkpoint)
     )
     dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=1, share_prefix=True)
+    return work_of_data(config, model, dataset)
+
+
+def work_of_data(config: Config, model: ModelConfig, dataset: Dataset) -> Work:
+    """What training a model on this data asks for."""
 
     @functools.cache
     def shapes(row_multiple: int) -> tuple[Shape, ...]:

@@ -54,7 +54,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 90.0, "factor": 5.0, "original_max_po
         ("llama", {"rope_parameters": YARN, "num_key_value_heads": 10}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 60.0, "factor": 3.0}, "head_dim": None}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "attention_bias": True}),
-        ("gemma3_text", {"final_logit_softcapping": 2.0, "layer_types": [FULL, *[SLIDING] * 2, FULL, *[SLIDING] * 4]}),
+        ("gemma3_text", {"final_logit_softcapping": 2.0, "layer_types": [FULL, SLIDING, FULL, *[SLIDING] * 2]}),
         ("gpt_oss", {"swiglu_limit": 0.5, "swiglu_alpha": 0.9, "attention_bias": False, "layer_types": [FULL] * 3}),
     ],
 )

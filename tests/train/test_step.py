@@ -30,7 +30,11 @@ def test_microbatches_equal_one_batch(new_trainer, make_batch, kind, lora):
 
 
 @pytest.mark.parametrize(
-    ("lora", "shapes"), [(True, [(8, 1, 1), (2, 2, 2)]), (False, [(2, 4, 1), (1, 2, 4)])], ids=["lora", "full"]
+    ("lora", "shapes"),
+    [
+        pytest.param(True, [(8, 1, 1), (2, 2, 2)], id="lora"),
+        pytest.param(False, [(2, 4, 1), (1, 2, 4)], id="full", marks=pytest.mark.slow),
+    ],
 )
 def test_every_mesh_gives_the_same_losses(new_trainer, make_batch, lora, shapes):
     """Three steps with dropout, shared tokens and two microbatches; one device against eight, all state cut alike."""

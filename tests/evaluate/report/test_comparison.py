@@ -104,6 +104,7 @@ def test_what_is_no_evaluation(tmp_path):
             read_runs([tmp_path])
 
 
+@pytest.mark.slow
 def test_the_command(root, tmp_path):
     command = [sys.executable, "-m", "cft_jax.compare"]
     output = tmp_path / "new/page.html"

@@ -41,6 +41,7 @@ def measured(small_checkpoint, configured, program_cache, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_those_that_lack_something_are_named(measured):
     summary = json.loads((measured / "base/summary.json").read_text())
     assert summary["suite"] == "all" and set(summary["suites"]) == set(SUITES)
@@ -57,6 +58,7 @@ def test_those_that_lack_something_are_named(measured):
     assert "suite.perplexity.data" in page and "unique answers" in page and "missing" in page
 
 
+@pytest.mark.slow
 def test_compared(measured):
     page = render_page(read_runs([measured / "base", measured / "soft"]))
     table = page[page.index("All suites") :].partition("</table>")[0]
@@ -101,6 +103,7 @@ def test_tasks_of_lm_eval_have_rows_too():
     assert page.count("<td>arc, acc</td>") == 2 and page.count("<svg") == 1
 
 
+@pytest.mark.slow
 def test_the_main_job_runs_other_suites(configured, program_cache, tmp_path):
     few = ("train.max_steps=1", "eval.num_samples=3", "suite.mcq.max_new_tokens=4", "export.enabled=False")
     summary = train(configured(TINY, *few, "eval.suites=mcq"), tmp_path / "run")
