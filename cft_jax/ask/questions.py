@@ -18,7 +18,7 @@ from cft_jax.evaluate.suites.structured.exact_metrics import ListedPlan
 from cft_jax.evaluate.suites.structured.plan import plan_of
 from cft_jax.evaluate.suites.structured.prompt_metrics import finite
 from cft_jax.evaluate.suites.structured.settings import structured_settings
-from cft_jax.text.values import check_values
+from cft_jax.text.values import check_strings
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def exact_answers(model: Model, questions: Sequence[Question]) -> list[Exact | N
       UserError: a prompt with its longest answer does not fit the context, or a value is no answer of the model.
     """
     known = [(index, question.task) for index, question in enumerate(questions) if question.task is not None]
-    check_values(model.measured.tokenizer, (task for _, task in known))
+    for _, task in known:
+        if task.space is not None:
+            check_strings(model.measured.tokenizer, task.space.values, "answers")
     resolution = structured_settings(model.config).resolution
     plans = [plan_of(task, model.codec, resolution, seed=0) for _, task in known]
     longest = [plan.trie.max_depth + 1 for plan in plans]
