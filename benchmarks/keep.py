@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import read_metrics
 from cft_jax.config import Config, load_config
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--only", default="", help="names of variants, with commas between")
     arguments = parser.parse_args()
-    use_compilation_cache()
+    prepare_compilers()
     run(config_of("world", 11, ["export.enabled=True"]), arguments.workdir / "base")
     base = arguments.workdir / "base" / "export"
     variants = KEEPING | {name: (*NO_KEEPING, *overrides) for name, overrides in TRANSFER.items()}

@@ -12,7 +12,7 @@ from cft_jax.ask import Model as Model
 from cft_jax.ask import Task as Task
 from cft_jax.ask import load as load
 from cft_jax.ask.tasks import write_tasks
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError as UserError
 from cft_jax.common.storage import Workdir, is_remote
 from cft_jax.config import Config, changed
@@ -68,7 +68,7 @@ def calibrate(
     Raises:
       UserError: a task, a setting or the base is wrong, or the workdir holds something else.
     """
-    use_compilation_cache()
+    prepare_compilers()
     config = changed(Config(), _SCRATCH if base is None else {"model": {"checkpoint": os.fspath(base)}})
     config = changed(config, settings)
     if isinstance(tasks, str | os.PathLike):

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from cft_jax.ask.tasks import Prompt
 from cft_jax.checkpoints.hf_checkpoint import read_config as read_hf_config
 from cft_jax.common import hub
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
 from cft_jax.common.storage import CHECKPOINTS, opened, reaching
 from cft_jax.config import Config, changed, from_config_dict, read_config, validate
@@ -38,7 +38,7 @@ def load(what: str | os.PathLike[str], **settings: Any) -> "Model":
     Raises:
       UserError: there is no such model, it cannot be loaded, or a setting is wrong.
     """
-    use_compilation_cache()
+    prepare_compilers()
     config = settings_of(os.fspath(what), settings)
     return Model(load_measured_model(config), config)
 

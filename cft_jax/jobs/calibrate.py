@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cft_jax.checkpoints import save_pretrained
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.storage import Workdir, opened
@@ -61,7 +61,7 @@ SUMMARY = "summary.json"
 def start(config: Config, place: str) -> None:
     """The command: joins the run's other processes, if any, and does the job in `place`, a directory or address."""
     distributed.start()
-    use_compilation_cache()
+    prepare_compilers()
     with opened(place, write=jax.process_index() == 0) as workdir:
         run(config, workdir)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.storage import is_remote, reaching
@@ -65,7 +65,7 @@ def start(
         raise UserError(f"--output={output} is a directory; name a file in it, as in {output}/check.json")
     server = Endpoint(endpoint, model, key=key, timeout=timeout, parallel=parallel, fields=fields)
     server.check()
-    use_compilation_cache()
+    prepare_compilers()
     reference = Reference(run, prompts)
     result = compare(reference, server, num=num, completions=completions)
     lines = [f"{endpoint}, {model}, against {run}:", *_evidence(reference, result), *_outcome(result)]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.storage import Workdir, opened
@@ -26,7 +26,7 @@ from cft_jax.sharding import distributed
 def start(config: Config, place: str) -> None:
     """The command: joins the other processes, if any, measures, and leaves the results in `place`."""
     distributed.start()
-    use_compilation_cache()
+    prepare_compilers()
     with opened(place, write=jax.process_index() == 0) as workdir:
         summary = run(config, workdir)
     suites = summary.get("suites", {summary["suite"]: {"figures": headline_metrics(summary)}})

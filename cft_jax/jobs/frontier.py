@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically, write_json
 from cft_jax.common.storage import opened
@@ -35,7 +35,7 @@ def start(workdir: str, strengths: Sequence[float], output: str) -> None:
       UserError: the run has no adapters or no checkpoint.
     """
     distributed.start()
-    use_compilation_cache()
+    prepare_compilers()
     writes = jax.process_index() == 0
     with opened(workdir, write=False) as run, opened(output, write=writes, flag="--output") as target:
         config = from_config_dict(read_config(run.path))

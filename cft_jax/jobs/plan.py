@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from cft_jax.common.compilation import use_compilation_cache
+from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.config import Config
@@ -49,7 +49,7 @@ def start(
         # The compiler needs no TPU, and a TPU that is there may belong to another process.
         jax.config.update("jax_platforms", "cpu")
     else:
-        use_compilation_cache()
+        prepare_compilers()
     work, plans = functools.cache(work_of), []
     for one in topologies:
         own = config

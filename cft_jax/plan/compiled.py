@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import time
 import warnings
@@ -85,7 +86,8 @@ def compiled_report(program: Program, topology: Topology, *, resident: int) -> R
 def _digest(lowered: Lowered, topology: Topology) -> str:
     """Identifies a program, its devices and the compiler."""
     content = {"program": lowered.as_text(), "devices": (topology.libtpu or topology.kind, topology.devices)}
-    content |= {"versions": (jax.__version__, libtpu_version()), "code": Path(hlo.__file__).read_text(encoding="utf-8")}
+    content |= {"versions": (jax.__version__, libtpu_version()), "flags": os.environ.get("LIBTPU_INIT_ARGS", "")}
+    content |= {"code": Path(hlo.__file__).read_text(encoding="utf-8")}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

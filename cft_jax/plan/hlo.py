@@ -36,6 +36,7 @@ _KERNEL_RATES = {
     "head_rotation": 1_710,
     "head_rotation_backward": 2_320,
 }
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _BITS = re.compile(r"(\d+)")
 
 
@@ -112,6 +113,7 @@ def cost_of(text: str) -> Cost:
     Of a conditional the branch with the most cycles counts, or the most operations where the compiler gives no cycles.
     """
     module = parse(text)
+    repeated = _repeated(module)
 
     @functools.cache
     def of_computation(name: str) -> Cost:
@@ -121,7 +123,7 @@ def cost_of(text: str) -> Cost:
     def of_instruction(one: Instruction, others: Mapping[str, Instruction]) -> Cost:
         found = _CYCLES.search(one.attributes)
         cycles = int(found[1]) if found and int(found[1]) != _NO_ESTIMATE else _kernel_cycles(one.attributes)
-        own = Cost(cycles, _flops(one, others), _traffic(one, others))
+        own = Cost(cycles, _flops(one, others), {} if id(one) in repeated else _traffic(one, others))
         if one.opcode == "while":
             trips = _trip_count(one, module)
             rounds = sum(map(of_computation, one.called("body", "condition")), Cost()).times(trips or 1)
@@ -136,6 +138,22 @@ def cost_of(text: str) -> Cost:
         return own
 
     return of_computation(module.entry)
+
+
+def _repeated(module: Module) -> set[int]:
+    """Collectives, by `id`, that carry on with what another has begun.
+
+    The compiler strings the pieces of one collective through several fusions, each of which names it whole.
+    """
+    seen, repeated = set(), set()
+    for computation in module.computations.values():
+        for one in computation.values():
+            channel = _CHANNEL.search(one.attributes) if "chain_id=" in one.attributes else None
+            if channel and channel[1] in seen:
+                repeated.add(id(one))
+            elif channel:
+                seen.add(channel[1])
+    return repeated
 
 
 def parse(text: str) -> Module:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cft_jax.common.compilation import set_tpu_flags
 from cft_jax.common.errors import UserError
 
 # Chips of a slice, and how they lie: two dimensions for v5e and v6e, three for the others.
@@ -160,6 +161,7 @@ def compiler_devices(of: Topology) -> Sequence[Any] | None:
         return here[: of.devices] if len(here) >= of.devices else None
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f'--topology={of.name} is compiled for by libtpu, which is absent: pip install -e ".[plan]"')
+    set_tpu_flags()
     for name, value in _QUIETLY.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

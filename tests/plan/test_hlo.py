@@ -86,6 +86,33 @@ def test_a_loop_that_data_ends_counts_once_and_is_told():
     assert cost_of(by_data) == cost_of(text(', {"known_trip_count":{"n":"1"}}')) + Cost(unknown_loops=1)
 
 
+CHAIN = """\
+HloModule chain
+
+%piece.1 (x: bf16[2,8]) -> bf16[8,8] {
+  %x = bf16[2,8] parameter(0)
+  ROOT %gather.1 = bf16[8,8] all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%piece.2 (y: bf16[2,8]) -> bf16[8,8] {
+  %y = bf16[2,8] parameter(0)
+  ROOT %gather.2 = bf16[8,8] all-gather(%y), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (z: bf16[2,8]) -> bf16[8,8] {
+  %z = bf16[2,8] parameter(0)
+  %begun = bf16[8,8] fusion(%z), kind=kCustom, calls=%piece.1
+  ROOT %done = bf16[8,8] fusion(%z), kind=kCustom, calls=%piece.2
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once():
+    assert cost_of(CHAIN).collectives == {"all-gather": Traffic(1, 128)}
+    apart = CHAIN.replace("%y), channel_id=7", "%y), channel_id=8")
+    assert cost_of(apart).collectives == {"all-gather": Traffic(2, 256)}
+
+
 def test_a_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         parse("HloModule nothing")
