@@ -21,7 +21,8 @@ from cft_jax.checkpoints import save_pretrained
 from cft_jax.checkpoints.generation_config import named_stop_ids
 from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import read_metrics
-from cft_jax.config import from_config_dict, read_config
+from cft_jax.common.errors import UserError
+from cft_jax.config import Config, MeshConfig, changed, from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
 from cft_jax.evaluate.backends.load import load_measured_model
 from cft_jax.main import run
@@ -220,6 +221,25 @@ def test_an_adapter_that_training_started_from_may_be_gone(soft, tokenizer):
     started = replace(config, model=replace(config.model, adapter="/gone"))
     ids = text_ids(tokenizer)
     np.testing.assert_array_equal(load_trained(Workdir(workdir), started)[0](ids), jax_logits(workdir, ids))
+
+
+def test_a_run_is_asked_on_the_mesh_and_in_the_dtype_that_are_said(soft):
+    def loaded(**changes):
+        config = changed(Config(), {"model": {"checkpoint": str(soft[0] / "run"), "dtype": "float32"}, **changes})
+        return load_measured_model(config).backend
+
+    def model(**options):
+        workdir = soft[0] / "run"
+        return load_trained(Workdir(workdir), replace(from_config_dict(read_config(workdir)), **options))[0]
+
+    plain, half = loaded(), loaded(model={"checkpoint": str(soft[0] / "run"), "dtype": "bfloat16"})
+    assert plain.fingerprint == loaded(mesh={"fsdp": 2}).fingerprint
+    assert plain.fingerprint != half.fingerprint
+    with pytest.raises(UserError, match="8 devices cannot be cut into 3"):
+        loaded(mesh={"fsdp": 3})
+    assert dict(model().mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert model(mesh=MeshConfig(fsdp=2)).mesh.shape["fsdp"] == 2, "the run's own"
+    assert model(mesh=MeshConfig(data=16)).mesh.shape["data"] == 8, "which these devices lack"
 
 
 def test_exports_overwrite_nothing(soft, tmp_path, capsys):

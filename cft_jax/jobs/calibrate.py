@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -46,7 +47,7 @@ from cft_jax.runs.base import (
     check_vocabulary,
     load_model,
 )
-from cft_jax.runs.kept import load_kept, read_kept
+from cft_jax.runs.kept import encode_kept, load_kept, read_kept
 from cft_jax.runs.workdir import check_workdir, setting_up
 from cft_jax.sharding import distributed
 from cft_jax.sharding.mesh import make_mesh, platform
@@ -91,15 +92,16 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
     trained = digest_of_tasks(tasks[TRAIN])
     with setting_up(workdir, config, devices=_devices(), write=writes, tasks=trained):
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        named = read_kept(config)  # a mistake in it is told before a base is trained
         base = _base(config, tasks, workdir)
         tokenizer = base_tokenizer(config.model, base)
         _announce(config, workdir, mesh, base, tasks)
         row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * max(config.train.grad_accum_steps, 1)
-        read = read_kept(config, tokenizer)
+        read = encode_kept(config, named, tokenizer)
         dataset = training_dataset(config, tokenizer, tasks[TRAIN], row_multiple=row_multiple, share_prefix=True)
         batch = dataset.batch(0)
-        highest = max(int(ids.max(initial=0)) for ids in (dataset.shared_prefix, batch.tokens, batch.target_ids))
-        check_vocabulary(config.model, base, highest_id=highest)
+        seen = (dataset.shared_prefix, batch.tokens, batch.target_ids, *map(np.asarray, read or ()))
+        check_vocabulary(config.model, base, highest_id=max(int(ids.max(initial=0)) for ids in seen))
         logging.info("%s", render_example(tokenizer, batch, dataset.shared_prefix))
         _say_memory(config, base, mesh, dataset)
         model = load_model(config, base, mesh)
@@ -117,7 +119,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         checkpoint=config.checkpoint,
         log=config.log,
         workdir=workdir,
-        identity={"seed": config.seed, "lora": str(model.lora_spec), "tasks": trained},
+        identity={"seed": config.seed, "tasks": trained},
         kept=kept,
     )
     if result.preempted:
@@ -146,12 +148,14 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
 
 def _base(config: Config, tasks: Mapping[str, Sequence[Task]], workdir: Workdir) -> str:
     """Directory or hub id of the base model; where a run of its own makes it, that is done first, or its rest."""
-    made = workdir.inner(BASE)
-    if config.model.base and not (made.path / SUMMARY).exists():
-        logging.info("first the base model, by %s in %s", config.model.base, made)
-        run(base_config(config), made)
-        workdir.publish()
     if config.model.base:
+        made, settings = workdir.inner(BASE), base_config(config)
+        # Also where it is finished: it may be there from a run with another base.
+        check_workdir(made, settings)
+        if not (made.path / SUMMARY).exists():
+            logging.info("first the base model, by %s in %s", config.model.base, made)
+            run(settings, made)
+            workdir.publish()
         multihost_utils.sync_global_devices("base run")
         if jax.process_index() > 0:
             workdir.fetch(BASE)

@@ -29,22 +29,33 @@ _DRAWN = 256
 _SHORTEST_ANSWER = 8
 
 
-def read_kept(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
-    """Token ids of what the configuration names: whole texts of a file, or for `self` the prompts to ask.
-
-    None for a run that keeps no texts.
+def read_kept(config: Config) -> list[KeptText] | list[Messages] | None:
+    """What the configuration names: texts of a file, or for `self` the prompts to ask; None for a run that keeps none.
 
     Raises:
-      UserError: the file is wrong, or a prompt is too long.
+      UserError: the file is wrong.
     """
-    keep, options = config.train.keep, ChatOptions.from_config(config.data)
+    keep = config.train.keep
     if keep.weight == 0 or keep.kind == "off_support":
         return None
-    if keep.source != SELF:
-        end = terminator_id(tokenizer, config.data.terminator)
-        return _encoded(tokenizer, read_texts(keep.source), options, end)
-    prompts: list[Messages] = read_prompts(keep.prompts)
-    encoded = encode_chats(tokenizer, prompts, options)
+    return read_prompts(keep.prompts) if keep.source == SELF else read_texts(keep.source)
+
+
+def encode_kept(
+    config: Config, named: list[KeptText] | list[Messages] | None, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]] | None:
+    """Token ids of what `read_kept` returns.
+
+    Raises:
+      UserError: a prompt is too long.
+    """
+    if named is None:
+        return None
+    keep, options = config.train.keep, ChatOptions.from_config(config.data)
+    texts = [one for one in named if isinstance(one, KeptText)]
+    if texts:
+        return _encoded(tokenizer, texts, options, terminator_id(tokenizer, config.data.terminator))
+    encoded = encode_chats(tokenizer, [one for one in named if not isinstance(one, KeptText)], options)
     longest = max(range(len(encoded)), key=lambda index: len(encoded[index]))
     room = config.data.max_length - _SHORTEST_ANSWER
     if len(encoded[longest]) > room:
@@ -69,7 +80,7 @@ def load_kept(
 
     Args:
       config: of the run.
-      read: see `read_kept`.
+      read: see `encode_kept`.
       model: with the base's weights; answers are drawn without its adapters.
       tokenizer: of the model.
       workdir: of the run; keeps the texts that were drawn.
@@ -131,4 +142,5 @@ def _drawn(
     multihost_utils.sync_global_devices("kept texts")
     if jax.process_index() > 0:
         workdir.fetch(DIRECTORY)
-    return [json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): it would also break lines at separators that JSON strings may hold.
+    return [json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]

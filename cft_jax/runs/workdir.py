@@ -18,6 +18,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_json
 from cft_jax.common.storage import Workdir
 from cft_jax.config import RECORD, read_config
+from cft_jax.runs.base import BASE
 
 # What may differ when a run is resumed, as paths in the config; everything else shapes the weights.
 MAY_CHANGE = ("train.max_steps", "mesh", "log", "checkpoint", "eval", "suite", "tasks", "export")
@@ -31,15 +32,21 @@ def check_workdir(workdir: Workdir, config: Any) -> bool:
       UserError: the directory belongs to a run of another configuration (the fields are named), or holds other files.
     """
     directory = workdir.path
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a new or empty directory")
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    # Looked for last: another process of the same run may have put it there meanwhile, and whatever follows it.
     if (directory / RECORD).exists():
         _check_same_run(workdir, config)
         return False
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a new or empty directory")
-    # Another process of the same run may be writing the record just now.
-    if directory.exists() and any(not path.name.startswith(f".{RECORD}.") for path in directory.iterdir()):
+    if any(not name.startswith(f".{RECORD}.") and name not in _spared(config) for name in names):
         raise UserError(f"--workdir={workdir} is not empty and holds no run; name a new or empty directory")
     return True
+
+
+def _spared(config: Any) -> tuple[str, ...]:
+    """What outlasts a run that could not be set up, and may be there before a new one: the run that makes its base."""
+    return (BASE,) if config.model.base else ()
 
 
 @contextlib.contextmanager
@@ -47,7 +54,8 @@ def setting_up(workdir: Workdir, config: Any, *, devices: str, write: bool, task
     """Records a run's configuration around the work that may still find a mistake in it.
 
     A new run's record stands from the beginning, so that the same command resumes what a kill left behind; after a
-    UserError nothing is left of the directory. A run that resumes keeps its old record until the work is done.
+    UserError nothing is left of the directory but the run that makes the base, for the next try to begin with. A run
+    that resumes keeps its old record until the work is done.
 
     Args:
       workdir: the directory.
@@ -79,8 +87,9 @@ def setting_up(workdir: Workdir, config: Any, *, devices: str, write: bool, task
     except UserError:
         if new and write and directory.is_dir():
             for path in directory.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not existed:
+                if path.name not in _spared(config):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed and not any(directory.iterdir()):
                 directory.rmdir()
         raise
 

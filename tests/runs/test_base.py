@@ -10,6 +10,7 @@ from cft_jax.common.storage import Workdir
 from cft_jax.jobs.prepare import prepare_data
 from cft_jax.main import run
 from cft_jax.runs.base import base_of_run
+from cft_jax.runs.workdir import setting_up
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 FEW_STEPS = ("train.max_steps=2", "eval.enabled=False", "model.scratch.enabled=False", "model.lora.enabled=True")
@@ -67,3 +68,22 @@ def test_mistakes_in_the_base_are_told_and_leave_nothing(calibration, tmp_path):
         with pytest.raises(UserError, match=words):
             run(calibration(base), tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_what_is_kept_are_told_before_the_base_is_made(calibration, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("source", "prompts"):
+        with pytest.raises(UserError, match=f"train.keep.{name}"):
+            run(
+                calibration(TINY, "train.keep.weight=0.1", f"train.keep.{name}={tmp_path}/none.jsonl"), tmp_path / "run"
+            )
+    assert "first the base model" not in caplog.text
+
+
+def test_a_base_of_another_config_is_not_taken(calibration, tmp_path, configured):
+    base = configured(TINY, "seed=3", "data.cache_dir=")
+    with setting_up(Workdir(tmp_path / "run" / "base"), base, devices="cpu", write=True):
+        (tmp_path / "run" / "base" / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run/base holds a run of another config: .*seed was 3 and is 11"):
+        run(calibration(TINY), tmp_path / "run")
+    assert (tmp_path / "run" / "base" / "summary.json").exists()

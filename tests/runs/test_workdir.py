@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from cft_jax.common.errors import UserError
 from cft_jax.common.storage import Workdir
-from cft_jax.config import Config, MeshConfig, TrainConfig, read_config
+from cft_jax.config import Config, MeshConfig, ModelSettings, TrainConfig, read_config
 from cft_jax.runs.workdir import MAY_CHANGE, check_workdir, setting_up
 
 
@@ -39,6 +40,30 @@ def test_nothing_is_left_of_a_run_that_could_not_be_set_up(tmp_path):
             opened(tmp_path / place, Config(seed=3), mistake="too long")
         assert check_workdir(Workdir(tmp_path / place), Config(seed=4))
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_run_that_makes_the_base_outlasts_a_mistake(tmp_path):
+    config = Config(model=ModelSettings(base="world"))
+    with pytest.raises(UserError, match="too long"):
+        opened(tmp_path / "run", config, mistake="too long")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["base"]
+    assert check_workdir(Workdir(tmp_path / "run"), config), "the next try begins with it"
+    with pytest.raises(UserError, match="not empty"):
+        check_workdir(Workdir(tmp_path / "run"), Config())
+
+
+def test_a_record_that_another_process_is_writing(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def slowly(path):
+        found = list(listed(path))
+        monkeypatch.undo()
+        opened(path, Config())
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", slowly)
+    (tmp_path / ".config.json.x1").touch()
+    assert not check_workdir(Workdir(tmp_path), Config())
 
 
 def test_a_run_that_cannot_go_on_keeps_its_record(tmp_path):

@@ -33,7 +33,8 @@ def load_measured_model(config: Config) -> MeasuredModel:
         is_run = (epath.Path(what).expanduser() / CHECKPOINTS).is_dir()
     if is_run and config.backend == "jax":
         with opened(what, write=False, flag="config.model.checkpoint") as run:
-            model, tokenizer, step = load_trained(run, from_config_dict(read_config(run.path)))
+            recorded = from_config_dict(read_config(run.path))
+            model, tokenizer, step = load_trained(run, recorded, mesh=config.mesh, dtype=settings.dtype)
         what = f"{what}, step {step}"
     else:
         if is_run:
