@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from etils import epath
+
 from cft_jax.ask import Model as Model
 from cft_jax.ask import Task as Task
 from cft_jax.ask import load as load
 from cft_jax.ask.tasks import write_tasks
 from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError as UserError
-from cft_jax.common.storage import Workdir, is_remote
+from cft_jax.common.storage import is_remote, opened
 from cft_jax.config import Config, changed
 from cft_jax.jobs import calibrate as calibrate_job
 from cft_jax.jobs import evaluate as evaluate_job
@@ -31,11 +34,12 @@ class Run:
     """A finished run.
 
     Attributes:
-      workdir: its directory, with report.html, export/ and the rest of the main command's files.
+      workdir: its directory, or its address on a store, with report.html, export/ and the rest of the main command's
+        files.
       summary: what its summary.json holds: the metrics before and after, by suite.
     """
 
-    workdir: Path
+    workdir: epath.Path
     summary: Mapping[str, Any]
 
     def __fspath__(self) -> str:
@@ -59,7 +63,7 @@ def calibrate(
       base: a directory in Hugging Face format or a hub id; None makes a small model from scratch.
       tasks: what to train on; or the path of a JSONL file, as `config.data.custom` takes. Tasks made in Python are
         kept beside the workdir, in `WORKDIR.jsonl`.
-      workdir: directory of the run; absent, empty, or of the same run.
+      workdir: directory of the run, or its address on a store; absent, empty, or of the same run.
       **settings: fields of the configuration, nested as there: `train={"objective": "exact", "epochs": 50}`.
 
     Returns:
@@ -79,7 +83,8 @@ def calibrate(
         file = Path(f"{os.fspath(workdir).rstrip('/')}.jsonl")
         write_tasks(file, tasks)
     config = changed(config, {"data": {"custom": str(file)}})
-    return Run(Path(workdir), calibrate_job.run(config, Workdir(Path(workdir))))
+    with opened(os.fspath(workdir), write=jax.process_index() == 0, flag="workdir") as place:
+        return Run(place.origin, calibrate_job.run(config, place))
 
 
 def evaluate(
@@ -93,8 +98,9 @@ def evaluate(
 
     Args:
       model: from `load`, or what `load` takes.
-      suite: structured, open_random, mcq, noveltybench, perplexity, retention, or all.
-      workdir: directory of the results, where an interrupted evaluation resumes; None keeps no files.
+      suite: structured, questions, open_random, mcq, noveltybench, perplexity, retention, or all.
+      workdir: directory of the results, or its address on a store, where an interrupted evaluation resumes; None keeps
+        no files.
       **settings: fields of the configuration, nested as there: `eval={"num_samples": 200}`.
 
     Returns:
@@ -105,5 +111,7 @@ def evaluate(
     """
     model = model if isinstance(model, Model) else load(model)
     config = changed(changed(model.config, {"eval": {"suites": (suite,)}}), settings)
-    with tempfile.TemporaryDirectory() if workdir is None else contextlib.nullcontext(workdir) as place:
-        return evaluate_job.run(config, Workdir(Path(place)), model.measured)
+    with contextlib.ExitStack() as places:
+        directory = places.enter_context(tempfile.TemporaryDirectory()) if workdir is None else os.fspath(workdir)
+        place = places.enter_context(opened(directory, write=jax.process_index() == 0, flag="workdir"))
+        return evaluate_job.run(config, place, model.measured)

@@ -276,6 +276,36 @@ def tiny_run(shared_dir, configured, program_cache):
         return shared_dir / "tiny_run", run(configured(TINY, "train.max_steps=4"), shared_dir / "tiny_run")
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Path:
+    """The directory behind addresses gs://bucket/..., which epath reaches as it does a store."""
+    from etils.epath import backend, gpath
+
+    from cft_jax.common.storage import google_answers
+
+    root = tmp_path / "store"
+
+    class Bucket(backend._OsPathBackend):
+        """epath's backend of local files, for addresses gs://NAME/... that lie under a directory."""
+
+        def __getattribute__(self, name):
+            found = super().__getattribute__(name)
+            if name.startswith("_") or not callable(found):
+                return found
+
+            def call(path, *args, **kwargs):
+                assert path.startswith("gs://"), path
+                return found(str(root / path.removeprefix("gs://")), *args, **kwargs)
+
+            return call
+
+    (root / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "here")
+    google_answers.cache_clear()
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
+    return root / "bucket"
+
+
 @pytest.fixture(scope="session")
 def start_command(tmp_path_factory, program_cache):
     """Starts `python -m cft_jax.<name>` with its arguments on one CPU device; returns the process."""

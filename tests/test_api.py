@@ -115,6 +115,19 @@ def test_tasks_from_counts():
         cft_jax.Task("Well?", ["a", "b"], [0.5, 0.4])
 
 
+def test_results_on_a_store(model, bucket):
+    measured = cft_jax.evaluate(model, "structured", workdir="gs://bucket/eval", eval={"num_samples": 0})
+    assert json.loads((bucket / "eval" / "summary.json").read_text())["splits"].keys() == measured["splits"].keys()
+
+
+def test_a_run_on_a_store_is_named_by_its_address(bucket, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(EVEN.row()))
+    (bucket / "run").mkdir()
+    (bucket / "run" / "notes").write_text("mine")
+    with pytest.raises(UserError, match="workdir=gs://bucket/run is not empty"):
+        cft_jax.calibrate(None, tmp_path / "tasks.jsonl", workdir="gs://bucket/run", **SMALL)
+
+
 def test_calibrate_and_evaluate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A cast of the die that was rolled most.

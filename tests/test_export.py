@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from cft_jax import export
 from cft_jax.checkpoints import save_pretrained
 from cft_jax.checkpoints.generation_config import named_stop_ids
+from cft_jax.common.errors import UserError
 from cft_jax.common.storage import Workdir
 from cft_jax.common.writer import read_metrics
-from cft_jax.common.errors import UserError
 from cft_jax.config import Config, MeshConfig, changed, from_config_dict, read_config
 from cft_jax.distributions import configured_tasks
 from cft_jax.evaluate.backends.load import load_measured_model

@@ -13,6 +13,7 @@ from cft_jax import sample
 from cft_jax.ask.histogram import table
 from cft_jax.ask.questions import Exact
 from cft_jax.distributions.splits import build_splits, spec_of_prompt
+from cft_jax.jobs.sample import read_prompts
 
 pytestmark = pytest.mark.usefixtures("program_cache", "log_restored")
 GEOMETRIC = (
@@ -97,6 +98,11 @@ def test_many_prompts_from_files(ask, tmp_path):
     assert answers[0] != answers[2], "the same prompt again gets draws of its own"
 
 
+def test_a_prompt_may_hold_any_character_that_breaks_lines(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a\u2028b", "id": 7}, ensure_ascii=False) + "\n")
+    assert read_prompts(str(tmp_path / "prompts.jsonl")) == ["a\u2028b"]
+
+
 def test_a_chat(ask, tiny_run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAgain\n/new\nHi\n"))
     code, out, _ = ask("--chat", "--temperature=0", "--max_new_tokens=3")
@@ -124,7 +130,8 @@ def test_a_chat(ask, tiny_run, monkeypatch):
         (("--prompt=Hi", "--output={place}/answers.txt"), "must end in .jsonl or .csv"),
         (("--prompts={place}/nowhere.txt",), "--prompts={place}/nowhere.txt cannot be read"),
         (("--prompts={place}/taken.csv",), "holds no prompts"),
-        (("--prompts={place}/wrong.jsonl",), "wrong.jsonl, line 2: must be a JSON object"),
+        (("--prompts={place}/wrong.jsonl",), "1 of 2 lines of --prompts='{place}/wrong.jsonl' are wrong: line 2"),
+        (("--prompts={place}/five.jsonl",), "messages[0].content=5 must be a text that is not empty"),
         (("--prompt=Hi", "--config.data.num_decimal=1"), "did you mean config.data.num_decimals?"),
     ],
     ids=lambda value: "",
@@ -132,6 +139,7 @@ def test_a_chat(ask, tiny_run, monkeypatch):
 def test_mistakes(ask, tmp_path, arguments, words):
     (tmp_path / "taken.csv").write_text("\n")
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "Hi"}\n{"promt": "Hi"}\n')
+    (tmp_path / "five.jsonl").write_text('{"messages": [{"role": "user", "content": 5}]}\n')
     before = sorted(tmp_path.iterdir())
     code, out, err = ask(*(argument.format(place=tmp_path) for argument in arguments))
     assert (code, out) == (2, "") and words.format(place=tmp_path) in err.splitlines()[-1]

@@ -5,9 +5,11 @@
 
 from dataclasses import dataclass, field
 
-from cft_jax.config.records import at_least, fraction, one_of, share, some_of
+from cft_jax.config.records import at_least, fraction, one_of, ruled, share, some_of
 
 RETENTION_TASKS = ("tiny_mmlu", "tiny_hellaswag", "tiny_truthfulqa", "tiny_winogrande", "tiny_gsm8k")
+# Seven topics of two halves each: with fewer questions there would be nothing to take a mean of.
+QUESTION_GROUPS = 14
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class McqConfig:
 class QuestionsConfig:
     """The package's own questions: how many of them, evenly of every topic and half; 0 for all."""
 
-    num_questions: int = at_least(0, 0)
+    num_questions: int = ruled(
+        0, lambda number: number == 0 or number >= QUESTION_GROUPS, f"0 for all, or at least {QUESTION_GROUPS}"
+    )
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def read_texts(path: str) -> list[KeptText]:
         raise UserError(
             f"{_TEXTS}={path!r} is no text in UTF-8 ({error}); save it as UTF-8, or name another"
         ) from error
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"cannot read {_TEXTS}={path!r}: {error}; name a file, or self") from error
     if not text.strip():
         raise UserError(f"{_TEXTS}={path!r} has no text in it; name another file, or self")
     return [KeptText((), text)]

@@ -25,8 +25,8 @@ def read_rows(path: str | Path, field: str, read: Callable[[Row, int], _T]) -> l
     """
     try:
         content = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {field}={str(path)!r}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter of a NUL in the path
+        raise UserError(f"cannot read {field}={str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     # Not splitlines(): it would also break lines at separators that JSON strings may hold.
     lines = content.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
     if lines == [b""]:

@@ -18,7 +18,7 @@ from cft_jax.evaluate.backends.protocol import MeasuredModel
 from cft_jax.evaluate.report.frontier import frontier_figure
 from cft_jax.evaluate.report.plots import png
 from cft_jax.evaluate.suites import questions
-from cft_jax.evaluate.suites.runner import run_suites
+from cft_jax.evaluate.suites.runner import run_suite
 from cft_jax.evaluate.suites.structured import suite as structured
 from cft_jax.models.strength import set_alpha
 from cft_jax.runs.trained import load_trained
@@ -54,8 +54,15 @@ def measure(config: Config, run: Any, strengths: Sequence[float], directory: Pat
     Returns:
       For each `strength`; `splits`, by split `kl` and `total_variation`; and `halves`, by half of the questions
       `accuracy`, `probability` and `nats_per_token`.
+
+    Raises:
+      UserError: the run has no checkpoint, or a suite lacks something.
     """
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_samples=0, suites=_SUITES))
+    # However the run's own samples were asked for, exact metrics are of single answers.
+    settings = dataclasses.replace(
+        config.eval, num_samples=0, suites=_SUITES, numbers_per_completion=1, method="direct"
+    )
+    config = dataclasses.replace(config, eval=settings)
     model, tokenizer, step = load_trained(run, config)
     assert model.lora_spec is not None
     alpha, points = model.lora_spec.alpha, []
@@ -63,7 +70,7 @@ def measure(config: Config, run: Any, strengths: Sequence[float], directory: Pat
         set_alpha(model, strength * alpha)
         measured = MeasuredModel(JaxBackend(model, tokenizer), tokenizer, f"{run}, step {step}, strength {strength:g}")
         places = {suite: directory / f"strength-{strength:g}" / suite for suite in _SUITES}
-        found = run_suites(config, measured, places)
+        found = {suite: run_suite(suite, config, measured, place) for suite, place in places.items()}
         splits = {name: _exact(split) for name, split in found[structured.SUITE]["splits"].items()}
         points.append({"strength": strength, "splits": splits, "halves": found[questions.SUITE]["halves"]})
     return points

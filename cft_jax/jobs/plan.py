@@ -94,7 +94,7 @@ def _plan(work: Work, config: Config, where: Topology, devices: Sequence[Any] | 
         kinds = tuple(kind for kind in kinds if kind == "train")
     else:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
-    memory, reports = estimate(work, config, mesh), []
+    memory, reports = estimate(work, config, mesh, where), []
     for program in programs(work, config, mesh, kinds):
         if devices is None:
             arguments = memory.weights + memory.optimizer

@@ -21,6 +21,7 @@ from cft_jax.common.errors import UserError
 from cft_jax.common.files import write_atomically
 from cft_jax.common.progress import Progress
 from cft_jax.distributions import OutputSpace, Task
+from cft_jax.distributions.rows import Row, prompt_messages, read_rows
 
 FORMATS = (".jsonl", ".csv")
 # Draws asked for at a time, between two steps of the progress bar.
@@ -111,26 +112,23 @@ def read_prompts(file: str) -> list[Prompt]:
     Raises:
       UserError: the file cannot be read, holds no prompts, or a row is wrong.
     """
+    if file.endswith(".jsonl"):
+        return read_rows(file, "--prompts", _prompt)
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"--prompts={file} cannot be read ({error}); name a text file in UTF-8") from None
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"--prompts={file} holds no prompts; write one on each line")
-    is_json = file.endswith(".jsonl")
-    return [_prompt(file, number, line) if is_json else line.strip() for number, line in rows]
+    return [*prompts]
 
 
-def _prompt(file: str, number: int, line: str) -> Prompt:
-    try:
-        row = json.loads(line)
-        prompt = row["prompt"] if "prompt" in row else row["messages"]
-        if isinstance(prompt, str) or (prompt and all({*message} == {"role", "content"} for message in prompt)):
-            return prompt
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise UserError(f'--prompts={file}, line {number}: must be a JSON object with "prompt" or "messages"')
+def _prompt(row: Row, _: int) -> Prompt:
+    if "prompt" not in row and "messages" not in row:
+        raise UserError("must have prompt or messages")
+    messages = prompt_messages(row)
+    return messages[0]["content"] if "prompt" in row else messages
 
 
 def _check_output(output: str) -> Path | None:

@@ -15,7 +15,6 @@ from cft_jax.common.errors import UserError
 from cft_jax.models.config import GatedMlp, LoraSpec, ModelConfig
 from cft_jax.models.layers import LoraParam
 from cft_jax.models.transformer import Transformer
-from cft_jax.sharding.mesh import platform
 from cft_jax.sharding.rules import num_shards, sharding
 
 _FLOAT32 = 4
@@ -127,15 +126,23 @@ def _activations(config: ModelConfig, itemsize: int, mesh: Mesh | AbstractMesh, 
     return math.ceil(config.num_layers * kept + len(config.layer_pattern) * whole)
 
 
-def micro_batches(config: ModelConfig, batch: Batch, mesh: Mesh | AbstractMesh | None, *, lora: LoraSpec | None) -> int:
+def micro_batches(
+    config: ModelConfig, batch: Batch, mesh: Mesh | AbstractMesh | None, *, lora: LoraSpec | None, platform: str
+) -> int:
     """In how many parts a step's batch is computed where the configuration leaves that open.
 
     Only few enough tokens at a time leave what a layer computes in a TPU's fast memory (128 MiB, of v5e and v6e), which
     is worth reading the weights again (Qwen3-1.7B on v6e: a quarter fewer cycles). Not so where weights are gathered
     from other devices, where there are many of them for each token, or where their gradients are added up too.
+    `platform` is what the mesh's devices are, which need not be there.
     """
-    is_tpu = isinstance(mesh, AbstractMesh) or platform(mesh) == "tpu"
-    if not is_tpu or mesh is None or lora is None or mesh.shape["fsdp"] > 1 or not isinstance(config.mlp, GatedMlp):
+    if (
+        platform != "tpu"
+        or mesh is None
+        or lora is None
+        or mesh.shape["fsdp"] > 1
+        or not isinstance(config.mlp, GatedMlp)
+    ):
         return 1
     rows = -(-batch.rows // num_shards("batch", mesh))
     width = config.mlp.hidden_dim // mesh.shape["tensor"]

@@ -26,12 +26,13 @@ _MICRO_BATCH = 0.05
 _MOST_TENSOR = 8
 
 
-def estimate(work: Work, config: Config, mesh: Mesh | AbstractMesh) -> MemoryEstimate:
-    """What training takes on each device by these settings, in its largest shape."""
+def estimate(work: Work, config: Config, mesh: Mesh | AbstractMesh, where: Topology) -> MemoryEstimate:
+    """What training takes on each device of a topology by these settings, in its largest shape."""
     shapes = work.shapes(row_multiple(config, mesh))
     rows, length, _, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
     options = model_options(config.model, mesh)
-    parts = config.train.grad_accum_steps or micro_batches(work.model, Batch(rows, length), mesh, lora=options["lora"])
+    left_open = {"lora": options["lora"], "platform": "tpu" if where.libtpu else "gpu"}
+    parts = config.train.grad_accum_steps or micro_batches(work.model, Batch(rows, length), mesh, **left_open)
     return estimate_memory(work.model, batch=Batch(-(-rows // parts), length), **options)
 
 
@@ -63,7 +64,7 @@ def candidates(work: Work, config: Config, topology: Topology) -> Iterator[tuple
         mesh = AbstractMesh(sizes, AXES)
         if _without_activations(work, changed, mesh) > _USABLE * topology.memory:
             continue
-        found = estimate(work, changed, mesh)
+        found = estimate(work, changed, mesh, topology)
         if found.total <= _USABLE * topology.memory:
             yield changed, found
 

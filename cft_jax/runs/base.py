@@ -134,7 +134,8 @@ def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, leng
       UserError: it cannot fit; or see `model_config`.
     """
     model, options = architecture(config.model, checkpoint), model_options(config.model, mesh)
-    parts = config.train.grad_accum_steps or micro_batches(model, Batch(rows, length), mesh, lora=options["lora"])
+    left_open = {"lora": options["lora"], "platform": platform(mesh)}
+    parts = config.train.grad_accum_steps or micro_batches(model, Batch(rows, length), mesh, **left_open)
     estimate = estimate_memory(model, batch=Batch(-(-rows // parts), length), **options)
     available = device_memory()
     require_memory(estimate, available)

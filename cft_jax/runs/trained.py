@@ -55,7 +55,9 @@ def load_trained(
         raise UserError(f"{workdir} has no complete checkpoint yet; train first with cft_jax.main")
     parts.update(model, restored.state.weights)
     if dtype and dtype != config.model.dtype:
-        logging.warning("%s was trained in %s and is asked in config.model.dtype=%s", workdir, config.model.dtype, dtype)
+        logging.warning(
+            "%s was trained in %s and is asked in config.model.dtype=%s", workdir, config.model.dtype, dtype
+        )
         model.dtype = jnp.dtype(dtype)
     return model, tokenizer, restored.step
 

@@ -8,6 +8,7 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,14 @@ class Endpoint:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--endpoint={url} must begin with http:// or https://, as in http://localhost:8000/v1")
+        if not _is_address(url):
+            raise UserError(f"--endpoint={url} is no address; write it as http://localhost:8000/v1")
+        key = key.strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(
+                "the API key holds line breaks or letters beyond ASCII, which no request can carry; set it again in "
+                "the environment"
+            )
         self._url, self._model, self._key, self._timeout = url.rstrip("/"), model, key, timeout
         self._parallel, self._fields = parallel, fields
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -261,6 +270,16 @@ class Endpoint:
         if 300 <= error.status < 400:
             return UserError(f"{self._url} sends elsewhere ({error.status}); give the final address as --endpoint")
         return UserError(f"{self._url} refuses the request ({error.status}: {said}); check --model and --request")
+
+
+def _is_address(url: str) -> bool:
+    """Whether a request can go there: it names a host, and a port that is a number; all else is written in ASCII."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        return bool(host) and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:
+        return False
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -17,6 +17,7 @@ from cft_jax.models.memory import Batch, micro_batches
 from cft_jax.models.transformer import Transformer
 from cft_jax.objectives.batch_loss import DeviceBatch, batch_loss
 from cft_jax.objectives.head import HeadOptions
+from cft_jax.sharding.mesh import platform
 from cft_jax.sharding.rules import constrain, num_shards
 from cft_jax.train.keep import DeviceKept, KeepOptions, kept_texts_loss, off_support_loss
 from cft_jax.train.state import ModelParts, TrainState, Weights
@@ -163,7 +164,8 @@ def _losses_and_gradient(
 
 def _count(model: Transformer, batch: tuple[DeviceBatch, DeviceKept | None]) -> int:
     """Microbatches that suit the device; see `micro_batches`."""
-    count = micro_batches(model.config, Batch(*batch[0].tokens.shape), model.mesh, lora=model.lora_spec)
+    of = {"lora": model.lora_spec, "platform": platform(model.mesh)}
+    count = micro_batches(model.config, Batch(*batch[0].tokens.shape), model.mesh, **of)
     return count if batch[1] is None else math.gcd(count, len(batch[1].weight) // num_shards("batch", model.mesh))
 
 

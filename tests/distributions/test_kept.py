@@ -65,6 +65,8 @@ def test_files_without_a_text_are_refused(tmp_path):
         ("empty.jsonl", "is empty; give it one JSON object per line"),
         ("bytes.txt", "is no text in UTF-8"),
         ("none.txt", "No such file"),
+        ("nul\0.txt", "cannot read train.keep.source=.*null"),
+        ("nul\0.jsonl", "cannot read train.keep.source=.*null"),
     ):
         with pytest.raises(UserError, match=words):
             read_texts(str(tmp_path / name))

@@ -134,6 +134,27 @@ def test_answers_that_are_none(serve, answer, said):
     assert said in str(error.value) and KEY not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_key_from_a_file_ends_in_a_line_break(serve):
+    url, seen = serve(chat())
+    draw(url, key=f"{KEY}\n")
+    assert seen[0][2] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"„{KEY}“"])
+def test_a_key_that_no_request_can_carry_is_not_shown(key):
+    with pytest.raises(UserError, match="set it again in the environment") as error:
+        endpoint("http://127.0.0.1:9/v1", key=key)
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/v1", "http://host:eighty/v1", "http:///v1", "http://a..b/v1", "http://host/ü", "http://a b/"]
+)
+def test_addresses_that_are_none(url):
+    with pytest.raises(UserError, match="is no address; write it as"):
+        endpoint(url)
+
+
 @pytest.mark.parametrize("slow", [{"wait": 3.0}, {"trickle": 0.05}], ids=["silent", "byte by byte"])
 def test_a_slow_server(serve, slow):
     url, seen = serve((200, {"choices": ["heads"] * 20}, {}), **slow)

@@ -5,6 +5,9 @@ import math
 
 import pytest
 
+from cft_jax.common.errors import UserError
+from cft_jax.config import Config, changed, validate
+from cft_jax.config.suites import QUESTION_GROUPS, QuestionsConfig, SuiteConfig
 from cft_jax.distributions.questions import questions
 from cft_jax.evaluate.suites import questions as suite
 from cft_jax.evaluate.suites.questions import KEPT, OTHERS, TEXTS
@@ -41,6 +44,15 @@ class Forgetful:
         raise AssertionError("the suite asks for nothing else")
 
     sample = score = next_token_log_probs = token_log_probs = unasked
+
+
+def test_the_fewest_that_can_be_asked_are_of_every_topic_and_half(run_suite, tokenizer, tmp_path):
+    assert len({(question.topic, question.kept) for question in questions()}) == QUESTION_GROUPS
+    few = SuiteConfig(questions=QuestionsConfig(num_questions=QUESTION_GROUPS))
+    summary = run_suite(suite.run, Forgetful(tokenizer), tokenizer, tmp_path, suite=few)
+    assert all(half["num_questions"] == 1 for halves in summary["topics"].values() for half in halves.values())
+    with pytest.raises(UserError, match="num_questions=13 must be 0 for all, or at least 14"):
+        validate(changed(Config(), {"suite": {"questions": {"num_questions": QUESTION_GROUPS - 1}}}))
 
 
 def test_both_halves_by_topic(run_suite, tokenizer, tmp_path):
