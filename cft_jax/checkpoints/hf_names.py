@@ -39,9 +39,9 @@ _BLOCK = (
     ("moe", "mlp router_kernel", "mlp.router.weight", "E,D->DE"),
     ("moe", "mlp router_bias", "mlp.router.bias", "E->E"),
     # P counts gate and up, which the file interleaves; of down there is one.
-    ("moe", "mlp gate_up_proj kernel", "mlp.experts.gate_up_proj", "E,D,FP->EPDF"),
+    ("moe", "mlp gate_up_proj kernel", "mlp.experts.gate_up_proj", "E,D,FP->PEDF"),
     ("moe", "mlp gate_up_proj bias", "mlp.experts.gate_up_proj_bias", "E,FP->EPF"),
-    ("moe", "mlp down_proj kernel", "mlp.experts.down_proj", "E,F,DP->EPFD"),
+    ("moe", "mlp down_proj kernel", "mlp.experts.down_proj", "E,F,DP->PEFD"),
     ("moe", "mlp down_proj bias", "mlp.experts.down_proj_bias", "E,DP->EPD"),
 )
 

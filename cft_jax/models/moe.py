@@ -22,7 +22,7 @@ class ExpertLinear(nnx.Module):
 
     Args:
       name: HF's name of the layer, which `LoraSpec.targets` refers to; there the outputs of the P are interleaved.
-      shape: of the kernel, E, P, in, out, the layer axis aside; the adapter's B is [E, R, P, out].
+      shape: of the kernel, P, E, in, out, the layer axis aside; the adapter's B is [E, R, P, out].
       axes: logical axes of these.
       init: how the weights start.
     """
@@ -31,8 +31,8 @@ class ExpertLinear(nnx.Module):
         self, name: str, shape: tuple[int, int, int, int], axes: tuple[str, str, str, str], init: WeightInit
     ) -> None:
         self.name = name
-        E, P, of_inputs, of_outputs = shape
-        experts, parts, inputs, outputs = axes
+        P, E, of_inputs, of_outputs = shape
+        parts, experts, inputs, outputs = axes
         self.kernel = init.normal(shape, axes, of_inputs)
         self.bias = init.zeros((E, P, of_outputs), (experts, parts, outputs))
         # One A for all of an expert's matrices.
@@ -54,8 +54,8 @@ class ExpertLinear(nnx.Module):
             lora_in, scale = self.lora.input(x, None if noise is None else noise.of(self.name))
             low = product(lora_in, self.lora.a[...].astype(lora_in.dtype))
         ys = []
-        for p in range(self.kernel.shape[1]):
-            y = product(x, self.kernel[:, p].astype(x.dtype)) + self.bias[:, p].astype(x.dtype)[expert]
+        for p in range(self.kernel.shape[0]):
+            y = product(x, self.kernel[p].astype(x.dtype)) + self.bias[:, p].astype(x.dtype)[expert]
             if self.lora is not None and low is not None:
                 update = product(low, self.lora.b[:, :, p].astype(low.dtype))
                 y = (y.astype(jnp.float32) + scale * update.astype(jnp.float32)).astype(x.dtype)
@@ -71,8 +71,8 @@ class MoeMlp(nnx.Module):
         self.router_kernel = init.normal((D, E), ("embed", "experts"), D)
         self.router_bias = init.zeros((E,), ("experts",))
         # Interleaved in one matrix as in the file, gate and up would take TPUs a walk through single columns.
-        self.gate_up_proj = ExpertLinear("gate_up_proj", (E, 2, D, F), ("experts", "parts", "embed", "mlp"), init)
-        self.down_proj = ExpertLinear("down_proj", (E, 1, F, D), ("experts", "parts", "mlp", "embed"), init)
+        self.gate_up_proj = ExpertLinear("gate_up_proj", (2, E, D, F), ("parts", "experts", "embed", "mlp"), init)
+        self.down_proj = ExpertLinear("down_proj", (1, E, F, D), ("parts", "experts", "mlp", "embed"), init)
         self.moe = moe
 
     def __call__(self, x: Float[Array, "B T D"], *, noise: Noise | None, mesh: Mesh | None) -> Float[Array, "B T D"]:

@@ -49,9 +49,9 @@ def test_experts_equal_transformers():
     weights = {
         "router.weight": ours.router_kernel[...].T,
         "router.bias": ours.router_bias[...],
-        "experts.gate_up_proj": interleaved(ours.gate_up_proj.kernel[...]),
+        "experts.gate_up_proj": interleaved(np.moveaxis(ours.gate_up_proj.kernel[...], 0, 1)),
         "experts.gate_up_proj_bias": interleaved(ours.gate_up_proj.bias[...]),
-        "experts.down_proj": ours.down_proj.kernel[:, 0],
+        "experts.down_proj": ours.down_proj.kernel[0],
         "experts.down_proj_bias": ours.down_proj.bias[:, 0],
     }
     theirs.load_state_dict({name: torch.tensor(np.array(value)) for name, value in weights.items()})
@@ -79,7 +79,7 @@ def test_an_experts_adapter_is_a_change_of_its_matrix(target):
     lora = LoraSpec(rank=2, alpha=3.0, dropout=0.0, targets=(target,))
     module, plain = random_module(lora=lora), random_module(lora=lora)
     adapted = getattr(module, target)
-    merged = adapted.kernel[...] + 1.5 * jnp.einsum("EIR,ERPO->EPIO", adapted.lora.a[...], adapted.lora.b[...])
+    merged = adapted.kernel[...] + 1.5 * jnp.einsum("EIR,ERPO->PEIO", adapted.lora.a[...], adapted.lora.b[...])
     getattr(plain, target).kernel.set_value(merged)
     getattr(plain, target).lora.b.set_value(jnp.zeros_like(adapted.lora.b[...]))
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, D)), jnp.float32)
