@@ -59,7 +59,8 @@ class Operations:
         moe, in_layers = config.mlp if isinstance(config.mlp, Moe) else None, 0
         for variable in variables(config, None, jnp.float32):
             axes, size = variable.get_metadata("axes"), math.prod(variable.shape)
-            if moe is not None and len(axes) > 2 and "experts" in axes[1 : 2 + (axes[1] == "parts")]:
+            of_expert = axes[:2] == ("layers", "experts") and len(axes) > 2
+            if moe is not None and (of_expert or axes[:3] == ("layers", "parts", "experts")):
                 size = size * moe.num_experts_per_token // moe.num_experts
             in_layers += size if "layers" in axes else 0
         return cls(each * in_layers, each * config.vocab_size * config.embed_dim)
