@@ -20,8 +20,9 @@ from cft_jax.sharding.rules import num_shards, sharding
 _FLOAT32 = 4
 # AdamW's two moments and the gradient, all float32.
 _OPTIMIZER_ARRAYS, _GRADIENT_ARRAYS = 2, 1
-# Values of a layer's widest activations, 20 MiB of them, and tokens below which reading the weights takes longest.
-_FAST_VALUES, _LEAST_TOKENS = 10 << 20, 512
+# Values of one layer's residual stream and its feed-forward layer, 32 MiB of them, and tokens below which reading the
+# weights takes longest.
+_FAST_VALUES, _LEAST_TOKENS = 16 << 20, 512
 # Scores and probabilities of one layer's attention.
 _ATTENTION_ARRAYS = 2
 
@@ -145,7 +146,7 @@ def micro_batches(
     ):
         return 1
     rows = -(-batch.rows // num_shards("batch", mesh))
-    width = config.mlp.hidden_dim // mesh.shape["tensor"]
+    width = config.embed_dim + config.mlp.hidden_dim // mesh.shape["tensor"]
     parts = (n for n in range(1, rows + 1) if rows % n == 0)
     fits = (n for n in parts if rows // n * batch.length * width <= _FAST_VALUES)
     return next((n for n in fits if rows // n * batch.length >= _LEAST_TOKENS), 1)
