@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,12 +42,14 @@ class KeptTexts:
       per_step: how many a step takes; over the steps, each is taken equally often, in a fresh order every time.
       row_multiple: batches have a multiple of so many rows; those beyond `per_step` are padding.
       seed: of the run.
+      base: numbers of rows, ascending, and the base's hidden states of these; None where the model can give them.
     """
 
     rows: KeptBatch
     per_step: int
     row_multiple: int
     seed: int
+    base: tuple[Int64[np.ndarray, "_"], Float[np.ndarray, "_ T D"]] | None = None
 
     def batch(self, step: int) -> KeptBatch:
         """The rows of a step, counted from 0: a function of the step alone."""
@@ -55,11 +57,19 @@ class KeptTexts:
 
     def chosen(self, numbers: Int64[np.ndarray, "_"], count: int) -> KeptBatch:
         """The rows of these numbers, and padding up to so many."""
-        return KeptBatch(*(None if x is None else _padded(x[numbers], count) for x in self.rows))  # type: ignore[arg-type]
+        found = KeptBatch(*(None if x is None else _padded(x[numbers], count) for x in self.rows))  # type: ignore[arg-type]
+        if self.base is None:
+            return found
+        known, hidden = self.base
+        return found._replace(base_hidden=_padded(hidden[np.searchsorted(known, numbers)], count))
 
-    def with_base(self, hidden: Float[np.ndarray, "N T D"]) -> "KeptTexts":
-        """The same with hidden states of the base, of all rows."""
-        return KeptTexts(self.rows._replace(base_hidden=hidden), self.per_step, self.row_multiple, self.seed)
+    def reached(self, steps: int) -> Int64[np.ndarray, "_"]:
+        """The numbers of the rows that the first so many steps see, ascending."""
+        return np.sort(self._order(0)[: steps * self.per_step])
+
+    def with_base(self, numbers: Int64[np.ndarray, "N"], hidden: Float[np.ndarray, "N T D"]) -> "KeptTexts":
+        """The same with the base's hidden states of the rows of these numbers, ascending; no others can be taken."""
+        return replace(self, base=(numbers, hidden))
 
     def digest(self) -> str:
         """SHA-256 of all texts in their order."""
@@ -69,8 +79,12 @@ class KeptTexts:
         count = len(self.rows.tokens)
         first = step * self.per_step
         rounds = range(first // count, -(-(first + self.per_step) // count))
-        order = [np.random.default_rng([self.seed, _ORDER, number]).permutation(count) for number in rounds]
-        return np.concatenate(order)[first - rounds[0] * count :][: self.per_step]
+        order = np.concatenate([self._order(number) for number in rounds])
+        return order[first - rounds[0] * count :][: self.per_step]
+
+    def _order(self, number: int) -> Int64[np.ndarray, "_"]:
+        """All rows in the order in which a round takes them."""
+        return np.random.default_rng([self.seed, _ORDER, number]).permutation(len(self.rows.tokens))
 
 
 def _padded(x: np.ndarray, count: int) -> np.ndarray:

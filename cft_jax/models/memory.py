@@ -166,10 +166,15 @@ def require_memory(estimate: MemoryEstimate, available: int | None) -> None:
         )
 
 
+def host_memory() -> int | None:
+    """Bytes that this machine has; None where the system does not tell."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
 def device_memory() -> int | None:
     """Bytes that the first local device can hand out; CPU devices share the machine's; None where it does not tell."""
     device = jax.local_devices()[0]
-    if device.platform == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    if device.platform == "cpu" and (machine := host_memory()) is not None:
+        return machine // jax.local_device_count()
     stats = device.memory_stats()
     return None if stats is None else stats.get("bytes_limit")

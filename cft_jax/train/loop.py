@@ -134,7 +134,10 @@ def train(
     record = {**identity, "steps_per_epoch": per_epoch, **base_identity(model, frozen)}
     if kept is not None:
         record["kept"] = kept.digest()
-        frozen, kept = remember_base(model, frozen, kept, options.keep)
+        if options.keep is not None and options.keep.needs_remembering:
+            # Of a model that is trained in full nothing is frozen; what it is kept to is made of these again.
+            record["kept_base"] = fingerprint(weights)
+        frozen, kept = remember_base(model, frozen, kept, options.keep, steps=stop)
 
     def load(step: int) -> tuple[DeviceBatch, DeviceKept | None]:
         rows = put_batch(dataset.batch(step), mesh)
@@ -236,7 +239,11 @@ def check_same(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming what differs.
     """
-    causes = {"base_weights": "trained on other base weights", "architecture": "trained with another config.json"}
+    causes = {
+        "base_weights": "trained on other base weights",
+        "kept_base": "trained to keep another base",
+        "architecture": "trained with another config.json",
+    }
     for name, value in json.loads(json.dumps(record)).items():
         if name not in metadata:
             logging.warning("the checkpoint does not record its %s; taken to be this run's", name)

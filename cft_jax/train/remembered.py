@@ -1,5 +1,6 @@
 """What is remembered of a base whose weights are all trained: its hidden states of the kept texts, and its head."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cft_jax.common.errors import UserError
 from cft_jax.data.kept import KeptTexts
+from cft_jax.models.memory import host_memory
 from cft_jax.models.transformer import Transformer
 from cft_jax.sharding.rules import sharding
 from cft_jax.train.keep import BASE_HEAD, DeviceKept, KeepOptions
@@ -17,25 +20,42 @@ from cft_jax.train.prefetch import put_kept
 
 
 def remember_base(
-    model: Transformer, frozen: dict[str, Array], kept: KeptTexts, options: KeepOptions | None
+    model: Transformer, frozen: dict[str, Array], kept: KeptTexts, options: KeepOptions | None, *, steps: int
 ) -> tuple[dict[str, Array], KeptTexts]:
     """The frozen weights with the base's head, and the texts with its hidden states, where the loss asks for them.
 
-    Both are in the model's dtype. The model still has the base's weights; a run that resumes begins with the same and
-    makes the same again.
+    Both are in the model's dtype; the hidden states are of the rows that the first `steps` steps see. The model still
+    has the base's weights; a run that resumes begins with the same and makes the same again.
+
+    Raises:
+      UserError: the hidden states would take more than half of the host's memory.
     """
     assert model.mesh is not None and options is not None
     if not options.needs_remembering:
         return frozen, kept
-    count, at_once = len(kept.rows.tokens), -(-kept.per_step // kept.row_multiple) * kept.row_multiple
-    found = []
+    reached, (count, length) = kept.reached(steps), kept.rows.tokens.shape
+    shape = (reached.size, length, model.config.embed_dim)
+    _require_memory(math.prod(shape) * model.dtype.itemsize, rows=reached.size, available=host_memory())
+    found, at_once = np.empty(shape, model.dtype), -(-kept.per_step // kept.row_multiple) * kept.row_multiple
     for start in range(0, count, at_once):
+        # Always the same rows together, or a run that goes on for longer might not make the same bits again.
         numbers = np.arange(start, min(start + at_once, count))
-        rows = put_kept(kept.chosen(numbers, at_once), model.mesh)
-        hidden = multihost_utils.process_allgather(_hidden(model, rows), tiled=True)
-        found.append(np.asarray(hidden)[: numbers.size])
+        wanted = np.isin(numbers, reached)
+        if wanted.any():
+            rows = put_kept(kept.chosen(numbers, at_once), model.mesh)
+            hidden = multihost_utils.process_allgather(_hidden(model, rows), tiled=True)
+            found[np.searchsorted(reached, numbers[wanted])] = np.asarray(hidden)[: numbers.size][wanted]
     head = jax.jit(lambda kernel: kernel.astype(model.dtype).copy())(model.head_kernel())
-    return {**frozen, BASE_HEAD: head}, kept.with_base(np.concatenate(found))
+    return {**frozen, BASE_HEAD: head}, kept.with_base(reached, found)
+
+
+def _require_memory(needed: int, *, rows: int, available: int | None) -> None:
+    if available is not None and needed > available / 2:
+        raise UserError(
+            f"what the base says of {rows:,} rows of kept texts takes {needed / 2**30:.1f} GiB of every host, more "
+            f"than half of its {available / 2**30:.1f}; keep fewer texts, lower config.train.keep.rows, or train "
+            "adapters, beside which nothing is remembered"
+        )
 
 
 def abstract_kept(

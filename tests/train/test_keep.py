@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from cft_jax.checkpoints import from_pretrained
+from cft_jax.common.errors import UserError
 from cft_jax.common.writer import read_metrics
 from cft_jax.config import KeepConfig
 from cft_jax.data.kept import kept_texts
@@ -19,7 +20,7 @@ from cft_jax.sharding.mesh import make_mesh
 from cft_jax.train.keep import keep_options
 from cft_jax.train.optimizer import adamw
 from cft_jax.train.prefetch import put_kept
-from cft_jax.train.remembered import remember_base
+from cft_jax.train.remembered import _require_memory, remember_base
 from cft_jax.train.state import initial_state, split_model, state_shardings
 from cft_jax.train.step import StepOptions, make_train_step
 
@@ -130,7 +131,7 @@ def our_step(base, adapter, batch, texts, kind, put):
     options = StepOptions(loss, (), 1, 11, optimizer, lambda step: jnp.float32(0), keep)
     kept = None
     if kind != "off_support":
-        frozen, texts = remember_base(model, frozen, texts, keep)
+        frozen, texts = remember_base(model, frozen, texts, keep, steps=1)
         kept = put_kept(texts.batch(0), mesh)
     if adapter is None:
         weights = split_model(from_pretrained(base / "moved", **load))[1]
@@ -208,6 +209,25 @@ def test_killed_and_resumed_runs_have_the_same_bits(tmp_path, run, make_texts, l
     assert first["loss"] == pytest.approx(losses[0][1][0]) and "keep_loss" not in first
     if not lora:
         assert losses[0][1][1] == pytest.approx(0, abs=1e-6)
+
+
+def test_only_what_the_steps_see_is_remembered(make_model, make_texts):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = make_model(mesh=mesh, lora=False)
+    keep, texts = keep_options(model, KeepConfig(weight=WEIGHT)), make_texts(per_step=2)
+    some, every = (remember_base(model, {}, texts, keep, steps=steps)[1] for steps in (2, 100))
+    assert some.base[0].size == 4 < every.base[0].size == len(texts.rows.tokens)
+    for step in range(2):
+        np.testing.assert_array_equal(some.batch(step).base_hidden, every.batch(step).base_hidden)
+    with pytest.raises(UserError, match=r"of 3 rows of kept texts takes 6\.0 GiB .* more than half of its 8"):
+        _require_memory(6 * 2**30, rows=3, available=8 * 2**30)
+
+
+def test_a_run_is_not_resumed_to_keep_another_base(tmp_path, run, make_texts):
+    options = {"keep_weight": WEIGHT, "kept": make_texts(), "lora": False}
+    run(tmp_path, max_steps=1, **options)
+    with pytest.raises(UserError, match="trained to keep another base"):
+        run(tmp_path, max_steps=2, model_seed=1, **options)
 
 
 def test_rows_hold_whole_texts_and_come_equally_often():
