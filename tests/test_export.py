@@ -200,6 +200,8 @@ def test_a_strength_is_written_into_alpha_and_merged_weights(soft, tokenizer, tm
     ids, strength = text_ids(tokenizer), "--config.model.lora.strength=0.4"
     for form in ("adapter", "merged"):
         export_command(place / "run", tmp_path / form, form, strength)
+        card = (tmp_path / form / "README.md").read_text()
+        assert "## Metrics" not in card and "what training added is multiplied by 0.4" in card
     config = from_config_dict(read_config(place / "run"))
     model, *_ = load_trained(Workdir(place / "run"), config)
     trained = np.asarray(model(ids))

@@ -21,6 +21,7 @@ from cft_jax.checkpoints.lora_weights import (
 from cft_jax.checkpoints.tensor_files import StoredTensor, read_header, read_record, write_record, write_tensors
 from cft_jax.common import hub
 from cft_jax.common.errors import UserError
+from cft_jax.common.storage import is_remote
 from cft_jax.models.config import LoraSpec
 from cft_jax.models.families import is_multimodal
 from cft_jax.models.transformer import Transformer
@@ -82,7 +83,8 @@ def write_adapter(model: Transformer, directory: Path | None) -> None:
     modules = sorted({target.module.rpartition(".")[2] for target in targets if not target.experts})
     in_language_model = rf"(?!.*(?:vision_tower|multi_modal_projector)).*\.(?:{'|'.join(modules)})"
     record = {
-        "base_model_name_or_path": source.name if source.revision else source.directory,
+        # On a store, the directory is a copy that is gone tomorrow, or on another machine.
+        "base_model_name_or_path": source.name if source.revision or is_remote(source.name) else source.directory,
         "bias": "none",
         "inference_mode": True,
         "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,

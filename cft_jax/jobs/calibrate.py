@@ -104,7 +104,7 @@ def run(config: Config, workdir: Workdir) -> Mapping[str, Any]:
         check_vocabulary(config.model, base, highest_id=max(int(ids.max(initial=0)) for ids in seen))
         logging.info("%s", render_example(tokenizer, batch, dataset.shared_prefix))
         _say_memory(config, base, mesh, dataset)
-        model = load_model(config, base, mesh)
+        model = load_model(config, base, mesh, workdir)
         kept = load_kept(config, read, model, tokenizer, workdir, row_multiple=row_multiple)
         end_at(model, tokenizer, config.data.terminator)
     summaries: dict[str, Any] = {}

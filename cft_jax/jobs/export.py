@@ -8,7 +8,7 @@ from cft_jax.checkpoints import save_pretrained
 from cft_jax.checkpoints.directories import check_free
 from cft_jax.common.errors import UserError
 from cft_jax.common.storage import opened
-from cft_jax.config import from_config_dict, read_config
+from cft_jax.config import changed, from_config_dict, read_config
 from cft_jax.evaluate.report.model_card import card_of_run
 from cft_jax.evaluate.report.runs import STAGES
 from cft_jax.evaluate.suites.structured.suite import SUITE, read_results
@@ -36,7 +36,10 @@ def start(workdir: str, output: str, form: str, dtype: str | None, strength: flo
         config = from_config_dict(read_config(run.path))
         model, _, step = load_trained(run, config)
         set_strength(model, strength, name=workdir)
-        found = {stage: read_results(run.path / "eval" / SUITE / stage) for stage in STAGES}
+        # What a run measured is of the adapters as they were trained.
+        measured = STAGES if strength == 1 else ()
+        config = changed(config, {"model": {"lora": {"strength": strength}}})
+        found = {stage: read_results(run.path / "eval" / SUITE / stage) for stage in measured}
         summaries = {stage: result[0] for stage, result in found.items() if result is not None}
         card = card_of_run(config, form=form, base=base_of_run(config, run), summaries=summaries)
         tokenizer = config.model.tokenizer or None

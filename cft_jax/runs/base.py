@@ -148,10 +148,13 @@ def check_memory(config: Config, checkpoint: str, mesh: Mesh, *, rows: int, leng
     return estimate
 
 
-def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
-    """The model to train, on the mesh (see `from_pretrained`); trained weights are float32, frozen in `model.dtype`."""
+def load_model(config: Config, checkpoint: str, mesh: Mesh, workdir: Workdir | None = None) -> Transformer:
+    """The model to train, on the mesh (see `from_pretrained`); trained weights are float32, frozen in `model.dtype`.
+
+    Of a base that lies in `workdir`, the run's, its place there is what exported adapters name.
+    """
     settings = config.model
-    return from_pretrained(
+    model = from_pretrained(
         checkpoint,
         adapter=settings.adapter or None,
         revision=settings.revision,
@@ -159,6 +162,11 @@ def load_model(config: Config, checkpoint: str, mesh: Mesh) -> Transformer:
         seed=config.seed,
         **model_options(settings, mesh),
     )
+    if workdir is not None and Path(checkpoint).is_relative_to(workdir.path):
+        place = workdir.origin / Path(checkpoint).relative_to(workdir.path).as_posix()
+        assert model.source is not None
+        model.source = dataclasses.replace(model.source, name=str(place))
+    return model
 
 
 def model_options(settings: ModelSettings, mesh: Mesh | AbstractMesh) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def load_trained(
     if config.model.lora.enabled:
         # The checkpoint holds the adapters; the one that training started from may be gone.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=""))
-    model = load_model(config, base, _mesh(config.mesh, mesh))
+    model = load_model(config, base, _mesh(config.mesh, mesh), workdir)
     end_at(model, tokenizer, config.data.terminator)
     parts, weights, frozen = split_model(model)
 

@@ -1,16 +1,24 @@
 """A run that first makes the model it begins with, by another config: made once, resumed, its mistakes told."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
+from cft_jax.checkpoints import save_pretrained
 from cft_jax.common.errors import UserError
-from cft_jax.common.storage import Workdir
+from cft_jax.common.storage import Workdir, opened
+from cft_jax.config import changed
+from cft_jax.distributions import configured_tasks
 from cft_jax.jobs.prepare import prepare_data
 from cft_jax.main import run
-from cft_jax.runs.base import base_of_run
+from cft_jax.models.layers import Lora
+from cft_jax.runs.base import base_of_run, load_model
+from cft_jax.runs.scratch import make_base
 from cft_jax.runs.workdir import setting_up
+from cft_jax.sharding.mesh import make_mesh
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 FEW_STEPS = ("train.max_steps=2", "eval.enabled=False", "model.scratch.enabled=False", "model.lora.enabled=True")
@@ -45,6 +53,21 @@ def test_the_base_is_made_first_and_resumed_where_it_was_killed(calibration, tmp
     shutil.rmtree(killed / "base")
     with pytest.raises(UserError, match="base/export is gone, the base model"):
         base_of_run(calibration(TINY), Workdir(killed))
+
+
+def test_an_adapter_names_the_place_of_its_base_on_a_store(configured, bucket, tmp_path):
+    config = configured(TINY)
+    tasks = [task for split in configured_tasks(config.data).values() for task in split]
+    adapters = changed(config, {"model": {"scratch": {"enabled": False}, "lora": {"enabled": True}}})
+    with opened("gs://bucket/run", write=True) as workdir:
+        make_base(workdir.path / "base", config, tasks)
+        model = load_model(adapters, str(workdir.path / "base"), make_mesh(), workdir)
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, Lora):
+                module.b.set_value(module.b[...] + 1)
+        save_pretrained(model, tmp_path / "adapter", format="adapter")
+    record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert record["base_model_name_or_path"] == "gs://bucket/run/base"
 
 
 def test_data_are_prepared_with_the_tokenizer_that_the_base_will_have(calibration, tmp_path, configured):

@@ -3,10 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from cft_jax.config import Config
+from cft_jax.config import Config, KeepConfig
 from cft_jax.distributions import configured_tasks
 from cft_jax.distributions.splits import TRAIN
 from cft_jax.evaluate.report.page import TEMPLATES
@@ -40,7 +40,9 @@ def model_card(
     `base` is the hub id or directory of the base model, empty for a model made from scratch; `summaries` are those of
     the structured evaluations by stage, `before` and `after`: a missing one is left out.
     """
-    hub_id = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith(".") else ""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith(".")
+    # As where checkpoints are looked for, a directory comes first.
+    hub_id = base if is_id and not Path(base).is_dir() else ""
     return TEMPLATES.get_template("model_card.txt").render(
         config=config,
         adapter=config.export.format == "adapter",
@@ -68,13 +70,29 @@ def _results(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[
     return tables
 
 
+def _strength(strength: float) -> list[str]:
+    return [f"strength: what training added is multiplied by {strength:g} here"] if strength != 1 else []
+
+
+def _kept(keep: KeepConfig) -> list[str]:
+    if keep.weight == 0:
+        return []
+    if keep.kind == "off_support":
+        return [f"kept: the KL from the base among the tokens that no answer has, weight {keep.weight:g}"]
+    loss = "the KL from the base on" if keep.kind == "kl" else "the cross-entropy of"
+    texts = "the base's own answers to other prompts" if keep.source == "self" else "texts of the user's own"
+    return [f"kept: {loss} {texts}, weight {keep.weight:g}, {keep.rows} rows a step"]
+
+
 def _training(config: Config, revision: str) -> list[str]:
     data, train, lora = config.data, config.train, config.model.lora
     if data.target == "soft":
         target = f"soft targets, {_OBJECTIVES[train.objective]}, tau {train.tau:g}, epsilon {train.epsilon_smoothing:g}"
     else:
         target = f"hard targets, {train.samples_per_prompt_per_epoch} drawn values per prompt and epoch"
-    if data.custom:
+    if data.world != "none":
+        prompts = f"prompts of the package's small world ({data.world})"
+    elif data.custom:
         prompts = "prompts and distributions of the user's own"
     elif data.train_families:
         prompts = f"prompts of {len(data.train_families)} families of distributions ({', '.join(data.train_families)})"
@@ -87,6 +105,8 @@ def _training(config: Config, revision: str) -> list[str]:
         f"data: {prompts}; answers with {data.num_decimals} decimals, {space}",
         f"objective: {target}",
         f"trained: {adapter if lora.enabled else 'all weights'}",
+        *_strength(lora.strength),
+        *_kept(train.keep),
         f"optimizer: AdamW, learning rate {train.learning_rate:g}, weight decay {train.weight_decay:g}, cosine with "
         f"{100 * train.warmup_ratio:g} % warm-up, batch {train.batch_size}, {steps}, seed {config.seed}",
         f"made by cft_jax, revision {revision}",

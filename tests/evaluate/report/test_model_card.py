@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cft_jax.config import Config, DataConfig, ExportConfig, LoraConfig, ModelSettings
+from cft_jax.config import Config, DataConfig, ExportConfig, KeepConfig, LoraConfig, ModelSettings, TrainConfig
 from cft_jax.evaluate.report.model_card import model_card
 
 SUMMARY = {
@@ -69,6 +69,20 @@ def test_a_model_from_scratch_names_no_base():
     assert "base_model" not in text and "huggingface.co" not in text and "a small language model" in text
 
 
+def test_a_directory_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card(base="checkpoints/llama")
+
+
+def test_what_is_kept_and_the_strength_are_said():
+    config = Config(train=TrainConfig(keep=KeepConfig(weight=0.1)), model=ModelSettings(lora=LoraConfig(strength=0.5)))
+    text = card(config)
+    assert "- kept: the KL from the base on the base's own answers to other prompts, weight 0.1, 1 rows a step" in text
+    assert "- strength: what training added is multiplied by 0.5 here" in text
+    assert "kept:" not in card() and "strength:" not in card()
+
+
 @pytest.mark.parametrize("base", ["/data/models/llama", "./llama", "models/of/llama"])
 def test_a_local_base_is_not_linked(base):
     text = card(base=base)
@@ -82,6 +96,7 @@ def test_a_local_base_is_not_linked(base):
         ({"custom": "mine.jsonl"}, "prompts and distributions of the user's own"),
         ({"train_families": ("gaussian", "cauchy")}, "2 families of distributions (gaussian, cauchy)"),
         ({"space": "full"}, "every string"),
+        ({"world": "fair"}, "prompts of the package's small world (fair)"),
     ],
 )
 def test_data_is_described(change, text):
