@@ -18,7 +18,7 @@ from cft_jax.ask.tasks import write_tasks
 from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError as UserError
 from cft_jax.common.storage import is_remote, opened
-from cft_jax.config import Config, changed
+from cft_jax.config import RECORD, Config, changed
 from cft_jax.jobs import calibrate as calibrate_job
 from cft_jax.jobs import evaluate as evaluate_job
 
@@ -75,16 +75,23 @@ def calibrate(
     prepare_compilers()
     config = changed(Config(), _SCRATCH if base is None else {"model": {"checkpoint": os.fspath(base)}})
     config = changed(config, settings)
+    written = False
     if isinstance(tasks, str | os.PathLike):
         file = Path(tasks)
     elif is_remote(workdir):
         raise UserError(f"workdir={workdir} is no local directory, beside which tasks are kept; give them as a file")
     else:
         file = Path(f"{os.fspath(workdir).rstrip('/')}.jsonl")
-        write_tasks(file, tasks)
+        written = write_tasks(file, tasks)
     config = changed(config, {"data": {"custom": str(file)}})
-    with opened(os.fspath(workdir), write=jax.process_index() == 0, flag="workdir") as place:
-        return Run(place.origin, calibrate_job.run(config, place))
+    try:
+        with opened(os.fspath(workdir), write=jax.process_index() == 0, flag="workdir") as place:
+            return Run(place.origin, calibrate_job.run(config, place))
+    except BaseException:
+        # Where no run has begun with them, other tasks may be given the next time.
+        if written and not (Path(workdir) / RECORD).exists():
+            file.unlink(missing_ok=True)
+        raise
 
 
 def evaluate(

@@ -128,6 +128,13 @@ def test_a_run_on_a_store_is_named_by_its_address(bucket, tmp_path):
         cft_jax.calibrate(None, tmp_path / "tasks.jsonl", workdir="gs://bucket/run", **SMALL)
 
 
+def test_tasks_with_a_mistake_can_be_mended(tmp_path):
+    for mistake in ({"train": {"epochs": 0}}, {"data": {"max_length": 8}}):
+        with pytest.raises(UserError, match=r"epochs|max_length"):
+            cft_jax.calibrate(None, [EVEN], workdir=tmp_path / "run", **(SMALL | mistake))
+        assert not list(tmp_path.iterdir())
+
+
 def test_calibrate_and_evaluate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A cast of the die that was rolled most.

@@ -100,8 +100,8 @@ class Task:
         return task_of_row(self.row(), number)
 
 
-def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
-    """Writes tasks as a file for `data.custom`; one that holds the same is left alone.
+def write_tasks(path: Path, tasks: Iterable[Task]) -> bool:
+    """Writes tasks as a file for `data.custom`, unless there is one that holds the same; returns whether it wrote.
 
     Raises:
       UserError: the file holds other tasks.
@@ -109,8 +109,10 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
     text = "".join(json.dumps(task.row(), ensure_ascii=False) + "\n" for task in tasks)
     if not path.exists():
         write_atomically(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+        return True
+    if path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path} holds the tasks of another run; name a new workdir")
+    return False
 
 
 def _plain(value: Any) -> Any:

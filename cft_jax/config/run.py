@@ -58,7 +58,8 @@ class ScratchConfig:
     embed_dim: int = at_least(1, 128)
     num_heads: int = at_least(1, 4)
     num_kv_heads: int = at_least(1, 2)
-    head_dim: int = at_least(2, 32)
+    # Its dimensions are rotated in pairs.
+    head_dim: int = ruled(32, lambda size: size >= 2 and size % 2 == 0, "an even number of at least 2")
     hidden_dim: int = at_least(1, 384)
 
 
@@ -325,6 +326,9 @@ def _of_model(config: Config) -> Iterator[str]:
     model = config.model
     if model.scratch.enabled and model.lora.enabled:
         yield "a model made from scratch needs all its weights trained; set config.model.lora.enabled=False"
+    if model.scratch.enabled and model.scratch.num_heads % max(model.scratch.num_kv_heads, 1):
+        heads = f"config.model.scratch.num_heads={model.scratch.num_heads}"
+        yield f"config.model.scratch.num_kv_heads={model.scratch.num_kv_heads} must divide {heads}"
     if not model.lora.enabled and config.export.format == "adapter" and config.export.enabled:
         yield "without LoRA there is no adapter to export; set config.export.format=merged"
     if not model.scratch.enabled and not model.base and not model.checkpoint:

@@ -98,6 +98,12 @@ def test_impossible_values_are_named(path, value, words):
 
 
 KEPT = {"train__keep__weight": 0.1}
+SCRATCH = {
+    "model__scratch__enabled": True,
+    "model__lora__enabled": False,
+    "model__checkpoint": "",
+    "export__format": "merged",
+}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,12 @@ KEPT = {"train__keep__weight": 0.1}
             KEPT | {"model__scratch__enabled": True, "model__lora__enabled": False, "export__format": "merged"},
             "a randomly initialised model has nothing to keep",
         ),
+        (
+            SCRATCH | {"model__scratch__num_kv_heads": 3},
+            "config.model.scratch.num_kv_heads=3 must divide config.model.scratch.num_heads=4",
+        ),
+        (SCRATCH | {"model__scratch__num_kv_heads": 0}, "config.model.scratch.num_kv_heads=0 must be at least 1"),
+        (SCRATCH | {"model__scratch__head_dim": 7}, "config.model.scratch.head_dim=7 must be an even number"),
         ({"data__world": "fair", "data__custom": "rows.jsonl"}, "two sources of prompts; give one of them"),
         ({"model__base": "world"}, "are two models to start from; leave one of them empty"),
     ],
