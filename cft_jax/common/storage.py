@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 
 from cft_jax.common.errors import UserError
-from cft_jax.common.files import user_cache
+from cft_jax.common.files import user_cache, write_atomically
 from cft_jax.common.progress import Progress
 
 GOOGLE = "https://storage.googleapis.com"
@@ -41,6 +41,37 @@ _BLOCK = 2**24
 def is_remote(place: str | os.PathLike[str]) -> bool:
     """Whether a place is the address of an object store."""
     return "://" in str(place)
+
+
+def check_file(output: str, example: str) -> None:
+    """Refuses a place where no file can be written: a directory, for which `example` names a file, or below a file.
+
+    Raises:
+      UserError: it is such a place.
+    """
+    if is_remote(output):
+        return
+    if Path(output).is_dir():
+        raise UserError(f"--output={output} is a directory; name a file in it, as in {output}/{example}")
+    above = next(path for path in Path(output).absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"cannot write --output={output}: {above} is a file; name another file")
+
+
+def write_file(output: str, text: str) -> None:
+    """Writes a file, here or on a store; it appears whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if is_remote(output):
+        with reaching(output, "--output"):
+            epath.Path(output).write_text(text)
+        return
+    try:
+        write_atomically(Path(output), text)
+    except OSError as error:
+        raise UserError(f"cannot write --output={output}: {error.strerror or error}; name another file") from error
 
 
 @contextlib.contextmanager

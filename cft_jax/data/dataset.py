@@ -94,25 +94,15 @@ class Dataset:
         """The shapes (B, T, P, K) of batches, but for rare larger ones; from the first steps of the first epoch."""
         return shape_levels(np.stack([self._in_rows(step)[3] for step in self._sampled]), self.layout.row_multiple)
 
-    def batch(self, step: int, rows: tuple[int, int] | None = None) -> TargetBatch:
-        """The batch of a step.
-
-        Args:
-          step: from 0, counted through all epochs.
-          rows: first row and one past the last to return, for a host that feeds only these; the shape and the rows'
-            content are those of the whole batch.
-        """
+    def batch(self, step: int) -> TargetBatch:
+        """The batch of a step, counted from 0 through all epochs."""
         examples, chosen, row, size = self._in_rows(step)
         num_rows, *shape = fitting_shape(size, self.shapes, self.layout.row_multiple)
-        begin, end = (0, num_rows) if rows is None else rows
-        if not 0 <= begin < end <= num_rows:
-            raise ValueError(f"rows={rows} must lie in a batch of {num_rows} rows")
-        mine = (row >= begin) & (row < end)
         return collate(
             examples,
-            chosen[mine],
-            row[mine] - begin,
-            num_rows=end - begin,
+            chosen,
+            row,
+            num_rows=num_rows,
             shape=(shape[0], shape[1], shape[2]),
             epsilon=self.epsilon,
             shared=self.shared_prefix.size,

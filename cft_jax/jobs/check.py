@@ -7,16 +7,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
-from cft_jax.common.files import write_json
-from cft_jax.common.storage import is_remote, reaching
+from cft_jax.common.storage import check_file, write_file
 from cft_jax.serving.advice import BASE, MOVED, PROMPT, REPEATED, advice
 from cft_jax.serving.client import Endpoint, Reply
 from cft_jax.serving.draws import AnswerPath, Draws
@@ -61,8 +58,8 @@ def start(
       UserError: the server or the run cannot be asked, or `output` cannot be written.
     """
     fields, key = _fields(request), os.environ.get(api_key_env, "")
-    if output and not is_remote(output) and Path(output).is_dir():
-        raise UserError(f"--output={output} is a directory; name a file in it, as in {output}/check.json")
+    if output:
+        check_file(output, "check.json")
     server = Endpoint(endpoint, model, key=key, timeout=timeout, parallel=parallel, fields=fields)
     server.check()
     prepare_compilers()
@@ -72,7 +69,7 @@ def start(
     sys.stdout.write("\n".join(lines) + "\n")
     if output:
         head = {"endpoint": endpoint, "model": model, "run": run, "request": fields}
-        _write(output, head | _record(reference, result))
+        write_file(output, json.dumps(head | _record(reference, result), indent=2) + "\n")
     return result.verdict.calibrated
 
 
@@ -210,14 +207,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value
-
-
-def _write(output: str, record: Mapping[str, Any]) -> None:
-    if is_remote(output):
-        with reaching(output, "--output"):
-            epath.Path(output).write_text(json.dumps(record, indent=2))
-        return
-    try:
-        write_json(Path(output), record)
-    except OSError as error:
-        raise UserError(f"cannot write --output={output}: {error.strerror or error}; name another file") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from absl import logging
 
 from cft_jax.common.compilation import prepare_compilers
 from cft_jax.common.errors import UserError
-from cft_jax.common.files import write_json
+from cft_jax.common.storage import check_file, write_file
 from cft_jax.config import Config
 from cft_jax.plan.compiled import compiled_report, estimated_report
 from cft_jax.plan.programs import Work, programs, work_of
@@ -45,6 +46,8 @@ def start(
     """
     if output and Path(output).exists():
         raise UserError(f"--output={output} exists; name a file that does not")
+    if output:
+        check_file(output, "plan.json")
     if all(one.libtpu for one in topologies):
         # The compiler needs no TPU, and a TPU that is there may belong to another process.
         jax.config.update("jax_platforms", "cpu")
@@ -60,7 +63,7 @@ def start(
     if not any(plan.fits for plan in plans):
         raise UserError(_nowhere(plans))
     if output:
-        write_json(Path(output), _record(plans))
+        write_file(output, json.dumps(_record(plans), indent=2) + "\n")
     for plan in plans:
         sys.stdout.write("\n".join([*lines(plan), "", ""]))
 

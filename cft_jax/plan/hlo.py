@@ -84,13 +84,11 @@ class Cost:
       cycles: the compiler's estimate; 0 where it makes none. Kernels of ours count by their schedules.
       flops: additions and multiplications of matrix products and convolutions, of kernels what they say of themselves.
       collectives: by kind.
-      unknown_loops: loops whose number of rounds depends on data; they are counted once.
     """
 
     cycles: int = 0
     flops: int = 0
     collectives: Mapping[str, Traffic] = field(default_factory=dict)
-    unknown_loops: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         kinds = {
@@ -98,19 +96,19 @@ class Cost:
             for kind in sorted(self.collectives.keys() | other.collectives.keys())
             for one, two in [(self.collectives.get(kind, Traffic()), other.collectives.get(kind, Traffic()))]
         }
-        unknown = self.unknown_loops + other.unknown_loops
-        return Cost(self.cycles + other.cycles, self.flops + other.flops, kinds, unknown)
+        return Cost(self.cycles + other.cycles, self.flops + other.flops, kinds)
 
     def times(self, count: int) -> "Cost":
         """Of so many rounds."""
         kinds = {kind: Traffic(one.count * count, one.bytes * count) for kind, one in self.collectives.items()}
-        return Cost(self.cycles * count, self.flops * count, kinds, self.unknown_loops)
+        return Cost(self.cycles * count, self.flops * count, kinds)
 
 
 def cost_of(text: str) -> Cost:
     """The cost of a compiled program, from its HLO text (`jax.stages.Compiled.as_text()`).
 
-    Of a conditional the branch with the most cycles counts, or the most operations where the compiler gives no cycles.
+    A loop whose number of rounds depends on data counts once; of a conditional the branch with the most cycles, or the
+    most operations where the compiler gives no cycles.
     """
     module = parse(text)
     repeated = _repeated(module)
@@ -127,14 +125,14 @@ def cost_of(text: str) -> Cost:
         if one.opcode == "while":
             trips = _trip_count(one, module)
             rounds = sum(map(of_computation, one.called("body", "condition")), Cost()).times(trips or 1)
-            return own + rounds + Cost(unknown_loops=int(trips is None))
+            return own + rounds
         if one.opcode == "conditional":
             branches = one.called("branch_computations", "true_computation", "false_computation")
             return own + max(map(of_computation, branches), key=lambda cost: (cost.cycles, cost.flops), default=Cost())
         if one.opcode in ("call", "fusion") or one.opcode.endswith("-start"):
             inner = sum(map(of_computation, one.called("calls", "to_apply")), Cost())
             # A fusion is estimated as a whole.
-            return own + (Cost(0, inner.flops, inner.collectives, inner.unknown_loops) if cycles else inner)
+            return own + (Cost(0, inner.flops, inner.collectives) if cycles else inner)
         return own
 
     return of_computation(module.entry)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from absl import logging
@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Lowered
 
 from cft_jax.common.errors import UserError
-from cft_jax.config import Config
+from cft_jax.config import Config, ModelSettings
 from cft_jax.data.batch import Shape
 from cft_jax.data.dataset import Dataset
 from cft_jax.data.objectives import training_dataset
@@ -87,7 +87,7 @@ def work_of(config: Config) -> Work:
     Raises:
       UserError: see `configured_tasks`, `model_config` and `training_dataset`.
     """
-    settings = (base_config(config) if config.model.base else config).model
+    settings = _settings(config)
     tasks = configured_tasks(config.data)
     try:
         tokenizer = run_tokenizer(config, tasks)
@@ -124,8 +124,16 @@ def papers_work(config: Config) -> Work:
         rows = -(-config.train.batch_size // row_multiple) * row_multiple
         return ((rows, _TOKENS, _POSITIONS, _ENTRIES),)
 
-    model = architecture(config.model, config.model.checkpoint)
+    settings = _settings(config)
+    model = architecture(settings, settings.checkpoint)
     return Work(model, shapes, tuple(range(_SHARED)), _STEPS, assumed=True)
+
+
+def _settings(config: Config) -> ModelSettings:
+    """The settings of the model that a run begins with, which may be those of the run that makes it."""
+    while config.model.base:
+        config = base_config(config)
+    return config.model
 
 
 def row_multiple(config: Config, mesh: Mesh | AbstractMesh) -> int:
@@ -170,8 +178,24 @@ def train_program(work: Work, config: Config, model: Transformer, shape: Shape) 
         return step.lower(state, frozen, abstract_batch(shape, mesh), kept)  # type: ignore[attr-defined]
 
     operations = Operations.of(work.model, lora=config.model.lora.enabled)
-    ideal = operations.count(tokens=B * T + len(work.shared_prefix), steps=B * P)
+    answers = {"tokens": B * T + len(work.shared_prefix), "steps": B * P}
+    ideal = operations.count(**answers) + _ideal_of_kept(work, config, operations, answers)
     return Program(f"train {_times(shape)}", lower, ideal, "string", float(config.train.batch_size))
+
+
+def _ideal_of_kept(work: Work, config: Config, operations: Operations, answers: Mapping[str, int]) -> int:
+    """Operations of what a step keeps: of the model on the kept texts, and of its base, which has no gradient."""
+    keep, base = config.train.keep, Operations.forward(work.model)
+    if keep.weight == 0:
+        return 0
+    if keep.kind == "off_support":
+        return base.count(**answers)
+    texts = keep.rows * config.data.max_length
+    own = operations.count(tokens=texts, steps=texts)
+    if keep.kind == "replay":
+        return own
+    # The hidden states of a base that is trained in full were made before.
+    return own + base.count(tokens=texts if config.model.lora.enabled else 0, steps=texts)
 
 
 def _generation(work: Work, config: Config, model: Transformer) -> Iterator[Program]:

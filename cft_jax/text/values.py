@@ -55,11 +55,6 @@ class ValueEncoder:
         except UserError:
             self._digits = None
 
-    @property
-    def composes_numbers(self) -> bool:
-        """Whether numbers are composed of their digits' tokens."""
-        return self._digits is not None
-
     def strings(self, values: Sequence[str]) -> tuple[Int32[np.ndarray, "S T"], Int64[np.ndarray, "S"]]:
         """Token ids of strings, -1 after the end of a row, and their numbers."""
         return token_matrix(encode_strings(self._tokenizer, values))

@@ -91,18 +91,6 @@ def test_a_batch_depends_on_its_step_alone(dataset, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_feed_parts_of_the_same_batch(dataset, kind, hosts):
-    data, train = KINDS[kind]
-    whole, part = (dataset(data=data, row_multiple=4, **train) for _ in range(2))
-    for step in range(whole.steps_per_epoch):
-        batch = whole.batch(step)
-        share = batch.tokens.shape[0] // hosts
-        parts = [part.batch(step, (host * share, (host + 1) * share)) for host in range(hosts)]
-        assert_same(batch, type(batch)(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_counts_every_example_once(dataset, kind):
     data, train = KINDS[kind]
     made = dataset(data=data, **train)
@@ -317,8 +305,3 @@ def test_an_answer_that_is_too_long_is_seen_for_hard_targets(dataset):
 def test_no_tasks_is_an_error(dataset):
     with pytest.raises(UserError, match="nothing to train on"):
         dataset([])
-
-
-def test_parts_of_a_batch_must_lie_in_it(dataset):
-    with pytest.raises(ValueError, match=r"rows=\(2, 5\) must lie in a batch of 4 rows"):
-        dataset().batch(0, (2, 5))

@@ -41,11 +41,13 @@ def attempt(monkeypatch, capsys, log_restored, tmp_path):
         ((), "--topology is missing"),
         (("--topology=v5litpod-16",), "--topology=v5litpod-16 is unknown; the nearest is v5litepod-16"),
         (("--topology=h100-8", "--output={here}"), "exists; name a file that does not"),
+        (("--topology=h100-8", "--output={here}/file/plan.json"), "file is a file; name another file"),
         (("--topology=h100-8", "--config.mesh.tensor=3"), "tensor=3, and 8 devices cannot be cut into 3"),
         (("--topology=h100-8", "--programs=trian"), "--programs=trian is unknown; there are train, "),
     ],
 )
 def test_mistakes(attempt, tmp_path, arguments, words):
+    (tmp_path / "file").touch()
     code, out, error = attempt(*(argument.format(here=tmp_path) for argument in arguments))
     assert code == 2 and not out
     assert error.startswith("error: ") and words in error
