@@ -54,6 +54,10 @@ start() {
   rm -f job.exit
   nohup "${BASH_SOURCE[0]}" attend "$@" >>job.log 2>&1 </dev/null &
   echo $! >job.pid
+  # Only then is it told from others, and not started twice.
+  until running || ! kill -0 "$!" 2>/dev/null; do
+    sleep 0.05
+  done
   echo "started"
 }
 
