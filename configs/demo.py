@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config_dict()
     config.model.base = "world"
     config.model.dtype = "float32"
+    config.model.lora.rank, config.model.lora.alpha = 8, 16.0
     config.model.lora.dropout = 0.0
     config.model.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     config.data.world = "fair"
