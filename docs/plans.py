@@ -33,8 +33,9 @@ CONFIGS = {
     "gemma-3-27b-it": "gemma3.py:27b",
     "gpt-oss-20b": "gpt_oss.py:20b",
 }
-CHIPS = {"v5e-8": "v5e-8", "v6e-8": "v6e-8", "v5p-8": "v5p-8 (4 chips)"}
+CHIPS = ("v5e-8", "v6e-8")
 STRINGS = 32
+AXES = ("data", "fsdp", "tensor")
 _GIB = 2**30
 Entry = Mapping[str, Any]
 
@@ -82,18 +83,15 @@ def settings(program: Entry) -> str:
     return ", ".join(words)
 
 
-AXES = ("data", "fsdp", "tensor")
-
-
 def memory_table() -> Iterator[str]:
     """GiB of each chip that the step takes, by model and kind of chip."""
-    yield f"| model | {' | '.join(CHIPS.values())} |"
+    yield f"| model | {' | '.join(CHIPS)} |"
     yield f"|---|{'---|' * len(CHIPS)}"
     for model, config in CONFIGS.items():
         cells = []
         for topology in CHIPS:
-            asked, found = entries().get((config, topology)), fitting(config, topology)
-            missing = "" if asked is None else "–"
+            found = fitting(config, topology)
+            missing = "–" if (config, topology) in entries() else "not asked"
             cells.append(missing if found is None else f"{settings(found)}: {found['bytes']['total'] / _GIB:.1f}")
         yield f"| {model} | {' | '.join(cells)} |"
 

@@ -5,7 +5,6 @@ their configs are read, with all overrides, and validated.
 """
 
 import dataclasses
-import itertools
 import os
 import re
 import runpy
@@ -215,30 +214,20 @@ def load(name):
     return runpy.run_path(str(ROOT / "docs" / name))
 
 
-def test_the_memory_tables_are_what_the_code_computes():
-    module = load("memory_table.py")
-    text = module["PAGE"].read_text(encoding="utf-8")
-    assert module["page"](text) == text, "python docs/memory_table.py --write"
-    assert text.count("Qwen3-14B") == 2
-
-
-def test_the_configs_meshes_fit_a_v5e_8(configured):
-    """What configs take for granted about memory is what the table says."""
-    module = load("memory_table.py")
-    machine = next(machine for machine in module["MACHINES"] if machine.name == "v5e-8")
+def test_the_tables_of_plans_are_what_the_data_says():
+    module = load("plans.py")
+    for page in module["PAGES"]:
+        text = page.read_text(encoding="utf-8")
+        assert module["page"](text) == text, "python docs/plans.py --write"
     from cft_jax.models.families import PUBLISHED
 
-    found = {}
-    for family, size in [("qwen3", s) for s in ("0.6b", "1.7b", "4b", "8b", "14b")] + [
-        *itertools.product(["llama"], ["1b", "3b"]),
-        *itertools.product(["gemma3"], ["1b", "4b", "12b", "27b"]),
-        ("gpt_oss", "20b"),
-    ]:
-        config = configured(ROOT / "configs" / f"{family}.py:{size}")
-        found[config.model.checkpoint] = "fsdp" if config.mesh.fsdp == -1 else "data"
-    assert found.keys() == PUBLISHED.keys()
-    for model, axis in found.items():
-        assert module["choice"](model, machine, full=False).startswith(f"{axis}=8:"), model
+    assert list(module["CONFIGS"]) == [name.partition("/")[2] for name in PUBLISHED]
+
+
+def test_the_configs_meshes_fit_a_v5e_8():
+    """What configs take for granted about memory is what the compiler said."""
+    asked = [(config, of[0]) for (config, topology), of in load("plans.py")["entries"]().items() if topology == "v5e-8"]
+    assert asked and all(as_configured["fits"] for _, as_configured in asked), asked
 
 
 def test_the_picture_is_drawn_from_the_trie(tmp_path):
