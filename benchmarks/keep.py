@@ -1,11 +1,11 @@
 """What does keeping cost, and what does it keep? Calibrations of the small world's base by every means, several seeds.
 
 A base with habits is made once (configs/world.py). For each seed it is calibrated as the demo does it
-(configs/demo.py), but with rank 16 and in three epochs: without keeping, with the base's own texts at several weights, off the
-support, by replay; and the adapters of the first are weakened. Then, without keeping, come ways of raising transfer. Of
-each: the exact KL on unseen parameters, on families and on lists that were never trained, right answers to questions of
-the kept half and of the other one, and the time of a step: the lower fifth of those logged, as a shared machine adds to
-others. Prints a table of means over seeds, and draws one picture.
+(configs/demo.py), but with rank 16 and in three epochs: without keeping, with the base's own texts at several weights,
+off the support, by replay; and the adapters of the first are weakened. Then, without keeping, come ways of raising
+transfer. Of each: the exact KL on unseen parameters, on families and on lists that were never trained, right answers to
+questions of the kept half and of the other one, and the time of a step: the lower fifth of those logged, as a shared
+machine adds to others. Prints a table of means over seeds, and draws one picture.
 
     python benchmarks/keep.py [--seeds 3] [--workdir keep] [--plot keep.png] [--steps 0] [--only NAME,NAME]
 
