@@ -24,6 +24,8 @@ def config(configured, tmp_path):
     return configured("tests/configs/tiny.py", f"data.cache_dir={tmp_path / 'data'}", "model.dtype=bfloat16")
 
 
+# Slow tests are run without the checks of types, to which the shapes that stand for weights are no arrays.
+@pytest.mark.slow
 def test_what_is_asked_is_what_training_runs(config, tmp_path):
     """To the letter, or JAX's cache would not have it when training begins."""
     mesh, tasks = make_mesh(2, 2, 2), configured_tasks(config.data)
@@ -48,6 +50,7 @@ def test_what_is_asked_is_what_training_runs(config, tmp_path):
     assert asked.lower().as_text() == runs.as_text()
 
 
+@pytest.mark.slow
 def test_what_it_takes_is_said(config, caplog):
     said = check_step(work_of(config), config, make_mesh(), available=2**30)
     assert said.startswith("by the compiler, the train step takes 0.0") and not caplog.messages
