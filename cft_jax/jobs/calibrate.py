@@ -188,7 +188,8 @@ def _announce(config: Config, workdir: Workdir, mesh: Mesh, base: str, tasks: Ma
 def _say_memory(config: Config, base: str, mesh: Mesh, dataset: Dataset) -> None:
     """What training takes on each device, before the weights are loaded: estimated, and then by the compiler.
 
-    The CPU's compiler is not asked: its memory is the machine's. What another compiles, training finds in JAX's cache.
+    The CPU's compiler is not asked: its memory is the machine's. What another compiles, training finds in JAX's cache;
+    of several hosts only the first writes there, so that others compile twice unless they share its directory.
 
     Raises:
       UserError: it cannot fit.

@@ -27,7 +27,7 @@ def config(configured, tmp_path):
 # Slow tests are run without the checks of types, to which the shapes that stand for weights are no arrays.
 @pytest.mark.slow
 def test_what_is_asked_is_what_training_runs(config, tmp_path):
-    """To the letter, or JAX's cache would not have it when training begins."""
+    """To the letter, or JAX's cache would not have it when training begins; made here of real weights, as it does."""
     mesh, tasks = make_mesh(2, 2, 2), configured_tasks(config.data)
     make_base(tmp_path / "base", config, [task for split in tasks.values() for task in split])
     model = load_model(config, str(tmp_path / "base"), mesh)
